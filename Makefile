@@ -1,0 +1,49 @@
+# make        lint, types and tests          make demo   classify a few photographs
+# make fix    let ruff repair what it can    make clean  remove everything that was made
+PYTHON ?= python3
+BIN := .venv/bin
+RUNTIME := .venv/.runtime-installed
+DEV := .venv/.dev-installed
+
+all: lint types test
+
+demo: $(RUNTIME)
+	$(BIN)/python -m apm.cli.demo
+
+test: $(DEV)
+	$(BIN)/python -m pytest
+
+lint: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# The three folders are one package only once installed: mypy sees them through links laid the same way.
+types: $(DEV)
+	rm -rf build/types
+	mkdir -p build/types/apm
+	ln -s $(addprefix $(CURDIR)/,$(filter-out %/__pycache__,$(wildcard apm/*)) cli benchmarks) build/types/apm/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+fix: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-speed: $(RUNTIME)
+	$(BIN)/python -m apm.benchmarks.speed
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is younger than pyproject.toml when that very file was installed: a second run installs nothing.
+$(RUNTIME): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(DEV): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(RUNTIME) $@
+
+.PHONY: all demo test lint types fix bench-speed clean

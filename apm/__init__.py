@@ -1,0 +1,63 @@
+"""Test-time training by Asynchronous Perception Machines (Modi & Rawat, NeurIPS 2024).
+
+The public names below are loaded on first use, so that ``import apm`` stays light::
+
+    import apm
+
+    classifier = apm.Classifier(teacher="embedded", labels=["cat", "dog"])
+    answer = classifier("photo.jpg")
+    print(answer.top[0].label, answer.top[0].probability)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apm.adapt import AdaptConfig, AdaptResult, TestTimeTrainer
+    from apm.classifier import Answer, Classifier
+    from apm.model import APM, APMConfig
+    from apm.teachers import load_teacher
+    from apm.zeroshot import ZeroShotHead
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "APM": "apm.model",
+    "APMConfig": "apm.model",
+    "AdaptConfig": "apm.adapt",
+    "AdaptResult": "apm.adapt",
+    "Answer": "apm.classifier",
+    "Classifier": "apm.classifier",
+    "TestTimeTrainer": "apm.adapt",
+    "ZeroShotHead": "apm.zeroshot",
+    "load_teacher": "apm.teachers",
+}
+
+__all__ = [
+    "APM",
+    "APMConfig",
+    "AdaptConfig",
+    "AdaptResult",
+    "Answer",
+    "Classifier",
+    "TestTimeTrainer",
+    "ZeroShotHead",
+    "__version__",
+    "load_teacher",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first used (PEP 562)."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'apm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

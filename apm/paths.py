@@ -1,0 +1,85 @@
+"""From what a user names on a command line to files, and file names as text that any terminal can show."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+EXTENSIONS = frozenset(
+    {
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    }
+)
+"""What counts as an image inside a folder. A file named directly is read whatever its name."""
+
+
+def expand_paths(arguments: Sequence[str | os.PathLike[str]], stdin: Iterable[bytes] = ()) -> Iterator[Path]:
+    """Yield the files that command line arguments stand for, in order, without holding a list of them.
+
+    A folder gives the images in it and below it, sorted, hidden ones left out; a pattern its sorted matches; ``-`` one
+    path a line of `stdin`. What leads to no file is yielded as it is, so that `load_image` can say what is wrong
+    with it in its place.
+
+    Args:
+        arguments: files, folders, glob patterns (``**`` included), ``-``.
+        stdin: lines of bytes, read only when ``-`` is among the arguments.
+    """
+    for argument in [os.fspath(one) for one in arguments]:
+        if argument == "-":
+            for line in stdin:
+                name = os.fsdecode(line.rstrip(b"\r\n"))
+                if name:
+                    yield from expand_paths(["./-" if name == "-" else name])
+        elif os.path.isdir(argument):
+            yield from _first_or(Path(argument), images_below(argument))
+        elif glob.has_magic(argument) and not os.path.lexists(argument):
+            yield from _first_or(Path(argument), _matches(argument))
+        else:
+            yield Path(argument)
+
+
+def images_below(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the images in and below a folder, sorted, hidden ones left out; then the folders that could not be read."""
+    unreadable: list[Path] = []
+    for here, folders, files in os.walk(folder, onerror=lambda error: unreadable.append(Path(error.filename))):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
+                yield Path(here, name)
+    yield from unreadable
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """Return a path as one line of text that any terminal can show: control and undecodable characters are escaped."""
+    text = os.fspath(path)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    for match in sorted(glob.glob(pattern, recursive=True)):
+        if os.path.isdir(match):
+            yield from images_below(match)
+        else:
+            yield Path(match)
+
+
+def _first_or(fallback: Path, paths: Iterator[Path]) -> Iterator[Path]:
+    """Yield `paths`, or `fallback` alone when there are none."""
+    first = next(paths, fallback)
+    yield first
+    yield from paths

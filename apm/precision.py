@@ -1,0 +1,79 @@
+"""Matrix products: batched so that no sample sees its neighbours, in float32 or bfloat16, chosen by measurement.
+
+float32 means torch's float32: on a GPU without TensorFloat-32, unless the caller has allowed that in torch itself.
+"""
+
+import time
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+# bfloat16 must be this much faster before "auto" gives up float32's digits for it
+WORTHWHILE = 1.3
+
+
+def _one_by_one(a: Tensor) -> bool:
+    """Whether the samples of ``a`` are multiplied one after the other (see `product`) or as one batch."""
+    return a.device.type == "cpu"
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiply the matrices of each sample: (B, ..., m, k) by (B, ..., k, n) -> (B, ..., m, n), into ``out`` if given.
+
+    On a CPU one sample at a time: a batched product may split its work by the batch's size and then rounds differently,
+    while one product alone fills the cores just as well. So an answer does not depend on its batch, bit for bit.
+    """
+    if not _one_by_one(a):
+        return torch.matmul(a, b, out=out)
+    if out is None:
+        return torch.stack([torch.matmul(x, y) for x, y in zip(a, b, strict=True)])
+    for x, y, z in zip(a, b, out, strict=True):
+        torch.matmul(x, y, out=z)
+    return out
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """Apply each sample's own linear layer: (B, n, k), (B, m, k), (B, m) -> ``out`` (B, n, m)."""
+    if not _one_by_one(x):
+        return torch.baddbmm(bias[:, None], x, weight.mT, out=out)
+    for i, w, b, o in zip(x, weight, bias, out, strict=True):
+        torch.addmm(b, i, w.mT, out=o)
+    return out
+
+
+def relu_backward(gradient: Tensor, activation: Tensor) -> None:
+    """Zero ``gradient`` in place wherever the ReLU's output ``activation`` (same shape) is zero: one pass, no mask."""
+    torch.ops.aten.threshold_backward.grad_input(gradient, activation, 0.0, grad_input=gradient)
+
+
+@cache
+def measured_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """``bf16`` if its products are clearly faster than float32's here, else ``fp32``; measured once a process.
+
+    By the clock and not by the processor's name: what counts is the kernel that this build of torch has for it.
+    """
+    fp32 = _seconds_per_product(device, torch.float32)
+    bf16 = _seconds_per_product(device, torch.bfloat16)
+    return "bf16" if fp32 >= WORTHWHILE * bf16 else "fp32"
+
+
+def _seconds_per_product(device: torch.device, dtype: torch.dtype) -> float:
+    """Time the shortest of a few products of a size like the method's own (smaller on a CPU: 1 GFLOP)."""
+    rows, inner, cols, repeats = (256, 2048, 1024, 5) if device.type == "cpu" else (4096, 4096, 4096, 20)
+    a = torch.ones(rows, inner, device=device, dtype=dtype)
+    b = torch.ones(inner, cols, device=device, dtype=dtype)
+    out = torch.empty(rows, cols, device=device, dtype=dtype)
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)

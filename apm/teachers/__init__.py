@@ -1,0 +1,82 @@
+"""Teachers: frozen image and text models, by name.
+
+``load_teacher`` takes
+
+* ``NAME/TAG`` of open_clip, such as ``ViT-B-16/openai`` or ``ViT-H-14-quickgelu/dfn5b``,
+* ``NAME/PATH`` to a checkpoint of that open_clip model,
+* ``hf-hub:ORG/REPO``, an open_clip model on the Hugging Face hub,
+* ``local-dir:PATH``, a folder with open_clip_config.json and weights,
+* ``embedded``, the small one that comes with this package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apm.teachers.base import Teacher, TeacherUnavailable
+from apm.teachers.catalog import DEFAULT, TeacherInfo, list_teachers
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "DEFAULT",
+    "Teacher",
+    "TeacherInfo",
+    "TeacherUnavailable",
+    "check_teacher",
+    "list_teachers",
+    "load_default_teacher",
+    "load_teacher",
+]
+
+
+def check_teacher(spec: str) -> None:
+    """Find, or fetch, what `load_teacher` would load, so that a wrong name is told before the slow imports.
+
+    Raises:
+        TeacherError: as `load_teacher`, but for what only reading the weights shows.
+    """
+    if spec != "embedded":
+        from apm.teachers.sources import resolve
+
+        resolve(spec)
+
+
+def load_teacher(spec: str, *, device: str | torch.device = "cpu") -> Teacher:
+    """Load the teacher that `spec` names, and no other.
+
+    Args:
+        spec: one of the forms above.
+        device: where its weights go. They are float32, frozen, and in evaluation mode.
+
+    Raises:
+        TeacherUnavailable: its weights are neither on this machine nor reachable; found out within seconds.
+        TeacherError: the name is not known, or the file is damaged, unsafe or of another model.
+    """
+    if spec == "embedded":
+        from apm.teachers.embedded import load_embedded
+
+        return load_embedded(device=device)
+    from apm.teachers.sources import resolve
+
+    source = resolve(spec)  # before the slow imports
+    from apm.teachers.openclip import load_source
+
+    return load_source(source, device=device)
+
+
+def load_default_teacher(*, device: str | torch.device = "cpu") -> Teacher:
+    """Load `DEFAULT`, or the embedded teacher with a note that says why when the default cannot be had now.
+
+    Raises:
+        TeacherError: the default's weights are here but damaged, or there is no embedded teacher either.
+    """
+    try:
+        return load_teacher(DEFAULT, device=device)
+    except TeacherUnavailable as error:
+        from apm.teachers.embedded import load_embedded
+
+        teacher = load_embedded(device=device)
+        teacher.notes = (f"The embedded teacher, a small one, stands in for the default. {error}", *teacher.notes)
+        return teacher

@@ -1,0 +1,60 @@
+"""What a teacher is: a frozen image and text model whose image vector the student is overfit to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from apm.errors import TeacherError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+
+class TeacherUnavailable(TeacherError):
+    """A known teacher whose weights are neither on this machine nor reachable now."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A frozen CLIP-like model: an image tower and a text tower into the same D-dimensional space.
+
+    Anything with these attributes is a teacher: no base class is needed.
+    """
+
+    name: str
+    """The name that it was asked for by, such as ``ViT-B-16/openai``."""
+    identity: str
+    """``name@`` and 16 hex digits of a sha256 over the weights: what caches and records are keyed by."""
+    dim: int
+    """D, the width of image and text vectors."""
+    logit_scale: float
+    """Multiplies a cosine to give a logit (already exponentiated, > 0)."""
+    image_size: int
+    """Side, in pixels, of the square image that `preprocess` returns."""
+    mean: tuple[float, float, float]
+    """Channel means that `preprocess` subtracts, for pixels in [0, 1]."""
+    std: tuple[float, float, float]
+    """Channel deviations that `preprocess` divides by."""
+    notes: tuple[str, ...]
+    """What a user must be told about this teacher, one sentence each."""
+    default_labels: tuple[str, ...] | None
+    """Class names to use when the user gives none; None when the teacher has no classes of its own."""
+    default_templates: tuple[str, ...] | None
+    """Prompt templates that suit this teacher best, each with one ``{}``; None for the general default."""
+    device: torch.device
+    """Where the weights are."""
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Resize, crop and normalise one RGB image: (3, image_size, image_size) float32 on the CPU."""
+        ...
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Map preprocessed images (B, 3, H, W) to CLS tokens after projection (B, D), float32, NOT normalised."""
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Map T texts to vectors (T, D), float32, NOT normalised; beyond the answer, memory does not grow with T."""
+        ...

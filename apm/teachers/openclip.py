@@ -1,0 +1,205 @@
+"""Teachers made by open_clip, from any of its forms."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor, nn
+
+from apm.errors import TeacherError
+from apm.teachers import hub
+from apm.teachers.checkpoint import check_checkpoint
+from apm.teachers.sources import Source, from_folder
+
+DEFAULT_VOCABULARY = 49408
+"""Tokens of CLIP's own vocabulary, which open_clip assumes where a configuration says nothing."""
+_BATCH = 128
+_MAX_ASPECT = 16
+
+
+class OpenClipTeacher:
+    """An open_clip model as a `Teacher`: float32, frozen, in evaluation mode.
+
+    See `apm.teachers.base.Teacher` for what the attributes mean.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        source: Source,
+        device: torch.device,
+    ) -> None:
+        config = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
+        size = config.size if isinstance(config.size, int) else config.size[0]
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = source.name
+        self.identity = f"{source.name}@{weights_hash(model.state_dict(), also=_settings(source, config))[:16]}"
+        self.dim = int(source.config["embed_dim"])
+        self.logit_scale = float(model.logit_scale.detach().exp())  # type: ignore[operator]
+        self.image_size = int(size)
+        self.mean = _triple(config.mean)
+        self.std = _triple(config.std)
+        self.notes = source.notes
+        self.default_labels = source.labels
+        self.default_templates = source.templates
+        self.device = device
+        self._crops = config.resize_mode == "shortest"
+        self._transform = image_transform_v2(config, is_train=False)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Apply the model's own resize, crop and normalisation: (3, image_size, image_size) float32."""
+        if self._crops:
+            image = _limit_aspect(image)
+        pixels: Tensor = self._transform(image)
+        return pixels
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Encode (B, 3, H, W) to (B, D), not normalised, at most 128 images at a time."""
+        parts = [self.model.encode_image(part.to(self.device, torch.float32)) for part in pixels.split(_BATCH)]  # type: ignore[operator]
+        return torch.cat(parts).float()
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Encode T texts to (T, D), not normalised, 128 at a time. Texts beyond the context length are cut."""
+        features = torch.empty(len(texts), self.dim, device=self.device)
+        for start in range(0, len(texts), _BATCH):
+            ids = self.tokenizer(list(texts[start : start + _BATCH])).to(self.device)
+            features[start : start + _BATCH] = self.model.encode_text(ids)  # type: ignore[operator]
+        return features
+
+
+def load_folder(folder: Path, *, name: str, device: str | torch.device = "cpu") -> OpenClipTeacher:
+    """Load a teacher from a folder in open_clip's local-dir form; see `apm.teachers.sources.from_folder`."""
+    return load_source(from_folder(folder, name=name), device=device)
+
+
+def load_source(source: Source, *, device: str | torch.device = "cpu") -> OpenClipTeacher:
+    """Build the model, load its weights, and check them.
+
+    Raises:
+        TeacherError: the weights are damaged, unsafe, not finite, or do not fit the model.
+    """
+    check_checkpoint(source.weights)
+    device = torch.device(device)
+    try:
+        with quiet(), _network_for(source):
+            model = open_clip.create_model(
+                source.model,
+                load_weights=False,
+                pretrained_text=False,
+                force_preprocess_cfg=dict(source.preprocess),
+            )
+            open_clip.load_checkpoint(model, str(source.weights))
+            # A SigLIP tokenizer is chosen by the model's name; a vocabulary of the folder's own by its path.
+            options = {"bpe_path": str(source.bpe)} if source.bpe else {}
+            tokenizer = open_clip.get_tokenizer(source.model, **options)
+    except Exception as error:  # open_clip, timm and torch report what does not fit in many ways
+        reason = " ".join(str(error).split())
+        raise TeacherError(
+            f'The teacher "{source.name}" cannot be loaded: {source.weights} does not fit the model'
+            f" {source.model} ({type(error).__name__}: {reason[:300]})."
+        ) from error
+    known = source.config["text_cfg"].get("vocab_size", DEFAULT_VOCABULARY)
+    if getattr(tokenizer, "vocab_size", 0) > known:
+        raise TeacherError(
+            f'The teacher "{source.name}" cannot be used: its tokenizer has {tokenizer.vocab_size} tokens and its text'
+            f" tower knows {known}."
+        )
+    broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise TeacherError(
+            f'The teacher "{source.name}" cannot be used: {source.weights} holds numbers that are not finite,'
+            f" in {len(broken)} tensors, first {broken[0]}."
+        )
+    return OpenClipTeacher(model.to(device), tokenizer, source=source, device=device)
+
+
+def weights_hash(state: Mapping[str, Tensor], *, also: bytes = b"") -> str:
+    """Hash the names, types, shapes and bytes of all weights.
+
+    Args:
+        state: a state dict, on any device; the order of its entries does not matter.
+        also: further bytes that belong to the identity.
+
+    Returns:
+        64 hex digits: the sha256 of the tensors' sha256s, which are computed in parallel.
+    """
+
+    def digest(name: str) -> bytes:
+        tensor = state[name].detach().cpu().contiguous()
+        own = hashlib.sha256(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        own.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return own.digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(also + b"".join(pool.map(digest, sorted(state)))).hexdigest()
+
+
+def _settings(source: Source, config: PreprocessCfg) -> bytes:
+    """Return what beside the weights decides the vectors: architecture, input and vocabulary."""
+    text = json.dumps([dict(source.config), vars(config)], sort_keys=True, default=str)
+    return text.encode() + (source.bpe.read_bytes() if source.bpe else b"")
+
+
+def _triple(values: Sequence[float] | float) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in (values if isinstance(values, Sequence) else (values,) * 3))
+    return red, green, blue
+
+
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    """Cut a very long image around its centre: the crop drops the ends anyway, but only after blowing them up."""
+    width, height = image.size
+    limit = _MAX_ASPECT * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    new_width, new_height = min(width, limit), min(height, limit)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return image.crop((left, top, left + new_width, top + new_height))
+
+
+@contextlib.contextmanager
+def _network_for(source: Source) -> Iterator[None]:
+    """Keep open_clip off the network, but for a tokenizer or text tower of transformers that is not cached yet."""
+    text = source.config["text_cfg"]
+    wanted = {text.get("hf_model_name")} - {None, ""}
+    if not source.model.startswith("local-dir:"):  # there, the tokenizer's files are in the folder
+        wanted |= {text.get("hf_tokenizer_name")} - {None, ""}
+    files = ("tokenizer_config.json", "config.json")
+    missing = [name for name in sorted(wanted) if hub.cached(name, files) is None]
+    for name in missing:
+        hub.fetch(name, files, wanted_by=source.name)
+    with contextlib.nullcontext() if missing else hub.no_network():
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what open_clip logs through the root logger, and keep it from installing a handler there."""
+    root = logging.getLogger()
+    handler = logging.NullHandler()
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    root.addHandler(handler)
+    root.addFilter(nothing)  # filters of a logger see only what is logged through it directly
+    try:
+        yield
+    finally:
+        root.removeFilter(nothing)
+        root.removeHandler(handler)

@@ -1,0 +1,143 @@
+"""Augmented views of one image, as test-time augmentation uses them: random resized crops and horizontal flips.
+
+View 0 is the image as the teacher itself prepares it; the others follow Shu et al. 2022 (TPT): a crop of random area
+and aspect ratio, resized to the teacher's input, flipped with probability one half. View i depends on (seed, sample
+id, i) alone, so 33 views are the first 33 of 64, and no view depends on other images, threads or the order of work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from apm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apm.teachers.base import Teacher
+
+MIN_AREA = 0.08
+"""Smallest share of the image's area that a crop holds, as in TPT (and Inception's training crops)."""
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+"""Range of a crop's width over height."""
+CROP_ATTEMPTS = 10
+"""Draws of area and ratio before a crop that does not fit into a narrow image is replaced by its largest square."""
+
+
+def view_generator(seed: int, sample_id: str, index: int) -> np.random.Generator:
+    """The source of randomness of one view: a function of its three arguments only."""
+    key = hashlib.sha256(f"{seed}|{index}|{sample_id}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
+
+
+def crop_box(width: int, height: int, generator: np.random.Generator, min_area: float) -> tuple[int, int, int, int]:
+    """Draw a crop of an image of `width` × `height` pixels: (left, top, right, bottom), in pixels."""
+    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * generator.uniform(min_area, 1.0)
+        ratio = math.exp(generator.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1))
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def augmented_view(
+    image: Image.Image,
+    index: int,
+    *,
+    seed: int,
+    sample_id: str,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    min_area: float = MIN_AREA,
+) -> Tensor:
+    """Make view `index` ≥ 1 of an image.
+
+    Args:
+        image: RGB.
+        index: which view.
+        seed: of the run.
+        sample_id: names the image among all of its data set.
+        size: side of the view in pixels.
+        mean: three channel means, for pixels in [0, 1].
+        std: three channel deviations.
+        min_area: smallest share of the image's area in a crop, in (0, 1].
+
+    Returns:
+        (3, size, size) float32, normalised.
+    """
+    generator = view_generator(seed, sample_id, index)
+    box = crop_box(*image.size, generator, min_area)
+    # The reducing gap first shrinks large photographs by whole factors: many times faster, hardly another picture.
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    if generator.random() < 0.5:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.asarray(view, dtype=np.float32) / 255  # (size, size, 3)
+    normalised = (pixels - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
+    return torch.from_numpy(normalised).permute(2, 0, 1).contiguous()
+
+
+def views(
+    image: Image.Image,
+    count: int,
+    teacher: Teacher,
+    *,
+    seed: int,
+    sample_id: str,
+    start: int = 0,
+    min_area: float = MIN_AREA,
+) -> Tensor:
+    """Make views `start` … `count` − 1 of an image, ready for the teacher.
+
+    Args:
+        image: RGB.
+        count: how many views there are in all, ≥ 1.
+        teacher: gives view 0 by its own `preprocess`, and size, mean and deviation of the others.
+        seed: of the run.
+        sample_id: names the image among all of its data set.
+        start: the first view wanted; memory stays bounded when views are made and encoded in parts.
+        min_area: smallest share of the image's area in a crop, in (0, 1].
+
+    Returns:
+        (count − start, 3, size, size) float32 on the CPU.
+
+    Raises:
+        UsageError: no view is asked for, or `min_area` is no share.
+    """
+    check(count, min_area)
+    made = [
+        augmented_view(
+            image,
+            index,
+            seed=seed,
+            sample_id=sample_id,
+            size=teacher.image_size,
+            mean=teacher.mean,
+            std=teacher.std,
+            min_area=min_area,
+        )
+        if index
+        else teacher.preprocess(image)
+        for index in range(start, count)
+    ]
+    return torch.stack(made)
+
+
+def check(count: int, min_area: float) -> None:
+    """Refuse numbers that no set of views can have, with a `UsageError`."""
+    if count < 1:
+        raise UsageError(f"{count} views: at least 1 is needed, the image itself.")
+    if not 0 < min_area <= 1:
+        raise UsageError(f"A crop of at least {min_area} of an image's area: the share lies above 0 and up to 1.")

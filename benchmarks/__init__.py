@@ -1,0 +1,1 @@
+"""Data sets, corruptions, methods, runs, records and tables."""

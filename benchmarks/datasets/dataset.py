@@ -1,0 +1,230 @@
+"""Open a data set by its name: recognise the layout, read the labels, corrupt when asked, take a subset when asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from apm.errors import UsageError, unknown
+
+from ..corruptions import CORRUPTIONS, CROP, MARK, RESIZE, SETTINGS_FILE, check_level, corrupt_image
+from . import readers
+from .hub import read_hub
+from .layouts import Found, data_root, find_layout, require_layout
+from .readers import Listing, Sample
+from .specs import DatasetSpec, spec_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set, opened: its samples and what a record says of it. Only the runner may look at labels."""
+
+    name: str
+    samples: Sequence[Sample]
+    class_names: tuple[str, ...]
+    """Names of the label space, by label."""
+    templates: tuple[str, ...]
+    prompts_name: str
+    layout: str
+    """The layout that was recognised, for people."""
+    source: str
+    """Folder or hub repository."""
+    split: str
+    fingerprint: str
+    """SHA-256 over the ids and labels of `samples`, in their order, as hex."""
+    notes: tuple[str, ...]
+    """What a reader of the numbers must know."""
+    total: int
+    """Samples before `limit`."""
+    limit: int | None = None
+    corruption: str | None = None
+    level: int | None = None
+    generated: bool = False
+    """Whether the corruption was made here; such numbers are not comparable with those on the official files."""
+
+    @property
+    def cell(self) -> str:
+        """Name of the cell in a table: ``dtd``, ``imagenet-c/fog/5``."""
+        return self.name if self.corruption is None else f"{self.name}/{self.corruption}/{self.level}"
+
+
+def find(name: str, root: str | Path | None) -> Found | None:
+    """Return where a data set lies under `root` (or APM_DATA), or None. Quick: for `apm bench --list`.
+
+    For imagenet-c any corruption and level will do.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    spec = spec_of(name)
+    if not spec.needs_root:
+        return Found(Path(), "always there")
+    folder = data_root(root)
+    if spec.reader != "corrupted":
+        return find_layout(spec, folder)
+    pairs = ((corruption, level) for level in (5, 4, 3, 2, 1) for corruption in CORRUPTIONS)
+    places = (find_layout(spec, folder, corruption=corruption, level=level) for corruption, level in pairs)
+    return next((place for place in places if place is not None), None)
+
+
+def open_dataset(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    corruption: str | None = None,
+    level: int = 5,
+    limit: int | None = None,
+    seed: int = 0,
+    from_clean: bool = False,
+    source: str | None = None,
+    label_set: str | None = None,
+) -> Dataset:
+    """Open a data set; no image is decoded yet.
+
+    Args:
+        name: a key of `DATASETS`.
+        root: folder that holds data sets, or the data set's own folder; default: the environment variable APM_DATA.
+        corruption: one of the 15 of ImageNet-C. For imagenet-c it chooses the folder (or, with `from_clean`, what is
+            made from clean ImageNet); for any other set the corruption is made on the fly.
+        level: severity of the corruption, 1 to 5.
+        limit: take that many samples, as evenly from all classes as they allow. Which ones depends on `seed` and the
+            samples' ids only, and a larger limit keeps those of a smaller one. Their order is the data set's.
+        seed: for `limit` and for corruptions made here.
+        from_clean: make imagenet-c from clean ImageNet: short side to 256, central 224×224, as the official files.
+        source: ``hf:REPO[:SPLIT]`` instead of a folder.
+        label_set: for ``folder`` only: the label space, instead of the classes present.
+
+    Raises:
+        UsageError: unknown names, missing data, a wrong folder, a limit below 1. The message says what to do.
+    """
+    spec = spec_of(name)
+    if limit is not None and limit < 1:
+        raise UsageError(f"A limit of {limit} samples leaves nothing: use 1 or more.")
+    if label_set is not None and spec.reader != "folder":
+        raise UsageError(f"The label space of {name} is its own: --label-set is for the data set folder.")
+    if corruption is not None:
+        if corruption not in CORRUPTIONS:
+            raise unknown("corruption", corruption, CORRUPTIONS)
+        check_level(level)
+    elif spec.reader == "corrupted":
+        raise UsageError(f"{name} needs a corruption: {', '.join(CORRUPTIONS)}.")
+    elif from_clean:
+        raise UsageError(f"--from-clean makes corrupted images: name a --corruption for {name}.")
+
+    generated = corruption is not None and (from_clean or spec.reader != "corrupted")
+    clean = spec_of("imagenet") if generated and spec.reader == "corrupted" else spec
+    listing, layout, place = _read(clean, data_root(root), corruption or "", level, source, label_set)
+    notes = [*listing.notes, *_name_notes(listing.class_names)]
+    if spec.images and len(listing.samples) != spec.images:
+        notes.append(f"{len(listing.samples):,} images; {name} has {spec.images:,}: compare with care.")
+    if not generated and spec.reader in ("corrupted", "folder") and source is None and _was_generated(place):
+        generated = True
+        notes.append(f"The corrupted images were {MARK}.")
+    elif generated and corruption is not None:
+        # Official pictures were cut from a short side of 256; other sets keep their whole field of view.
+        resize = RESIZE if spec.reader == "corrupted" else CROP
+        listing = replace(listing, samples=_corrupted(listing.samples, corruption, level, seed, resize))
+        notes.append(f"Corruption {corruption}, level {level}, {MARK} (seed {seed}, short side {resize}, crop {CROP}).")
+    samples = listing.samples if limit is None else balanced_subset(listing.samples, limit, seed)
+    limited = len(samples) < len(listing.samples)
+    if limited:
+        notes.append(
+            f"Subset: {len(samples):,} of {len(listing.samples):,} images, class-balanced, drawn with seed {seed}."
+        )
+    return Dataset(
+        name=name,
+        samples=samples,
+        class_names=listing.class_names,
+        templates=(spec.template,),
+        prompts_name=spec.prompts_name,
+        layout=layout,
+        source=place,
+        split=listing.split,
+        fingerprint=fingerprint(samples),
+        notes=tuple(notes),
+        total=len(listing.samples),
+        limit=limit if limited else None,
+        corruption=corruption,
+        level=level if corruption else None,
+        generated=generated,
+    )
+
+
+def _read(
+    spec: DatasetSpec, root: Path | None, corruption: str, level: int, source: str | None, label_set: str | None
+) -> tuple[Listing, str, str]:
+    """Return the listing, the layout recognised and where that is."""
+    if source is not None:
+        return read_hub(spec, source), "rows of a streamed data set", source
+    if spec.reader == "digits":
+        return readers.read_digits(), "built in", "scikit-learn"
+    found = require_layout(spec, root, corruption=corruption, level=level)
+    if spec.reader == "folder":
+        listing = readers.read_folder(spec, found.folder, names_from=label_set)
+    elif spec.reader == "split-json":
+        listing = readers.read_split_json(spec, found.folder)
+    elif spec.reader == "aircraft":
+        listing = readers.read_aircraft(spec, found.folder)
+    else:
+        listing = readers.read_class_tree(spec, found.folder)
+    return listing, found.layout, str(found.folder)
+
+
+def _name_notes(class_names: Sequence[str]) -> list[str]:
+    twice = [name for name, count in Counter(class_names).items() if count > 1]
+    if not twice:
+        return []
+    return [f"Class names that occur more than once cannot be told apart: {', '.join(twice)}."]
+
+
+def _was_generated(place: str) -> bool:
+    """Whether a folder ``<corruption>/<level>`` lies in a tree that `apm corrupt` wrote."""
+    return (Path(place).resolve().parent.parent / SETTINGS_FILE).is_file()
+
+
+def _corrupted(samples: Sequence[Sample], corruption: str, level: int, seed: int, resize: int) -> list[Sample]:
+    return [
+        Sample(sample.id, sample.label, partial(_load_corrupted, sample, corruption, level, seed, resize))
+        for sample in samples
+    ]
+
+
+def _load_corrupted(sample: Sample, corruption: str, level: int, seed: int, resize: int) -> Image.Image:
+    return corrupt_image(sample.load(), corruption, level, seed=seed, image_id=sample.id, resize=resize)
+
+
+def balanced_subset(samples: Sequence[Sample], limit: int, seed: int) -> list[Sample]:
+    """Take `limit` samples, class by class in turn, in the data set's order.
+
+    Samples are ranked within their class, and classes among themselves, by a hash of seed and id: no dependence on the
+    order of files, and the subset of a smaller limit is part of that of a larger one.
+    """
+    by_class: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
+    for position, sample in enumerate(samples):
+        by_class[sample.label].append((_rank(seed, sample.id), position))
+    turns = sorted(
+        (turn, _rank(seed, f"class {label}"), position)
+        for label, members in by_class.items()
+        for turn, (_, position) in enumerate(sorted(members))
+    )
+    chosen = np.sort([position for _, _, position in turns[:limit]])
+    return [samples[position] for position in chosen]
+
+
+def _rank(seed: int, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogateescape")).digest()
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """Return the SHA-256 over ids and labels in their order, as hex."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.id}\0{sample.label}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

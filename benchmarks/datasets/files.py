@@ -1,0 +1,91 @@
+"""Folders and picture files, and what a folder of classes is: no data set is named here."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from apm.errors import ImageError, UsageError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"})
+_WNID = re.compile(r"n\d{8}")
+_SKIPPED_FOLDERS = frozenset({"__MACOSX"})
+
+
+def is_wnid(name: str) -> bool:
+    """Whether a name has the form of a WordNet id, such as n01440764."""
+    return _WNID.fullmatch(name) is not None
+
+
+def is_integer(name: str) -> bool:
+    """Whether a name is a plain decimal number."""
+    return name.isascii() and name.isdigit()
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the sub-folders, integers sorted as integers; hidden ones and macOS leftovers are skipped.
+
+    Raises:
+        UsageError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+    except OSError as error:
+        raise UsageError(f"Cannot read the folder {folder}: {error.strerror}.") from error
+    names = [name for name in names if name not in _SKIPPED_FOLDERS]
+    # Sorted as text, 10 comes before 2, and every label after it is silently wrong.
+    return sorted(names, key=int) if names and all(map(is_integer, names)) else sorted(names)
+
+
+def image_names(folder: Path) -> list[str]:
+    """Return the names of the picture files right in a folder, sorted; hidden files (also macOS's ``._``) are skipped.
+
+    Raises:
+        UsageError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
+    except OSError as error:
+        raise UsageError(f"Cannot read the folder {folder}: {error.strerror}.") from error
+    return sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+
+
+def class_images(folder: Path) -> list[str]:
+    """Return the pictures of one class folder, as paths below it: its own, or those of its folder ``images``.
+
+    The second is how Tiny ImageNet lays out its classes. Deeper pictures are not taken: they are a sign of a wrong
+    parent folder.
+    """
+    names = image_names(folder)
+    if not names and (folder / "images").is_dir():
+        names = [f"images/{name}" for name in image_names(folder / "images")]
+    return names
+
+
+def stable_id(path: str) -> str:
+    """Turn a path below the data set's folder into an id: forward slashes, and no bytes that are not UTF-8."""
+    return os.fsencode(path.replace(os.sep, "/")).decode("utf-8", "backslashreplace")
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Decode a picture of a data set as RGB, the way published evaluations do.
+
+    EXIF rotation is not applied and the first frame is taken: numbers stay comparable with those of other code.
+
+    Raises:
+        ImageError: the file is missing, unreadable, damaged or no picture; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: too many pixels ({error}).") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: the file is not there.") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error}).") from error

@@ -1,0 +1,181 @@
+"""Where a data set lies below the user's root: the first layout that fits wins; when none does, the error says why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from apm.errors import UsageError
+from apm.labels import imagenet_subset, imagenet_wnids
+
+from .files import class_folders, class_images, image_names, is_integer, is_wnid
+from .specs import DatasetSpec
+
+AIRCRAFT_NAMES, AIRCRAFT_TEST = "variants.txt", "images_variant_test.txt"
+_ENDS = {
+    "wnid": "/<wnid>/",
+    "corrupted": "/<wnid>/",
+    "integer": "/<0..999>/",
+    "split-json": " (split json beside it)",
+    "aircraft": f" ({AIRCRAFT_NAMES} and {AIRCRAFT_TEST} beside it)",
+    "folder": "/<class>/",
+    "digits": "",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A recognised layout: the folder that holds the images or class folders, and its form below the user's root."""
+
+    folder: Path
+    layout: str
+
+
+def data_root(root: str | Path | None) -> Path | None:
+    """Return the user's root folder: the argument, else the environment variable APM_DATA, else None."""
+    chosen = root or os.environ.get("APM_DATA")
+    return Path(chosen).expanduser() if chosen else None
+
+
+def find_layout(spec: DatasetSpec, root: Path | None, *, corruption: str = "", level: int = 5) -> Found | None:
+    """Return the first layout of `spec` that fits below `root`, or None. Looks at folder names only: quick."""
+    if root is None or not root.is_dir():
+        return None
+    for layout, folder in _candidates(spec, root, corruption, level):
+        if folder.is_dir() and _fits(spec, folder):
+            return Found(folder, layout + _ENDS[spec.reader])
+    return None
+
+
+def require_layout(spec: DatasetSpec, root: Path | None, *, corruption: str = "", level: int = 5) -> Found:
+    """Return the layout that fits.
+
+    Raises:
+        UsageError: none fits: what was looked for, where the data come from, and the likely mistake.
+    """
+    found = find_layout(spec, root, corruption=corruption, level=level)
+    if found is not None:
+        return found
+    if root is None:
+        problem = "no folder was given (--root FOLDER, or the environment variable APM_DATA)."
+    elif not root.is_dir():
+        problem = f"{root} is not a folder."
+    else:
+        problem = _likely_mistake(spec, root, corruption, level) or f"nothing that fits under {root}."
+    raise UsageError(f"{spec.name}: {problem}\n{_accepted(spec)}")
+
+
+def _accepted(spec: DatasetSpec) -> str:
+    shapes = ", ".join(layout + _ENDS[spec.reader] for layout in spec.layouts)
+    shapes = f"{shapes}; or the path of the data set's own folder" if shapes else "ROOT/<class>/ or ROOT/<wnid>/"
+    if spec.split_file:
+        shapes += f" (the json is {spec.split_file})"
+    hub = f" Hub: --source hf:{', hf:'.join(spec.hub)}." if spec.hub else ""
+    return f"Accepted layouts: {shapes}.\nThe data come from: {spec.origin}.{hub}"
+
+
+def _candidates(spec: DatasetSpec, root: Path, corruption: str, level: int) -> Iterator[tuple[str, Path]]:
+    """Whole layouts first, in their order; then the root taken as a folder on the way; then as the last folder."""
+    shapes = [layout.format(corruption=corruption, level=level) for layout in spec.layouts]
+    for shape in shapes:
+        yield shape, root / shape
+    if spec.reader == "corrupted":
+        # Another corruption's folder looks the same: only the names on the path tell which one was given.
+        tail = root.resolve().parts[-2:]
+        if tail[-1:] == (corruption,):
+            yield str(level), root / str(level)
+        elif tail == (corruption, str(level)):
+            yield ".", root
+        return
+    rests = dict.fromkeys(rest for shape in shapes for rest in _rests(shape))
+    for rest in rests:
+        yield rest, root / rest
+    yield ".", root
+
+
+def _rests(shape: str) -> Iterator[str]:
+    parts = shape.split("/")
+    for start in range(1, len(parts)):
+        yield "/".join(parts[start:])
+
+
+def _fits(spec: DatasetSpec, folder: Path) -> bool:
+    if spec.reader == "split-json":
+        return (folder.parent / spec.split_file).is_file()
+    if spec.reader == "aircraft":
+        return all((folder.parent / name).is_file() for name in (AIRCRAFT_NAMES, AIRCRAFT_TEST))
+    names = _folders(folder)
+    if spec.reader == "folder":
+        return any(class_images(folder / name) for name in names)
+    if spec.reader == "integer":
+        return any(is_integer(name) for name in names) or any(map(is_wnid, names))
+    return any(map(is_wnid, names))
+
+
+def _folders(folder: Path) -> list[str]:
+    try:
+        return class_folders(folder)
+    except UsageError:
+        return []
+
+
+def _likely_mistake(spec: DatasetSpec, root: Path, corruption: str, level: int) -> str | None:
+    """Look at the folders a user may have meant, and name what is wrong with the first that says something."""
+    places = dict.fromkeys([*(folder for _, folder in _candidates(spec, root, corruption, level)), root])
+    for place in places:
+        if place.is_dir() and (mistake := _mistake_at(spec, place)):
+            return mistake
+    for name in _folders(root):
+        for place in (root / name, *(root / name / inner for inner in _folders(root / name)[:100])):
+            if spec.reader != "corrupted" and _fits(spec, place) and _plausible(spec, place):
+                return f"{root} is not the data set's folder. Did you mean {place}?"
+    if spec.reader == "corrupted":
+        return (
+            f"no folder {corruption}/{level} with class folders under {root}. The pictures can be made from clean"
+            " ImageNet with --from-clean."
+        )
+    return None
+
+
+def _plausible(spec: DatasetSpec, folder: Path) -> bool:
+    """Whether the class folders could be this set's: ImageNet-A's are not suggested for ImageNet-R."""
+    if spec.reader != "wnid":
+        return True
+    wnids = imagenet_wnids()
+    return set(_folders(folder)) <= {wnids[index] for index in imagenet_subset(spec.label_space)}
+
+
+def _mistake_at(spec: DatasetSpec, place: Path) -> str | None:
+    folders = _folders(place)
+    if spec.reader == "split-json":
+        if (place / spec.split_file).is_file():
+            wanted = spec.layouts[0].split("/")[-1]
+            return f"{place / spec.split_file} is there, but the folder of images {place / wanted} is not."
+        is_images = place.name == spec.layouts[0].split("/")[-1]
+        return f"{place} is there, but {place.parent / spec.split_file} is not." if is_images else None
+    if spec.reader == "aircraft":
+        missing = [name for name in (AIRCRAFT_NAMES, AIRCRAFT_TEST) if not (place.parent / name).is_file()]
+        return f"{place} is there, but beside it is no {' and no '.join(missing)}." if place.name == "images" else None
+    flat = image_names(place)
+    if flat and not folders:
+        if flat[0].startswith("ILSVRC2012_val_"):
+            return (
+                f"{place} holds {len(flat):,} files ILSVRC2012_val_*.JPEG without class folders: without them there"
+                " are no labels. Sort them into <wnid>/ folders first."
+            )
+        return f"{place} holds {len(flat):,} pictures but no class folders."
+    if spec.reader == "wnid" and folders and all(map(is_integer, folders)):
+        return f"the folders of {place} are numbers, as those of imagenet-v2, not wnids."
+    plain = [name for name in folders if not is_wnid(name)]
+    if spec.reader in ("wnid", "integer", "corrupted") and any(image_names(place / name) for name in plain[:20]):
+        return (
+            f"the folders of {place} are no wnids: {_few(plain)}. For plain class folders there is the data set"
+            ' "folder".'
+        )
+    return None
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

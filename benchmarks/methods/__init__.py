@@ -1,0 +1,86 @@
+"""The methods that a run can compare, by name.
+
+A new method is one file beside these and one line in `REGISTRY`. On the command line a method may carry settings behind
+a colon, as ``tpt:steps=0`` or ``apm:target=mta,views=64``; the names are the fields of its settings dataclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from apm.errors import UsageError, unknown
+
+from .apm_ttt import APMTestTimeTraining
+from .base import Batch, Method, MethodOptions, Prediction, StreamMethod
+from .mta import MTA
+from .tda import TDA
+from .tpt import TPT
+from .zero import Zero
+from .zero_shot import ZeroShot
+
+__all__ = [
+    "REGISTRY",
+    "Batch",
+    "Method",
+    "MethodOptions",
+    "Prediction",
+    "StreamMethod",
+    "create_method",
+    "create_methods",
+    "parse_method",
+]
+
+REGISTRY: dict[str, Callable[[MethodOptions], Method]] = {
+    "zero-shot": ZeroShot,
+    "tpt": TPT,
+    "mta": MTA,
+    "zero": Zero,
+    "tda": TDA,
+    "apm": APMTestTimeTraining,
+}
+
+
+def parse_method(spec: str) -> tuple[str, dict[str, str]]:
+    """Split ``name`` or ``name:key=value,key=value`` into the name and its settings, not yet read as numbers.
+
+    Raises:
+        UsageError: a setting without ``=``, or given twice. Whether the names are known is seen by `create_method`.
+    """
+    name, _, rest = spec.partition(":")
+    settings: dict[str, str] = {}
+    for item in filter(None, rest.split(",")):
+        key, separator, value = (part.strip() for part in item.partition("="))
+        if not (key and separator and value):
+            raise UsageError(f'"{item}" in method "{spec}" is no setting: write name:key=value,key=value.')
+        if key in settings:
+            raise UsageError(f'Method "{spec}" sets {key} twice.')
+        settings[key] = value
+    return name.strip(), settings
+
+
+def create_method(spec: str, options: MethodOptions | None = None) -> Method:
+    """Make one method.
+
+    Args:
+        spec: a name in `REGISTRY`, with settings behind a colon if any.
+        options: of the run.
+
+    Raises:
+        UsageError: unknown method or setting (the nearest are suggested), or a value out of range.
+    """
+    name, overrides = parse_method(spec)
+    if name not in REGISTRY:
+        raise unknown("method", name, REGISTRY)
+    return REGISTRY[name](replace(options or MethodOptions(), overrides=overrides))
+
+
+def create_methods(specs: Sequence[str], options: MethodOptions | None = None) -> list[Method]:
+    """Make the methods of a run, in order; two of one name are a `UsageError`, since records go by the name."""
+    methods: list[Method] = []
+    for spec in specs:
+        method = create_method(spec, options)
+        if any(method.name == earlier.name for earlier in methods):
+            raise UsageError(f'Method "{method.name}" is given twice; variants of one method need different settings.')
+        methods.append(method)
+    return methods

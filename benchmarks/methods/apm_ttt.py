@@ -1,0 +1,126 @@
+"""APM test-time training (Modi & Rawat, NeurIPS 2024): a fresh student overfit to a target made from the one image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apm.adapt import AdaptConfig, TestTimeTrainer
+from apm.errors import UsageError
+from apm.model import APMConfig
+from apm.targets import TargetPolicy, aggregate, policy
+
+from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings
+
+_TARGET_FIELDS = ("views", "min_area", "keep", "cls_weight")
+_ADAPT_FIELDS = ("steps", "lr", "loss", "precision", "seed", "tolerance", "queries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class APMSettings:
+    """What can be set. None leaves the own value of the target (`apm.targets`) or the trainer (`AdaptConfig`)."""
+
+    target: str = "cls"
+    views: int | None = None
+    min_area: float | None = None
+    keep: float | None = None
+    cls_weight: float | None = None
+    preset: str = "paper"
+    readout: str = "query"
+    steps: int | None = None
+    lr: float | None = None
+    loss: str | None = None
+    precision: str | None = None
+    seed: int | None = None
+    tolerance: float | None = None
+    queries: int | None = None
+
+
+class APMTestTimeTraining:
+    """The student's answer after K steps towards the target, its weights drawn afresh for each image."""
+
+    stream = False
+
+    def __init__(self, options: MethodOptions) -> None:
+        given = {
+            name: getattr(options, name) for name in ("target", "preset", "readout", "steps", "lr", "precision", "seed")
+        }
+        chosen = make_settings(APMSettings, "apm", options, **given)
+        self._policy = _target_policy(chosen, options)
+        self._adapt = AdaptConfig(**_set(chosen, _ADAPT_FIELDS))
+        self._preset, self._readout = chosen.preset, chosen.readout
+        self._device, self._batch_size = torch.device(options.device), options.batch_size
+        self._record_steps = options.record_steps
+        self._trainer: TestTimeTrainer | None = None
+        self._model(dim=512)  # a wrong name is found here, before any image is read
+        self.name = _name(chosen, self._policy, options)
+        self.settings: Mapping[str, Json] = {
+            **dataclasses.asdict(chosen),
+            **{name: getattr(self._policy, name) for name in _TARGET_FIELDS},
+            **{name: getattr(self._adapt, name) for name in _ADAPT_FIELDS},
+            "aggregate": self._policy.kind,
+        }
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Adapt a student to each image and classify its token.
+
+        The extras are ``loss`` and ``cosine`` of the last token to the target, and the ``steps`` made. A student whose
+        loss was not finite has no answer: its logits are NaN.
+        """
+        trainer = self._trainer_for(batch)
+        images = batch.student_images(trainer.model.image_size)
+        result = trainer.adapt(images, self._targets(batch), record_tokens=self._record_steps)
+        return Prediction(
+            logits=batch.head.logits(result.tokens),
+            extras={"loss": result.final_losses, "cosine": result.final_cosines, "steps": result.steps},
+            step_logits=None if result.step_tokens is None else batch.head.logits(result.step_tokens),
+        )
+
+    def _targets(self, batch: Batch) -> Tensor:
+        """What the students are overfit to: (B, D)."""
+        if self._policy.kind == "cls":
+            return batch.tokens()
+        features = batch.views(self._policy.views, min_area=self._policy.min_area)  # (B, V, D)
+        return torch.stack([aggregate(self._policy, views, batch.head) for views in features])
+
+    def _trainer_for(self, batch: Batch) -> TestTimeTrainer:
+        """The trainer for students as wide as the teacher's token; it keeps nothing of the images it has seen."""
+        if self._trainer is None or self._trainer.model.dim != batch.teacher.dim:
+            model = self._model(batch.teacher.dim)
+            self._trainer = TestTimeTrainer(model, self._adapt, device=self._device, batch_size=self._batch_size)
+        return self._trainer
+
+    def _model(self, dim: int) -> APMConfig:
+        return APMConfig.preset(self._preset, dim=dim, readout=self._readout)  # type: ignore[arg-type]  # checked inside
+
+
+def _set(chosen: APMSettings, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the named settings that are not None."""
+    return {name: value for name in names if (value := getattr(chosen, name)) is not None}
+
+
+def _target_policy(chosen: APMSettings, options: MethodOptions) -> TargetPolicy:
+    """The named target with what was set for it; a setting that the paper's own target does not read is refused."""
+    named, changes = policy(chosen.target), _set(chosen, _TARGET_FIELDS)
+    if named.kind == "cls":
+        if changes:
+            raise UsageError(
+                f'Method "apm" with {", ".join(changes)} but the target "cls", which is the image\'s own token and '
+                "uses no views; add target=mean, confident, mta or best."
+            )
+        return named
+    if options.views is not None:
+        changes.setdefault("views", options.views)
+    return dataclasses.replace(named, **changes)
+
+
+def _name(chosen: APMSettings, target: TargetPolicy, options: MethodOptions) -> str:
+    """``apm`` for the paper's target, else with target and views, as ``apm[mta,64]``; other settings follow."""
+    parts = () if target.kind == "cls" else (chosen.target, str(target.views))
+    others = {name: text for name, text in options.overrides.items() if name not in ("target", "views")}
+    return display_name("apm", dataclasses.replace(options, overrides=others), *parts)

@@ -1,0 +1,296 @@
+"""What a method is, what it is given, and how its settings are declared.
+
+A method is one object with `name`, `stream`, `settings` and `predict(batch)`. The `Batch` holds everything that methods
+share, each part computed when first asked for and then kept. There are no labels in it, and no file names either, since
+a file's folder is often its label.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from apm.errors import UsageError, unknown
+from apm.images import student_input
+from apm.views import MIN_AREA, check, views
+
+if TYPE_CHECKING:
+    from apm.teachers.base import Teacher
+    from apm.zeroshot import ZeroShotHead
+
+Json = str | int | float | bool | None
+"""A value of a method's `settings`, as run records hold it."""
+
+SettingsT = TypeVar("SettingsT")
+
+
+class Batch:
+    """B test images and what the teacher makes of them, shared by all methods of a run.
+
+    Args:
+        ids: one stable name per image. Only a hash of it is kept: it seeds the image's views.
+        images: RGB images; pixels are copied without file name and metadata.
+        teacher: the frozen teacher.
+        head: its zero-shot head for the data set's class names.
+        seed: of the run, for the views.
+        chunk: how many images or views are encoded at a time; bounds the memory.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        images: Sequence[Image.Image],
+        teacher: Teacher,
+        head: ZeroShotHead,
+        *,
+        seed: int = 0,
+        chunk: int = 64,
+    ) -> None:
+        if len(ids) != len(images):
+            raise ValueError(f"{len(ids)} ids for {len(images)} images")
+        self.teacher = teacher
+        self.head = head
+        self.seed = seed
+        self.images = tuple(_bare(image) for image in images)
+        self._keys = tuple(hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest() for name in ids)
+        self._chunk = chunk
+        self._pixels: Tensor | None = None
+        self._tokens: Tensor | None = None
+        self._views: dict[float, Tensor] = {}
+        self._student_images: dict[int, Tensor] = {}
+        self.seconds: dict[str, float] = {}
+        """Wall time spent so far on each shared part, ``tokens``, ``views`` and ``student images``."""
+        self.used: set[str] = set()
+        """The shared parts asked for since the runner last cleared this, to charge a method for what it uses."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self) -> Tensor:
+        """The images as the teacher takes them: (B, 3, H, W) float32 on the CPU."""
+        if self._pixels is None:
+            self._pixels = torch.stack([self.teacher.preprocess(image) for image in self.images])
+        return self._pixels
+
+    def tokens(self) -> Tensor:
+        """The teacher's CLS tokens: (B, D) float32, not normalised, on the teacher's device."""
+        self.used.add("tokens")
+        if self._tokens is None:
+            with self._timed("tokens"):
+                parts = self.pixels().split(self._chunk)
+                self._tokens = torch.cat([self.teacher.encode_image(part) for part in parts])
+        return self._tokens
+
+    def views(self, count: int, *, min_area: float = MIN_AREA) -> Tensor:
+        """The teacher's features of augmented views.
+
+        Args:
+            count: V ≥ 1. Fewer views are the first of more: asking for 33 and then for 64 encodes 31 more.
+            min_area: smallest share of the image's area in a crop.
+
+        Returns:
+            (B, V, D) float32, not normalised, on the teacher's device; view 0 is `tokens`.
+        """
+        check(count, min_area)
+        have = self._views.get(min_area, self.tokens().unsqueeze(1))  # (B, 1, D) at first
+        self.used.add("views")
+        if have.shape[1] < count:
+            with self._timed("views"):
+                more = [self._encode_views(index, have.shape[1], count, min_area) for index in range(len(self))]
+                have = torch.cat([have, torch.stack(more)], dim=1)  # (B, count, D)
+            self._views[min_area] = have
+        return have[:, :count]
+
+    def student_images(self, size: int) -> Tensor:
+        """The images as the student takes them: (B, 3, size, size) float32 on the CPU."""
+        self.used.add("student images")
+        if size not in self._student_images:
+            with self._timed("student images"):
+                self._student_images[size] = torch.stack([student_input(image, size) for image in self.images])
+        return self._student_images[size]
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.teacher.device.type == "cuda":  # the work was only queued: without this another part pays for it
+            torch.cuda.synchronize(self.teacher.device)
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def _encode_views(self, index: int, start: int, stop: int, min_area: float) -> Tensor:
+        """Views `start` … `stop` − 1 of one image: (stop − start, D)."""
+        parts = []
+        for first in range(start, stop, self._chunk):
+            pixels = views(
+                self.images[index],
+                min(first + self._chunk, stop),
+                self.teacher,
+                seed=self.seed,
+                sample_id=self._keys[index],
+                start=first,
+                min_area=min_area,
+            )
+            parts.append(self.teacher.encode_image(pixels))
+        return torch.cat(parts)
+
+
+@dataclass(kw_only=True)
+class Prediction:
+    """What a method says of B images."""
+
+    logits: Tensor
+    """(B, C) float32; their softmax is the method's probability of each class. A row with NaN is no answer."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Figures to record per image, such as ``loss`` and ``cosine``: name → (B,)."""
+    step_logits: Tensor | None = None
+    """(B, K + 1, C) before each of K steps and after the last; only where steps are recorded."""
+
+    def check(self, method: str, batch: Batch) -> Prediction:
+        """Return this prediction, or raise a ValueError that names the method if a shape does not fit the batch."""
+        rows, classes = len(batch), len(batch.head.features)
+        if tuple(self.logits.shape) != (rows, classes):
+            raise ValueError(
+                f"method {method}: logits of shape {tuple(self.logits.shape)}, expected ({rows}, {classes})"
+            )
+        for name, values in self.extras.items():
+            if tuple(values.shape) != (rows,):
+                raise ValueError(f"method {method}: extra {name} of shape {tuple(values.shape)}, expected ({rows},)")
+        steps = self.step_logits
+        if steps is not None and (steps.ndim != 3 or steps.shape[0] != rows or steps.shape[2] != classes):
+            raise ValueError(
+                f"method {method}: step logits of shape {tuple(steps.shape)}, expected ({rows}, K + 1, {classes})"
+            )
+        return self
+
+
+class Method(Protocol):
+    """One way to classify test images, told nothing of labels."""
+
+    name: str
+    """Names its column in records and tables; distinct within a run."""
+    stream: bool
+    """False: episodic, an image's answer does not depend on other images. True: it depends on those before it, so the
+    order is part of the result."""
+    settings: Mapping[str, Json]
+    """Everything that shapes the answers, for the run's record."""
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Classify the images of a batch."""
+        ...
+
+
+class StreamMethod(Method, Protocol):
+    """A method that learns from the stream of images it has seen."""
+
+    def reset(self) -> None:
+        """Forget every image seen."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """What a run gives to each method it makes. None: the method's own default."""
+
+    target: str = "cls"
+    """``apm``: what the student is overfit to, a name of `apm.targets.TARGETS`."""
+    views: int | None = None
+    """Number of views, for every method that uses views."""
+    steps: int | None = None
+    """``apm``: number of adaptation steps."""
+    lr: float | None = None
+    """``apm``: learning rate."""
+    preset: str = "paper"
+    """``apm``: size of the student."""
+    readout: str = "query"
+    """``apm``: how the student reads its token out."""
+    precision: str = "auto"
+    """``apm``: of the matrix products, ``auto``, ``fp32`` or ``bf16``."""
+    device: str | torch.device = "cpu"
+    """Where methods compute."""
+    seed: int = 0
+    """Of the run."""
+    batch_size: int | None = None
+    """``apm``: students adapted at a time; never changes an answer."""
+    record_steps: bool = False
+    """``apm``: also give the logits of every step."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Settings written behind the method's own name, which win: ``tpt:steps=0`` gives ``{"steps": "0"}``."""
+
+
+def make_settings(kind: type[SettingsT], method: str, options: MethodOptions, **given: Any) -> SettingsT:
+    """Make a method's settings: its defaults, then what the run gives, then what stands behind the method's name.
+
+    Args:
+        kind: a dataclass of values of type str, int, float or bool, all with defaults.
+        method: its name, for errors.
+        options: of the run.
+        given: values from the run's options, by field; None leaves the default.
+
+    Raises:
+        UsageError: an override names no field, or its value is not of the field's type.
+    """
+    fields = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    values = {name: value for name, value in given.items() if value is not None}
+    for name, text in options.overrides.items():
+        if name not in fields:
+            raise unknown(f'setting of method "{method}"', name, fields)
+        values[name] = _parse(method, name, text, hints[name])
+    return kind(**values)
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a share outside (0, 1] with a `UsageError`."""
+    if not 0 < value <= 1:
+        raise UsageError(f"Setting {name} is {value}: a share lies above 0 and up to 1.")
+
+
+def settings_record(settings: Any) -> dict[str, Json]:
+    """A settings dataclass as JSON values."""
+    return dataclasses.asdict(settings)
+
+
+def display_name(method: str, options: MethodOptions, *parts: str) -> str:
+    """Name a variant: the method, then in brackets what sets it apart.
+
+    Args:
+        method: its name in the registry.
+        options: their overrides are written as ``key=value`` unless `parts` already say them.
+        parts: short words for the settings that always belong to the name.
+    """
+    words = list(parts) + [f"{name}={text}" for name, text in sorted(options.overrides.items())]
+    return f"{method}[{','.join(words)}]" if words else method
+
+
+def _bare(image: Image.Image) -> Image.Image:
+    """A copy of the pixels alone: PIL keeps the path and metadata, which may tell the label, on images it opened."""
+    copy = image.convert("RGB")
+    copy.info = {}
+    return copy
+
+
+_BOOLEANS: dict[str, bool] = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _parse(method: str, name: str, text: str, hint: Any) -> Json:
+    """Read a setting's value as its field's type."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if text.lower() == "none" and type(None) in choices:
+        return None
+    wanted: Callable[[str], Json] = next(choice for choice in choices if choice is not type(None))
+    try:
+        return _BOOLEANS[text.lower()] if wanted is bool else wanted(text)
+    except (ValueError, KeyError):
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]  # type: ignore[index]
+        raise UsageError(f'Setting {name} of method "{method}" is "{text}", which is not {kind}.') from None

@@ -1,0 +1,56 @@
+"""MTA, MeanShift for Test-time Augmentation (Zanella & Ben Ayed, CVPR 2024): the mode of the views is classified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import normalize
+
+from apm.mta import mean_shift_mode
+from apm.views import MIN_AREA
+
+from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTASettings:
+    """The published settings; see `apm.mta.mean_shift_mode` for what they mean."""
+
+    views: int = 64
+    min_area: float = MIN_AREA
+    lambda_y: float = 0.2
+    lambda_q: float = 4.0
+    iterations: int = 5
+    neighbours: float = 0.3
+
+
+class MTA:
+    """Classify the robust mode of the views' features."""
+
+    stream = False
+
+    def __init__(self, options: MethodOptions) -> None:
+        self.name = display_name("mta", options)
+        self._chosen = make_settings(MTASettings, "mta", options, views=options.views)
+        self.settings: Mapping[str, Json] = settings_record(self._chosen)
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Classify each image's mode; ``own_inlierness`` is how much the image itself counted for it."""
+        chosen = self._chosen
+        modes = [
+            mean_shift_mode(
+                normalize(features, dim=1),
+                batch.head.probabilities(features),
+                lambda_y=chosen.lambda_y,
+                lambda_q=chosen.lambda_q,
+                iterations=chosen.iterations,
+                neighbours=chosen.neighbours,
+            )
+            for features in batch.views(chosen.views, min_area=chosen.min_area)
+        ]
+        return Prediction(
+            logits=batch.head.logits(torch.stack([mode.vector for mode in modes])),
+            extras={"own_inlierness": torch.stack([mode.inlierness[0] for mode in modes])},
+        )

@@ -1,0 +1,148 @@
+"""TDA, a training-free dynamic adapter (Karmanov et al., CVPR 2024): two caches filled from the stream of test images.
+
+The positive cache keeps, for each predicted class, the features of the most confident images; the negative cache those
+of moderately uncertain ones, with the classes that they are probably not. An image's logits gain by its likeness to
+the first and lose by its likeness to the second. An answer depends on the images before it: the run seeds and records
+their order.
+
+As for the other methods here one feature per image is used, that of the image itself; the published code averages
+confident augmented views on the ImageNet family.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from apm.targets import entropies
+
+from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class TDASettings:
+    """The published settings for ImageNet."""
+
+    positive_shots: int = 3
+    """Images kept per predicted class."""
+    positive_alpha: float = 2.0
+    """Weight of the positive cache in the logits."""
+    positive_beta: float = 5.0
+    """Sharpness of its likeness."""
+    negative_shots: int = 2
+    negative_alpha: float = 0.117
+    negative_beta: float = 1.0
+    entropy_low: float = 0.2
+    """An image enters the negative cache when its normalised entropy is above this …"""
+    entropy_high: float = 0.5
+    """… and below this."""
+    mask_low: float = 0.03
+    """A class is marked as probably wrong when its probability is above this …"""
+    mask_high: float = 1.0
+    """… and below this."""
+
+
+class Cache:
+    """Features of test images by predicted class, the most confident ones, each with the classes that it speaks of.
+
+    Args:
+        classes: C.
+        shots: entries kept per class.
+        beta: sharpness: an entry counts exp(−β·(1 − cosine)).
+    """
+
+    def __init__(self, classes: int, shots: int, beta: float) -> None:
+        self.classes = classes
+        self.shots = shots
+        self.beta = beta
+        self._entries: dict[int, list[tuple[float, Tensor, Tensor]]] = {}
+        self._stacked: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def update(self, predicted: int, entropy: float, feature: Tensor, marked: Tensor) -> None:
+        """Enter an image under its predicted class; a full class drops its most uncertain entry, or this one.
+
+        Args:
+            predicted: index of the predicted class.
+            entropy: of the prediction; low is kept.
+            feature: (D,) of unit length.
+            marked: indices of the classes that the entry speaks of: few, so that memory stays far below C per entry.
+        """
+        entries = self._entries.setdefault(predicted, [])
+        if len(entries) == self.shots:
+            if not entries or entropy >= entries[-1][0]:
+                return
+            entries.pop()
+        bisect.insort(entries, (entropy, feature, marked), key=lambda entry: entry[0])
+        self._stacked = None
+
+    def logits(self, feature: Tensor) -> Tensor:
+        """For each class, the sum of the entries that speak of it, weighted by likeness to a (D,) feature: (C,)."""
+        total = feature.new_zeros(self.classes)
+        if self._stacked is None:
+            entries = [entry for predicted in sorted(self._entries) for entry in self._entries[predicted]]
+            if not entries:
+                return total
+            counts = torch.tensor([len(marked) for _, _, marked in entries], device=feature.device)
+            self._stacked = (
+                torch.stack([kept for _, kept, _ in entries]),
+                torch.cat([marked for _, _, marked in entries]),
+                torch.arange(len(entries), device=feature.device).repeat_interleave(counts),
+            )
+        features, classes, owners = self._stacked  # (E, D), (M,) marked classes of all entries, (M,) whose they are
+        weights = torch.exp(self.beta * (features @ feature - 1))  # (E,)
+        return total.index_add_(0, classes, weights[owners])
+
+
+class TDA:
+    """A stream method: the caches grow with every image until `reset`."""
+
+    stream = True
+
+    def __init__(self, options: MethodOptions) -> None:
+        self.name = display_name("tda", options)
+        self._chosen = make_settings(TDASettings, "tda", options)
+        self.settings: Mapping[str, Json] = settings_record(self._chosen)
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty both caches."""
+        self._caches: tuple[Cache, Cache] | None = None
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Classify the images in their order, each after it has been entered into the caches."""
+        tokens = batch.tokens()
+        features = normalize(tokens, dim=1)
+        logits = batch.head.logits(tokens)  # (B, C)
+        rows = [self._step(feature, row) for feature, row in zip(features, logits, strict=True)]
+        return Prediction(logits=torch.stack(rows))
+
+    def _step(self, feature: Tensor, logits: Tensor) -> Tensor:
+        """Update the caches with one image, (D,) and (C,), and return its adapted logits (C,)."""
+        chosen, classes = self._chosen, len(logits)
+        positive, negative = self._caches_for(classes)
+        probabilities = logits.softmax(dim=0)
+        entropy = float(entropies(probabilities))
+        predicted = int(logits.argmax())
+        positive.update(predicted, entropy, feature, logits.argmax().reshape(1))
+        # Nats over log2 of the classes, as published: the thresholds are meant for this mixture of units.
+        if chosen.entropy_low < entropy / math.log2(max(classes, 2)) < chosen.entropy_high:
+            doubted = (probabilities > chosen.mask_low) & (probabilities < chosen.mask_high)
+            negative.update(predicted, entropy, feature, doubted.nonzero().flatten())
+        gain = chosen.positive_alpha * positive.logits(feature)
+        return logits + gain - chosen.negative_alpha * negative.logits(feature)
+
+    def _caches_for(self, classes: int) -> tuple[Cache, Cache]:
+        """The positive and the negative cache, empty at the start of a stream."""
+        if self._caches is None:
+            chosen = self._chosen
+            self._caches = (
+                Cache(classes, chosen.positive_shots, chosen.positive_beta),
+                Cache(classes, chosen.negative_shots, chosen.negative_beta),
+            )
+        return self._caches

@@ -1,0 +1,383 @@
+"""What a run writes: a folder with `run.json` and immutable Parquet shards of rows, one row per image and method.
+
+    RUN/run.json                    what was run, with what, and by whom it was continued (schema:
+    schemas/run.schema.json) RUN/shards/<cell>/<shard>.parquet RUN/.lock                       held while a process
+    writes
+
+A *cell* is one cell of a table: a data set, or one corruption of it at one level (``digits``, ``imagenet-c/fog/5``).
+A shard is written under a temporary name, flushed to the disk and renamed, and never touched again: a process that
+dies, or a disk that fills up, leaves whole shards and perhaps a temporary file, which the next run removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from apm.errors import ApmError, UsageError
+
+SCHEMA_VERSION = 1
+TEMPORARY = ".part"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One image answered by one method.
+
+    Where `error` is set, everything from `prediction` to `step_predictions` is None.
+    """
+
+    id: str
+    """The sample's id: its path relative to the data set's root, posix."""
+    position: int
+    """Place in the stream order of the cell, from 0."""
+    label: int
+    """True class, an index into the cell's class names."""
+    method: str
+    prediction: int | None = None
+    """Class with the largest logit."""
+    probability: float | None = None
+    """Softmax probability of `prediction`, in (0, 1]."""
+    nll: float | None = None
+    """Negative log of the probability of the true class, in nats."""
+    rank: int | None = None
+    """Rank of the true class: 1 when the prediction is right."""
+    teacher_prediction: int | None = None
+    """What the teacher's own token answers with the same text features."""
+    loss: float | None = None
+    """Loss of the adapted student, for methods that have one."""
+    cosine: float | None = None
+    """Cosine of the adapted student's token to its target, for methods that have one."""
+    steps: int | None = None
+    """Adaptation steps made, for methods that adapt."""
+    seconds: float | None = None
+    """The method's own share of its batch's wall time, without decoding and without what methods share."""
+    shared_seconds: float | None = None
+    """Share of the wall time of what is computed once for all methods and this method uses: teacher token, views."""
+    step_predictions: tuple[int, ...] | None = None
+    """Prediction before the first step and after each, where per-step predictions were asked for."""
+    error: str | None = None
+    """Why there is no answer: the image cannot be decoded, or the numbers are not finite."""
+
+
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("prediction", pa.int32()),
+        pa.field("probability", pa.float32()),
+        pa.field("nll", pa.float32()),
+        pa.field("rank", pa.int32()),
+        pa.field("teacher_prediction", pa.int32()),
+        pa.field("loss", pa.float32()),
+        pa.field("cosine", pa.float32()),
+        pa.field("steps", pa.int32()),
+        pa.field("seconds", pa.float32()),
+        pa.field("shared_seconds", pa.float32()),
+        pa.field("step_predictions", pa.list_(pa.int32())),
+        pa.field("error", pa.string()),
+    ],
+    metadata={"apm.schema": str(SCHEMA_VERSION)},
+)
+
+
+class RunFolder:
+    """A run's folder on disk: reads and writes its files; knows nothing of data sets and methods."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / "run.json"
+
+    def shard_folder(self, cell: str) -> Path:
+        return self.path / "shards" / cell.replace("/", "--")
+
+    def lock(self, timeout: float = 0) -> filelock.BaseFileLock:
+        """Take the folder for writing; the system gives it back when the process ends, however it ends.
+
+        Args:
+            timeout: seconds to wait for another process to let go.
+
+        Raises:
+            UsageError: another run has the folder.
+        """
+        _make_folder(self.path)
+        lock = filelock.FileLock(self.path / ".lock", timeout=timeout)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UsageError(
+                f"Another run is writing to {self.path}. Wait for it, or give another folder with --out."
+            ) from None
+        return lock
+
+    def read_run(self) -> dict[str, Any] | None:
+        """Read run.json; None where there is none.
+
+        Raises:
+            UsageError: the file is damaged or of another schema version.
+        """
+        try:
+            text = self.run_file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        try:
+            run: dict[str, Any] = json.loads(text)
+            version = run["schema"]
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{self.run_file} is not a run record. Restore it, or start over with --fresh.") from None
+        if version != SCHEMA_VERSION:
+            raise UsageError(f"{self.run_file} has schema {version}; this version reads schema {SCHEMA_VERSION}.")
+        return run
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Replace run.json in one move."""
+        text = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        temporary = self.run_file.with_name(f"run.json.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+        with _explained(self.path):
+            _replace_durably(temporary, self.run_file, text.encode())
+
+    def append(self, cell: str, rows: Sequence[Row]) -> Path:
+        """Write `rows` as one new shard of `cell`; when this returns they are on the disk.
+
+        Raises:
+            ApmError: the disk is full or cannot be written. No part of these rows is kept, all earlier ones are.
+        """
+        columns = [[getattr(row, field.name) for row in rows] for field in ROW_SCHEMA]
+        table = pa.Table.from_arrays(
+            [pa.array(values, field.type) for values, field in zip(columns, ROW_SCHEMA, strict=True)], schema=ROW_SCHEMA
+        )
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        folder = self.shard_folder(cell)
+        name = f"{rows[0].position:08d}-{uuid.uuid4().hex[:12]}"
+        final = folder / f"{name}.parquet"
+        with _explained(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace_durably(folder / f"{name}{TEMPORARY}", final, sink.getvalue().to_pybytes())
+        return final
+
+    def shards(self, cell: str) -> list[Path]:
+        """All shards of `cell`, by name."""
+        return sorted(self.shard_folder(cell).glob("*.parquet"))
+
+    def read(self, cell: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the rows of `cell`, in no particular order.
+
+        Raises:
+            UsageError: a shard is damaged (not by a run that died: shards are renamed only when whole).
+        """
+        wanted = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
+        tables = []
+        for shard in self.shards(cell):
+            try:
+                tables.append(pq.read_table(shard, schema=ROW_SCHEMA, columns=columns, partitioning=None))
+            except (pa.ArrowException, OSError) as error:
+                raise UsageError(
+                    f"{shard} is damaged ({error}). Remove this file and run again: its images are computed anew."
+                ) from None
+        return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary files of runs that died. Only for the process that holds the lock."""
+        for leftover in [*self.path.glob(f"*{TEMPORARY}"), *self.path.glob(f"shards/*/*{TEMPORARY}")]:
+            leftover.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove run.json and all shards, and nothing else that may lie in the folder."""
+        self.remove_leftovers()
+        self.run_file.unlink(missing_ok=True)
+        for shard in self.path.glob("shards/*/*.parquet"):
+            shard.unlink()
+        for folder in [*self.path.glob("shards/*"), self.path / "shards"]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Compare two configurations field by field.
+
+    Returns:
+        (dotted field, old value, new value) for each that differs; a field that one lacks is None there.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((f"{prefix}{key}", before, after))
+    return found
+
+
+def describe_differences(found: Iterable[tuple[str, Any, Any]]) -> str:
+    """Put differing fields into words: ``limit: 100 before, 200 now; …``, long values shortened."""
+
+    def short(value: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 60 else text[:57] + "…"
+
+    return "; ".join(f"{field}: {short(before)} before, {short(after)} now" for field, before, after in found)
+
+
+@dataclass(frozen=True)
+class MethodRows:
+    """All rows of one method in one cell, by position in the stream; arrays of n. Failed rows hold -1 or nan."""
+
+    ids: NDArray[np.object_]
+    label: NDArray[np.int64]
+    prediction: NDArray[np.int64]
+    probability: NDArray[np.float64]
+    nll: NDArray[np.float64]
+    rank: NDArray[np.int64]
+    teacher_prediction: NDArray[np.int64]
+    cosine: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    error: NDArray[np.object_]
+    step_predictions: NDArray[np.int64] | None
+    """(n, K + 1); None where not recorded."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Records:
+    """A run read back for tables and comparisons."""
+
+    path: Path
+    run: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Records:
+        """Open a run folder for reading.
+
+        Raises:
+            UsageError: there is no run, or it cannot be read.
+        """
+        folder = RunFolder(path)
+        run = folder.read_run()
+        if run is None:
+            raise UsageError(f'No run at "{path}": a run folder holds run.json. Make one with apm bench … --out {path}')
+        return cls(Path(path), run)
+
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """What run.json says of each cell, by key, in the order of the run."""
+        return self.run["cells"]
+
+    @property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """The settings of each method, by name, in the order of the run."""
+        return self.run["config"]["methods"]
+
+    def rows(self, cell: str) -> Iterator[tuple[str, MethodRows]]:
+        """Yield the rows of each method in `cell` that has any, in the run's order of methods.
+
+        Raises:
+            UsageError: a row is there twice (files were copied together).
+        """
+        table = RunFolder(self.path).read(cell)
+        names = np.asarray(table["method"].to_numpy(zero_copy_only=False), dtype=object)
+        for method in self.methods:
+            part = table.filter(pa.array(names == method)).sort_by("position")
+            if part.num_rows == 0:
+                continue
+            if len(set(part["position"].to_pylist())) != part.num_rows:
+                raise UsageError(
+                    f"{self.path}: rows of {method} on {cell} are there twice. Were two runs copied together?"
+                )
+            yield method, _method_rows(part)
+
+
+def _method_rows(table: pa.Table) -> MethodRows:
+    def numbers(name: str, missing: float, dtype: Any) -> NDArray[Any]:
+        return table[name].fill_null(missing).to_numpy().astype(dtype)
+
+    def objects(name: str) -> NDArray[np.object_]:
+        values = np.empty(table.num_rows, dtype=object)
+        values[:] = table[name].to_pylist()
+        return values
+
+    steps = table["step_predictions"].to_pylist()
+    width = max((len(row) for row in steps if row is not None), default=0)
+    return MethodRows(
+        ids=objects("id"),
+        label=numbers("label", -1, np.int64),
+        prediction=numbers("prediction", -1, np.int64),
+        probability=numbers("probability", np.nan, np.float64),
+        nll=numbers("nll", np.nan, np.float64),
+        rank=numbers("rank", -1, np.int64),
+        teacher_prediction=numbers("teacher_prediction", -1, np.int64),
+        cosine=numbers("cosine", np.nan, np.float64),
+        seconds=numbers("seconds", np.nan, np.float64) + numbers("shared_seconds", 0, np.float64),
+        error=objects("error"),
+        step_predictions=np.array([_padded(row, width) for row in steps]) if width else None,
+    )
+
+
+def _padded(steps: list[int] | None, width: int) -> list[int]:
+    """A failed row holds -1 throughout; one that stopped early keeps its last prediction."""
+    return [-1] * width if not steps else steps + steps[-1:] * (width - len(steps))
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Cannot write to {path}: {error.strerror}. Give another folder with --out.") from None
+
+
+def _replace_durably(temporary: Path, final: Path, data: bytes) -> None:
+    """Write `data` under a temporary name, flush it to the disk, and rename it: `final` is there whole or not."""
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk too
+        directory = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+class _explained:
+    """Turn an OSError of the body into a sentence for people."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "The disk is full" if full else f"Cannot write: {error.strerror or error}"
+        raise ApmError(
+            f"{what} ({self.path}). All rows written so far are whole: "
+            f"{'free some space and ' if full else ''}run the same command again to continue."
+        ) from None

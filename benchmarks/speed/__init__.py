@@ -1,0 +1,1 @@
+"""How fast the student is, against the floor that the machine's own rates set: ``python -m apm.benchmarks.speed``."""

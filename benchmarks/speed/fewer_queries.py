@@ -1,0 +1,114 @@
+"""Fewer queries a step, on real images: what drawing N of the locations afresh at each step costs and saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apm.adapt import AdaptConfig, TestTimeTrainer
+from apm.images import student_input
+from apm.model import APMConfig
+from apm.teachers.base import Teacher
+from apm.zeroshot import ZeroShotHead
+
+from ..datasets import Dataset
+from ..profile import step_flops
+from ..stats import mcnemar, standard_error
+from .options import Options
+from .record import Recorder
+from .timing import spread, synchronize
+
+
+def sweep_queries(
+    options: Options, teacher: Teacher, dataset: Dataset, counts: Sequence[int] | None = None, *, steps: int = 50
+) -> dict[str, Any]:
+    """Agreement with the teacher, accuracy and seconds against N, the locations read at each step.
+
+    The images are answered one by one, each with every N in turn. All locations are read for the answer itself.
+
+    Args:
+        options: sizes; the student's ``dim`` is the teacher's.
+        teacher: whose token the students are overfit to.
+        dataset: labelled images; the labels are looked at here, after the answers.
+        counts: the N to compare; all of the locations come on top. None: powers of two from 8.
+        steps: of each adaptation.
+    """
+    config = _config(options, teacher)
+    counts = [*(counts or [2**k for k in range(3, 20) if 2**k < config.cells]), config.cells]
+    recorder = Recorder(
+        "queries",
+        options.record(
+            precision=options.chosen_precision,
+            teacher=teacher.identity,
+            dataset=dataset.name,
+            dataset_fingerprint=dataset.fingerprint,
+            images=len(dataset.samples),
+            classes=len(dataset.class_names),
+            steps=steps,
+        ),
+        options.device,
+    )
+    head = ZeroShotHead.build(teacher, dataset.class_names, teacher.default_templates or dataset.templates)
+    trainers = {count: _trainer(options, config, count, steps) for count in counts}
+    found: dict[int, dict[str, list[float]]] = {
+        count: {"seconds": [], "prediction": [], "cosine": []} for count in counts
+    }
+    labels, teacher_predictions = [], []
+    for turn, sample in enumerate(dataset.samples):
+        picture = sample.load()
+        target = teacher.encode_image(teacher.preprocess(picture)[None].to(teacher.device))  # (1, D)
+        image = student_input(picture, config.image_size)[None]
+        labels.append(sample.label)
+        teacher_predictions.append(_prediction(head, target))
+        first = turn % len(counts)
+        for count in counts[first:] + counts[:first]:
+            if turn == 0:
+                trainers[count].adapt(image, target)  # makes its buffers
+            synchronize(options.device)
+            begun = time.perf_counter()
+            result = trainers[count].adapt(image, target)
+            found[count]["seconds"].append(time.perf_counter() - begun)
+            found[count]["prediction"].append(_prediction(head, result.tokens))
+            found[count]["cosine"].append(float(result.final_cosines[0]))
+    truth, theirs = np.asarray(labels), np.asarray(teacher_predictions)
+    everywhere = np.asarray(found[config.cells]["prediction"]) == truth
+    rows = []
+    for count in counts:
+        predictions = np.asarray(found[count]["prediction"])
+        right = predictions == truth
+        lost, won = int((everywhere & ~right).sum()), int((~everywhere & right).sum())
+        rows.append(
+            {
+                "queries": count,
+                "agreement": float((predictions == theirs).mean()),
+                "accuracy": float(right.mean()),
+                "standard_error": standard_error(float(right.mean()), len(right)),
+                "lost": lost,  # right with all locations, wrong with these; won the other way round
+                "won": won,
+                "mcnemar_p": mcnemar(lost, won),
+                "cosine": spread(found[count]["cosine"]),
+                "seconds": spread(found[count]["seconds"]),
+                "flops": sum(step_flops(config, count).values()),
+            }
+        )
+    return recorder.finish(rows, {"teacher_accuracy": float((theirs == truth).mean())})
+
+
+def _config(options: Options, teacher: Teacher) -> APMConfig:
+    return replace(options.config, dim=teacher.dim)
+
+
+def _trainer(options: Options, config: APMConfig, count: int, steps: int) -> TestTimeTrainer:
+    queries = None if count == config.cells else count
+    adapt = AdaptConfig(steps=steps, precision=options.chosen_precision, queries=queries)
+    return TestTimeTrainer(config, adapt, device=options.device)
+
+
+def _prediction(head: ZeroShotHead, token: Tensor) -> int:
+    return int(torch.argmax(head.logits(token)[0]))

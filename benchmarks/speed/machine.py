@@ -1,0 +1,91 @@
+"""What the machine itself can do: the rates of its matrix products and of its memory, and the floor they set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from apm.model import APMConfig
+from apm.precision import product
+
+from ..profile import ADAM_BYTES, middle_flops, trained_parameters
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def rate_probe(config: APMConfig, precision: str, batch: int, device: torch.device) -> tuple[Callable[[], object], int]:
+    """The two large products of a forward pass (layers 2 and 3), bare and into memory that is there already.
+
+    Returns:
+        What to time, and its number of floating-point operations.
+    """
+    (h1, h2, h3), dtype = config.hidden, DTYPES[precision]
+    shapes = ((config.cells, h1, h2), (config.cells, h2, h3))
+    operands = [
+        (_random(batch, rows, inner, dtype, device), _random(batch, inner, cols, dtype, device), rows, cols)
+        for rows, inner, cols in shapes
+    ]
+    jobs = [(a, b, torch.empty(batch, rows, cols, dtype=dtype, device=device)) for a, b, rows, cols in operands]
+
+    def run() -> None:
+        for a, b, out in jobs:
+            product(a, b, out=out)
+
+    return run, batch * sum(2 * rows * inner * cols for rows, inner, cols in shapes)
+
+
+def six_products(config: APMConfig, precision: str, batch: int, device: torch.device) -> Callable[[], object]:
+    """All six large products of a step, laid out in memory as the engine has them: the floor as its own code meets it.
+
+    Forward, weight gradient and input gradient of layers 2 and 3; weights are stored (outputs, inputs).
+    """
+    (h1, h2, h3), dtype, n = config.hidden, DTYPES[precision], config.cells
+    jobs = []
+    for inputs, outputs in ((h1, h2), (h2, h3)):
+        x, d = _random(batch, n, inputs, dtype, device), _random(batch, n, outputs, dtype, device)
+        weight = _random(batch, outputs, inputs, dtype, device)
+        jobs += [
+            (x, weight.mT, torch.empty_like(d)),
+            (d.mT, x, torch.empty_like(weight)),
+            (d, weight, torch.empty_like(x)),
+        ]
+
+    def run() -> None:
+        for a, b, out in jobs:
+            product(a, b, out=out)
+
+    return run
+
+
+def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[Callable[[], object], int]:
+    """One array added to another in place, each as large as a student's parameters: like Adam, but nothing to compute.
+
+    Returns:
+        What to time, and the bytes that it reads and writes.
+    """
+    count = batch * trained_parameters(config)
+    a, b = torch.ones(count, device=device), torch.zeros(count, device=device)
+    return lambda: a.add_(b), 12 * count
+
+
+def floor(config: APMConfig, *, rate: float, bandwidth: float) -> dict[str, float]:
+    """The least seconds that one step of one student can take.
+
+    Args:
+        config: sizes.
+        rate: floating-point operations a second, in the precision of the products.
+        bandwidth: bytes a second.
+
+    Returns:
+        ``compute``, the two middle layers' operations at that rate; ``memory``, Adam's traffic at that bandwidth;
+        ``seconds``, the larger of the two.
+    """
+    compute, memory = middle_flops(config) / rate, ADAM_BYTES * trained_parameters(config) / bandwidth
+    return {"compute": compute, "memory": memory, "seconds": max(compute, memory)}
+
+
+def _random(batch: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers as products of real layers meet them: neither zero nor denormal."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    return torch.randn(batch, rows, cols, generator=generator, device=device).to(dtype)

@@ -1,0 +1,76 @@
+"""What every measurement is told, and what it works on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apm.engine import Engine
+from apm.model import APMConfig, draw_parameters
+from apm.precision import measured_precision
+
+TINY = APMConfig(
+    dim=32, image_size=32, patch_size=8, position_dim=16, hidden=(32, 16, 16), heads=4, rgb_hidden=8, init_std=0.1
+)
+"""The student of ``--quick``: large enough to run every line, too small for any number to mean something."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Sizes and device; ``quick`` takes the tiny student and few repetitions, to see that everything runs."""
+
+    preset: str = "paper"
+    dim: int = 512
+    readout: Literal["query", "mean"] = "query"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rounds: int = 9
+    batch: int = 1
+    quick: bool = False
+
+    @property
+    def config(self) -> APMConfig:
+        if self.quick:
+            return replace(TINY, readout=self.readout)
+        return APMConfig.preset(self.preset, dim=self.dim, readout=self.readout)
+
+    @property
+    def chosen_precision(self) -> Literal["fp32", "bf16"]:
+        return measured_precision(self.device) if self.precision == "auto" else self.precision
+
+    def record(self, **more: Any) -> dict[str, Any]:
+        """Settings as they stand in a record."""
+        config = self.config
+        return {
+            "preset": "tiny" if self.quick else self.preset,
+            "student": {**asdict(config), "hidden": list(config.hidden)},
+            "rounds": self.rounds,
+            **more,
+        }
+
+
+def images_and_targets(config: APMConfig, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Noise of the right shape and size: images (B, 3, S, S) and targets (B, D). Times do not depend on content."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((count, 3, config.image_size, config.image_size), dtype=np.float32)
+    targets = 0.4 * rng.standard_normal((count, config.dim), dtype=np.float32)
+    return torch.from_numpy(images).to(device), torch.from_numpy(targets).to(device)
+
+
+def loaded_engine(
+    config: APMConfig,
+    precision: Literal["fp32", "bf16"],
+    device: torch.device,
+    *,
+    batch: int = 1,
+    queries: int | None = None,
+) -> Engine:
+    """An engine with images and targets in it, ready to step."""
+    initial = draw_parameters(config, np.random.Generator(np.random.PCG64(0)))
+    engine = Engine(config, initial, batch=batch, precision=precision, queries=queries, device=device)
+    engine.load(*images_and_targets(config, batch, device))
+    return engine

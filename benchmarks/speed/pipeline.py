@@ -1,0 +1,177 @@
+"""How the cost of whole answers grows: with the labels, the images and the processes. Files in, answers out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from apm.adapt import AdaptConfig, TestTimeTrainer
+from apm.classifier import Classifier
+from apm.errors import ApmError
+from apm.teachers.base import Teacher
+from apm.zeroshot import ZeroShotHead
+
+from ..distributed import join
+from .options import Options, images_and_targets
+from .record import Recorder, resident_bytes
+from .timing import Work, interleaved, seconds, spread
+
+LABELS = (10, 100, 1000, 10_000)
+CHECKPOINTS = (10, 30, 100, 300, 1000, 3000, 10_000)
+LABELS_OF_IMAGES = 10
+PROCESSES = (1, 2, 4)
+PHOTOGRAPH = (500, 375)
+"""Width and height of the JPEG that is decoded, the usual size in ImageNet."""
+
+
+def sweep_labels(
+    options: Options, teacher: Teacher, counts: Sequence[int] = LABELS, *, steps: int = 20
+) -> dict[str, Any]:
+    """Seconds of one answer against the number of labels, and of their text features, which are made once."""
+    recorder = Recorder("labels", options.record(teacher=teacher.identity, steps=steps), options.device)
+    with _photograph() as path:
+        works, text_seconds = {}, {}
+        for count in counts:
+            labels = [f"object number {index}" for index in range(count)]
+            text_seconds[count] = seconds(_build_head(teacher, labels), options.device)
+            works[str(count)] = Work(_answer(_classifier(options, teacher, labels, steps), path), options.rounds)
+        times = interleaved(works, options.device)
+    rows = [
+        {
+            "labels": count,
+            "seconds": spread(times[str(count)]),
+            "text_seconds": text_seconds[count],
+            "head_bytes": 4 * count * teacher.dim,
+        }
+        for count in counts
+    ]
+    return recorder.finish(rows)
+
+
+def sweep_images(
+    options: Options, teacher: Teacher, checkpoints: Sequence[int] = CHECKPOINTS, *, steps: int = 2
+) -> dict[str, Any]:
+    """Throughput and memory in one long stream of files, looked at after so many images.
+
+    Throughput is that since the checkpoint before; memory is that of the process at this moment.
+    """
+    recorder = Recorder("images", options.record(teacher=teacher.identity, steps=steps), options.device)
+    rows: list[dict[str, Any]] = []
+    with _photograph() as path:
+        classifier = _classifier(options, teacher, [f"object {i}" for i in range(LABELS_OF_IMAGES)], steps)
+        classifier(path)
+        begun = last = time.perf_counter()
+        done = 0
+        for number, answer in enumerate(classifier.classify(repeat(path, checkpoints[-1])), start=1):
+            if answer.error is not None:
+                raise ApmError(answer.error)
+            if number in checkpoints:
+                now = time.perf_counter()
+                rows.append(
+                    {
+                        "images": number,
+                        "seconds": now - begun,
+                        "images_per_second": (number - done) / (now - last),
+                        "resident_bytes": resident_bytes(),
+                    }
+                )
+                last, done = now, number
+    return recorder.finish(rows)
+
+
+def sweep_processes(
+    options: Options, counts: Sequence[int] = PROCESSES, *, images: int = 32, steps: int = 20
+) -> dict[str, Any]:
+    """Images a second of one machine's processes under torch's launcher, which share its cores evenly."""
+    recorder = Recorder("processes", options.record(images=images, steps=steps), options.device)
+    rows = []
+    for count in counts:
+        threads = max(1, (os.cpu_count() or 1) // count)
+        values = [_launch(options, count, threads, images, steps) for _ in range(options.rounds)]
+        rows.append(
+            {
+                "processes": count,
+                "threads": threads,
+                "seconds": spread(values),
+                "images_per_second": spread([images / value for value in values]),
+            }
+        )
+    return recorder.finish(rows)
+
+
+def work_as_one_of_many(options: Options, *, images: int, steps: int) -> float | None:
+    """One process's part of `sweep_processes`: adapt every W-th image, between two barriers.
+
+    Returns:
+        The seconds that all took together, in the first process; None in the others.
+    """
+    with join() as group:
+        part = len(range(group.rank, images, group.world))
+        trainer = TestTimeTrainer(
+            options.config, AdaptConfig(steps=steps, precision=options.precision), device=options.device
+        )
+        inputs, targets = images_and_targets(options.config, max(part, 1), options.device)
+        trainer.adapt(inputs[:1], targets[:1])
+        group.barrier()
+        begun = time.perf_counter()
+        if part:
+            trainer.adapt(inputs, targets)
+        group.barrier()
+        return time.perf_counter() - begun if group.first else None
+
+
+def _launch(options: Options, count: int, threads: int, images: int, steps: int) -> float:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command += ["-m", "apm.benchmarks.speed", "worker", "--device", str(options.device), "--preset", options.preset]
+    command += ["--dim", str(options.dim), "--precision", options.chosen_precision]
+    command += ["--images", str(images), "--steps", str(steps), *(["--quick"] if options.quick else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(lines) != 1:
+        raise ApmError(f"{count} processes under torch's launcher failed:\n{done.stderr[-2000:]}")
+    return float(json.loads(lines[0])["seconds"])
+
+
+def _classifier(options: Options, teacher: Teacher, labels: Sequence[str], steps: int) -> Classifier:
+    return Classifier(
+        teacher,
+        labels=labels,
+        prompts="single",
+        preset="small" if options.quick else options.preset,
+        readout=options.readout,
+        steps=steps,
+        precision=options.precision,
+        device=str(options.device),
+    )
+
+
+def _build_head(teacher: Teacher, labels: Sequence[str]) -> Callable[[], object]:
+    return lambda: ZeroShotHead.build(teacher, labels, ("a photo of a {}.",), cache=False)
+
+
+def _answer(classifier: Classifier, path: Path) -> Callable[[], object]:
+    return lambda: classifier(path)
+
+
+@contextmanager
+def _photograph() -> Iterator[Path]:
+    """A JPEG of smooth noise in a temporary folder."""
+    width, height = PHOTOGRAPH
+    small = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "photograph.jpg"
+        Image.fromarray(small).resize(PHOTOGRAPH, Image.Resampling.BICUBIC).save(path, quality=90)
+        yield path

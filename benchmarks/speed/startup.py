@@ -1,0 +1,93 @@
+"""Where the seconds of a cold start go: `apm --help`, and one photograph in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apm.errors import ApmError
+
+from .options import Options
+from .record import Recorder
+from .timing import seconds, spread
+
+STAGES = (
+    "import torch",
+    "import apm's own modules",
+    "import open_clip, timm, torchvision",
+    "load the teacher",
+    "text features",
+    "choose the precision",
+    "draw the student",
+    "decode, teacher, readout",
+    "adaptation",
+)
+
+# Run by a bare interpreter; what `apm classify` does, in its order, with a look at the clock in between.
+_CHILD = """
+import json, sys, time
+name, path, preset = sys.argv[1:]
+marks = [time.perf_counter()]
+def mark():
+    marks.append(time.perf_counter())
+import torch; mark()
+import apm.cli.main, apm.cli.classify, apm.classifier; mark()
+from apm.labels import label_set, prompt_templates
+from apm.zeroshot import ZeroShotHead
+import apm.teachers.openclip; mark()
+teacher = apm.classifier.load_teacher(name); mark()
+labels = teacher.default_labels or label_set("imagenet")
+ZeroShotHead.build(teacher, labels, teacher.default_templates or prompt_templates("single")); mark()
+from apm.precision import measured_precision
+measured_precision(torch.device("cpu")); mark()
+classifier = apm.classifier.Classifier(teacher, labels=list(dict.fromkeys(labels)), preset=preset, device="cpu"); mark()
+answer = classifier(path); mark()
+spans = [b - a for a, b in zip(marks, marks[1:])]
+spans[-1] -= answer.adaptation.seconds
+print(json.dumps([*spans, answer.adaptation.seconds]))
+"""
+
+
+def measure_startup(options: Options, photograph: Path, *, teacher: str = "embedded") -> dict[str, Any]:
+    """Record the seconds of `apm --help` and of `apm classify PHOTOGRAPH` without any cache of ours, and its stages.
+
+    Files are in the system's cache from the second repetition on: what is measured is work, not the disk.
+    """
+    cpu = torch.device("cpu")
+    recorder = Recorder("startup", options.record(teacher=teacher), cpu)
+    preset = "small" if options.quick else options.preset
+    classify = ("classify", str(photograph), "--teacher", teacher, "--preset", preset, "--device", "cpu")
+    commands = {"apm --help": ("--help",), f"apm {classify[0]} (all of it, cold)": classify}
+    rows: list[dict[str, Any]] = []
+    for name, arguments in commands.items():
+        times = [_timed([sys.executable, "-m", "apm", *arguments], cpu) for _ in range(options.rounds + 1)]
+        rows.append({"what": name, "stage": False, "seconds": spread(times[1:])})
+    runs = [_run([sys.executable, "-c", _CHILD, teacher, str(photograph), preset]) for _ in range(options.rounds)]
+    spans = [json.loads(run.splitlines()[-1]) for run in runs]
+    rows += [
+        {"what": stage, "stage": True, "seconds": spread([span[number] for span in spans])}
+        for number, stage in enumerate(STAGES)
+    ]
+    return recorder.finish(rows)
+
+
+def _timed(command: Sequence[str], device: torch.device) -> float:
+    return seconds(lambda: _run(command), device)
+
+
+def _run(command: Sequence[str]) -> str:
+    """Run a command with an empty cache of text features; return its stdout."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "APM_CACHE": cache}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ApmError(f"{' '.join(command[:4])} … failed:\n{done.stderr[-2000:]}")
+    return done.stdout

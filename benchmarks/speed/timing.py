@@ -1,0 +1,65 @@
+"""Clocks: rounds in which everybody has a turn, medians and quartiles."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to be timed: called once a round, in the first ``rounds`` rounds."""
+
+    run: Callable[[], object]
+    rounds: int
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """Median, quartiles, least and number of some measurements, in their own unit."""
+    q1, median, q3 = np.percentile(values, (25, 50, 75))
+    return {"median": float(median), "q1": float(q1), "q3": float(q3), "min": float(min(values)), "n": len(values)}
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the work that it left to the GPU included."""
+    synchronize(device)
+    begun = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+def interleaved(works: Mapping[str, Work], device: torch.device, *, warmup: int = 1) -> dict[str, list[float]]:
+    """Time all works in turn, round by round, each round starting with another one.
+
+    What slows the machine down for a while then slows all of them down, and ratios within a round stay right.
+
+    Args:
+        works: by name.
+        device: whose queue to wait for.
+        warmup: calls of each before the first round, not timed.
+
+    Returns:
+        Seconds of every call, by name; the i-th is of round i.
+    """
+    for work in works.values():
+        for _ in range(warmup):
+            work.run()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
+    for turn in range(max(work.rounds for work in works.values())):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            if turn < works[name].rounds:
+                times[name].append(seconds(works[name].run, device))
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,56 @@
+"""The few statistics that a table of accuracies needs, each on plain numbers or arrays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtr
+
+
+def standard_error(accuracy: float, n: int) -> float:
+    """Binomial standard error of an accuracy in [0, 1] measured on `n` ≥ 1 images: √(a(1-a)/n)."""
+    return math.sqrt(accuracy * (1 - accuracy) / n)
+
+
+def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
+    """Exact two-sided p-value of McNemar's paired test (1947; the exact binomial form).
+
+    Args:
+        right_to_wrong: images that the first classifier gets right and the second wrong.
+        wrong_to_right: images the other way round. Images on which both agree carry no information.
+
+    Returns:
+        p in (0, 1]; 1 when there are no flips at all.
+    """
+    flips = right_to_wrong + wrong_to_right
+    if flips == 0:
+        return 1.0
+    return min(1.0, 2 * float(bdtr(min(right_to_wrong, wrong_to_right), flips, 0.5)))
+
+
+def expected_calibration_error(
+    confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, bins: int = 15
+) -> float:
+    """Expected calibration error over `bins` equally wide bins of confidence (Guo et al. 2017).
+
+    Args:
+        confidence: (n,) probability given to the predicted class, in [0, 1].
+        correct: (n,) whether the prediction was right.
+        bins: number of bins.
+
+    Returns:
+        Σ over bins of (share of images) · |accuracy - mean confidence|, in [0, 1].
+    """
+    # Bins are closed on the right, as in the paper: (0, 1/M], (1/M, 2/M], …
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    right = np.bincount(index, weights=correct, minlength=bins)
+    sure = np.bincount(index, weights=confidence, minlength=bins)
+    return float(np.abs(right - sure).sum() / len(confidence))
+
+
+def near_chance(correct: int, n: int, classes: int) -> bool:
+    """Whether `correct` of `n` is at most two standard errors (of a guesser's accuracy) above 1/`classes`."""
+    chance = 1 / classes
+    return correct / n <= chance + 2 * standard_error(chance, n)

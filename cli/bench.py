@@ -1,0 +1,352 @@
+"""`apm bench`: methods on data sets, into a run folder that can be continued, and a table at the end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apm.errors import UsageError
+from apm.labels import PROMPT_NAMES
+
+from .options import Debug
+from .render import failure, notice, progress_on_terminal
+from .table import as_text, show
+
+if TYPE_CHECKING:
+    from apm.benchmarks.distributed import Group
+    from apm.benchmarks.runner import Progress, Summary
+    from apm.teachers.base import Teacher
+
+DATA, METHOD, RUN, OUTPUT = "Data", "Methods", "The run", "Output"
+INTERRUPTED = 130
+_LINE_EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
+
+
+def bench(
+    datasets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATASET…", help="Data sets, or the suites natural-shifts and cross-dataset."),
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the data sets, and which are under the root.", rich_help_panel=DATA)
+    ] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that holds data sets, or the data set's own. Default: APM_DATA.", rich_help_panel=DATA
+        ),
+    ] = None,
+    corruption: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A corruption of ImageNet-C, clean, or all (15); repeatable. Made on the fly but for imagenet-c.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    level: Annotated[
+        list[int] | None, typer.Option(help="Severity, 1 to 5; repeatable. Default: 5.", rich_help_panel=DATA)
+    ] = None,
+    from_clean: Annotated[
+        bool,
+        typer.Option("--from-clean", help="Make imagenet-c from clean ImageNet on the fly.", rich_help_panel=DATA),
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many images, seeded and class-balanced.", rich_help_panel=DATA)
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="hf:REPO[:SPLIT]: stream from the hub instead.", rich_help_panel=DATA)
+    ] = None,
+    label_set: Annotated[
+        str | None, typer.Option(help="For the data set folder: its label space.", rich_help_panel=DATA)
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="zero-shot, tpt, mta, zero, tda or apm, with its own settings as tpt:steps=2; repeatable. "
+            "Default: zero-shot and apm.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="apm: what the student is overfit to: cls, mean, confident, mta or best; repeatable. Default: cls.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(help="Augmented views, for every method that uses them.", rich_help_panel=METHOD)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="apm: optimisation steps.", rich_help_panel=METHOD)] = None,
+    lr: Annotated[float | None, typer.Option(help="apm: learning rate.", rich_help_panel=METHOD)] = None,
+    preset: Annotated[str, typer.Option(help="apm: size, paper or small.", rich_help_panel=METHOD)] = "paper",
+    readout: Annotated[str, typer.Option(help="apm: query or mean.", rich_help_panel=METHOD)] = "query",
+    precision: Annotated[str, typer.Option(help="apm: auto, fp32 or bf16.", rich_help_panel=METHOD)] = "auto",
+    record_steps: Annotated[
+        bool,
+        typer.Option("--record-steps", help="apm: record the prediction after each step.", rich_help_panel=METHOD),
+    ] = False,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="As for apm classify. Default: ViT-B-16/openai, or embedded when it cannot be had.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(PROMPT_NAMES)} (1, 7, 80). Default: each data set's own.", rich_help_panel=METHOD
+        ),
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help='Your own prompt, "a sketch of a {}."; repeatable.', rich_help_panel=METHOD)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder. Default: runs/DATASETS-TEACHER. Run again to continue.", rich_help_panel=RUN),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Remove what the run folder holds, and start over.", rich_help_panel=RUN)
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images at a time. Changes no answer.", rich_help_panel=RUN)
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Threads that decode images.", rich_help_panel=RUN)] = 4,
+    seed: Annotated[
+        int, typer.Option(help="Of subset, stream order, views, corruptions, students.", rich_help_panel=RUN)
+    ] = 0,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print what apm table --format json prints, nothing else.", rich_help_panel=OUTPUT),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.", rich_help_panel=OUTPUT)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run methods on data sets: teacher, peers and APM in one loop, every answer recorded, tables from the records.
+
+    A run is a folder; running the same command again continues it. Under torchrun the processes share one run:
+    torchrun --nproc-per-node 4 -m apm bench …
+
+    Exit code: 0 done, 1 some images have no answer (each is named on stderr), 2 wrong usage, 130 interrupted.
+    """
+    names = datasets or []
+    if list_:
+        _print_list(names, root, as_json=as_json)
+        return
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size is {batch_size}; it must be 1 or more.")
+    if workers < 1:
+        raise UsageError(f"--workers is {workers}; it must be 1 or more.")
+    if seed < 0:
+        raise UsageError(f"--seed is {seed}; it must be 0 or more.")
+    if prompts is not None and template:
+        raise UsageError("--prompts and --template exclude each other; give one of them.")
+
+    from apm.benchmarks.plan import default_folder, method_specs, plan_cells
+    from apm.labels import check_templates, prompt_templates
+
+    templates = check_templates(template) if template else prompt_templates(prompts) if prompts else None
+    cells = plan_cells(
+        names,
+        root=root,
+        corruptions=corruption or (),
+        levels=level or (5,),
+        limit=limit,
+        seed=seed,
+        from_clean=from_clean,
+        source=source,
+        label_set=label_set,
+    )
+
+    from apm.benchmarks.distributed import join, restarted
+    from apm.benchmarks.methods import MethodOptions, create_methods
+    from apm.benchmarks.runner import RunOptions, run
+
+    with join() as group:
+        loaded = _load_teacher(teacher, device, group)
+        if not quiet and group.first:
+            for note in loaded.notes:
+                notice(note)
+        folder = out or default_folder(names, loaded.name)
+        fresh = fresh and not restarted()
+        methods = create_methods(
+            method_specs(method or ["zero-shot", "apm"], target or ["cls"]),
+            MethodOptions(
+                views=views,
+                steps=steps,
+                lr=lr,
+                preset=preset,
+                readout=readout,
+                precision=_precision(precision, folder, loaded, fresh, group),
+                device=loaded.device,
+                seed=seed,
+                batch_size=batch_size,
+                record_steps=record_steps,
+            ),
+        )
+        options = RunOptions(
+            seed=seed,
+            limit=limit,
+            prompts="custom" if template else prompts,
+            templates=templates,
+            record_steps=record_steps,
+            batch_size=batch_size or (64 if loaded.device.type == "cuda" else 8),
+            workers=workers,
+            fresh=fresh,
+            command=("apm", *sys.argv[1:]),
+        )
+        with _progress(quiet or not group.first) as report:
+            try:
+                summary = run(
+                    folder,
+                    cells,
+                    methods,
+                    loaded,
+                    options,
+                    group=group,
+                    on_progress=report,
+                    on_note=(lambda text: None) if quiet else notice,
+                    on_failure=failure,
+                )
+            except KeyboardInterrupt:
+                again = shlex.join(argument for argument in options.command if argument != "--fresh")
+                typer.echo(f"interrupted: what was answered is in {folder}. To continue: {again}", err=True)
+                raise typer.Exit(INTERRUPTED) from None
+    if group.first:
+        _print_summary(summary, as_json=as_json)
+        if not quiet:
+            notice(
+                f"Records: {folder}. Other formats, and tables of several runs: apm table {shlex.quote(str(folder))}"
+            )
+    if summary.failed:
+        failure(f"{summary.failed} image(s) have no answer; see the rows with an error in {folder}.")
+        raise typer.Exit(1)
+
+
+def _load_teacher(name: str | None, device: str, group: Group) -> Teacher:
+    from apm.benchmarks.distributed import local_rank
+    from apm.teachers import check_teacher, load_default_teacher, load_teacher
+
+    if name is not None:
+        check_teacher(name)
+    from apm.classifier import pick_device
+
+    place = pick_device(device)
+    if place.type == "cuda" and place.index is None and group.world > 1:
+        place = pick_device(f"cuda:{local_rank()}")
+    return load_default_teacher(device=place) if name is None else load_teacher(name, device=place)
+
+
+def _precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, group: Group) -> str:
+    """What auto comes to: that of the run that is continued, else what is measured, the same in all processes."""
+    if asked != "auto":
+        return asked
+    from apm.benchmarks.records import RunFolder
+    from apm.precision import measured_precision
+
+    chosen: str | None = None
+    if group.first:
+        earlier = None if fresh else RunFolder(folder).read_run()
+        settings = earlier["config"]["methods"].values() if earlier else ()
+        chosen = next((one["precision"] for one in settings if "precision" in one), None)
+        chosen = chosen or measured_precision(teacher.device)
+    return str(group.broadcast(chosen))
+
+
+@contextmanager
+def _progress(silent: bool) -> Iterator[Callable[[Progress], None]]:
+    """Report on stderr: a bar on a terminal, else a line now and then."""
+    with progress_on_terminal(None, wanted=not silent, doing="bench") as bar:
+        last = [time.monotonic()]
+
+        def report(progress: Progress) -> None:
+            if bar is not None:
+                words = progress_words(progress)
+                bar.update(bar.task_ids[0], description=words, completed=progress.done, total=progress.total)
+            elif not silent and (progress.done == progress.total or time.monotonic() - last[0] >= _LINE_EVERY):
+                last[0] = time.monotonic()
+                typer.echo(f"{progress.done}/{progress.total} {progress_words(progress)}", err=True)
+
+        yield report
+
+
+def progress_words(progress: Progress) -> str:
+    """``digits (1/4) zero-shot 71.2 % apm 70.8 % · 3.2 images/s · 2 min left``."""
+    scores = " ".join(f"{name} {100 * accuracy:.1f} %" for name, accuracy in progress.accuracy.items())
+    rate = f"{progress.images_per_second:.3g} images/s"
+    left = f"{_duration(progress.remaining_seconds)} left"
+    return f"{progress.cell} ({progress.cell_number}/{progress.cells}) {scores} · {rate} · {left}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _print_summary(summary: Summary, *, as_json: bool) -> None:
+    from apm.benchmarks.records import Records
+    from apm.benchmarks.table_formats import as_json as tables_as_json
+    from apm.benchmarks.tables import make_tables
+
+    tables = make_tables([Records.open(summary.path)])
+    if as_json:
+        typer.echo(tables_as_json(tables), nl=False)
+        return
+    show(tables)
+
+
+def _print_list(names: list[str], root: Path | None, *, as_json: bool) -> None:
+    from apm.benchmarks.datasets import DATASETS, SUITES, data_root, expand, find
+
+    rows: list[dict[str, Any]] = []
+    for name in expand(names) if names else DATASETS:
+        spec = DATASETS[name]
+        found = find(name, root)
+        rows.append(
+            {
+                "name": name,
+                "title": spec.title,
+                "classes": spec.classes or None,
+                "images": spec.images or None,
+                "prompt": spec.template,
+                "origin": spec.origin,
+                "hub": list(spec.hub),
+                "suites": [suite for suite, members in SUITES.items() if name in members],
+                "found": None if found is None else {"folder": str(found.folder), "layout": found.layout},
+            }
+        )
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    headings = ["data set", "classes", "images", "prompt", "found", "from"]
+    lines = [
+        [
+            row["name"],
+            str(row["classes"] or "–"),
+            f"{row['images']:,}" if row["images"] else "–",
+            row["prompt"],
+            "no" if row["found"] is None else row["found"]["layout"],
+            row["origin"],
+        ]
+        for row in rows
+    ]
+    typer.echo(as_text(headings, lines))
+    typer.echo("Suites: " + "; ".join(f"{suite} ({', '.join(members)})" for suite, members in SUITES.items()) + ".")
+    place = data_root(root)
+    typer.echo(f"Root: {place}." if place else "Root: none; give --root FOLDER or set APM_DATA.")

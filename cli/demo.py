@@ -1,0 +1,37 @@
+"""`make demo`: `apm classify` on four photographs that scikit-image brings along."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PHOTOGRAPHS = {
+    "cat.png": "chelsea.png",
+    "coffee.png": "coffee.png",
+    "astronaut.png": "astronaut.png",
+    "rocket.jpg": "rocket.jpg",
+}
+LABELS = "cat,dog,cup of coffee,astronaut,rocket,bicycle,castle,guitar,mushroom,tractor,violin,banana"
+
+
+def main() -> int:
+    """Run `apm classify` in a folder where each photograph lies under a plain name; returns its exit code."""
+    package = importlib.util.find_spec("skimage")
+    if package is None or not package.submodule_search_locations:
+        print("error: scikit-image is not installed, and the photographs are in it.", file=sys.stderr)
+        return 2
+    photographs = Path(package.submodule_search_locations[0]) / "data"
+    command = ["classify", "--teacher", "embedded", "--labels", LABELS, "--top-k", "3", *PHOTOGRAPHS, *sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        for plain, name in PHOTOGRAPHS.items():
+            os.symlink(photographs / name, Path(folder, plain))
+        print(f'$ apm {" ".join(command[:3])} --labels "{LABELS}" {" ".join(command[5:])}', flush=True)
+        return subprocess.run([sys.executable, "-m", "apm", *command], cwd=folder, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

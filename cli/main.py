@@ -1,0 +1,99 @@
+"""The `apm` command: which sub-commands there are, and what their errors look like.
+
+A sub-command is imported when it is called or asked for its help, so that `apm --help` needs none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from apm.errors import ApmError, UsageError, unknown
+
+from .options import DEBUG_KEY
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    # name: (module of this package, which holds a function of the same name; what `apm --help` says)
+    "classify": (".classify", "Say what is on photographs, adapting a fresh student to each."),
+    "teachers": (".teachers", "List the teachers, and which are on this machine."),
+    "bench": (".bench", "Run methods on data sets, resumably, into records."),
+    "table": (".table", "Print tables from the records of runs, beside the published numbers."),
+    "compare": (".compare", "Check a run against an earlier one, sample by sample."),
+    "profile": (".profile", "Count what student and teacher consist of, and what a step costs."),
+    "corrupt": (".corrupt", "Write the corruptions of ImageNet-C for a folder of images."),
+}
+
+CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands come from `COMMANDS`, and which turns errors meant for people into exit codes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, (_, summary) in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=summary), name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise unknown("command", args[0], self.commands)
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a closed pipe shows itself here at the latest
+            return result
+        except BrokenPipeError:
+            _silence_stdout()
+            raise typer.Exit(CLOSED_PIPE) from None
+        except (ApmError, OSError) as error:
+            if ctx.meta.get(DEBUG_KEY):
+                traceback.print_exc()
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+
+
+def load_command(name: str) -> Any:
+    """Import the module of a sub-command and build the command from its function."""
+    module, _ = COMMANDS[name]
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(getattr(importlib.import_module(module, __package__), name))
+    return typer.main.get_command(single)
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing: Python flushes it once more on the way out, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from apm import __version__
+
+        typer.echo(f"apm {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def apm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Test-time training by Asynchronous Perception Machines: classify one image at a time, keep nothing."""
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    app(prog_name="apm")

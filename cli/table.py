@@ -1,0 +1,98 @@
+"""`apm table`: tables in the paper's layouts from run folders, beside the published numbers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from apm.errors import UsageError, unknown
+
+from .options import Debug
+
+if TYPE_CHECKING:
+    from apm.benchmarks.tables import Table
+
+FORMAT_NAMES = ("rich", "markdown", "csv", "json", "latex")
+_WIDE = 4000  # columns: a table is never cut, whatever the terminal's width
+
+
+def table(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders of apm bench.")],
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMAT_NAMES)}.")] = "rich",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published/--no-published", help="With the published rows, marked as such.")
+    ] = True,
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle", help="With the best step chosen by peeking at labels, marked; needs bench --record-steps."
+        ),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print tables from the records of runs: the paper's Tables 1, 2 and 3, and one for each other data set.
+
+    Per cell accuracy ± standard error and count; per method agreement with its teacher, flips each way with McNemar's
+    p, calibration and speed. Several runs come together in one table.
+    """
+    if format not in FORMAT_NAMES:
+        raise unknown("format", format, FORMAT_NAMES)
+
+    from apm.benchmarks.records import Records
+    from apm.benchmarks.table_formats import FORMATS
+    from apm.benchmarks.tables import make_tables
+
+    tables = make_tables([Records.open(path) for path in runs], published=published, oracle=oracle)
+    if not tables:
+        raise UsageError(f"No rows yet in {', '.join(map(str, runs))}.")
+    if as_json or format != "rich":
+        typer.echo(FORMATS["json" if as_json else format](tables), nl=False)
+        warn(tables)
+    else:
+        show(tables)
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Print tables to stdout for people; warnings go to stderr."""
+    from apm.benchmarks.table_formats import DETAIL_HEADINGS, details, grid
+
+    for one in tables:
+        headings, rows = grid(one)
+        kinds = ["" if row.kind == "ours" else "dim" if row.kind == "published" else "yellow" for row in one.rows]
+        typer.echo(as_text(headings, rows, title=one.title, styles=kinds))
+        if detailed := details(one):
+            typer.echo("\n" + as_text(DETAIL_HEADINGS, detailed, title="all cells together, against the teacher"))
+        typer.echo("".join(f"\n  {note}" for note in one.notes) + "\n")
+    warn(tables)
+
+
+def warn(tables: Sequence[Table]) -> None:
+    """Say on stderr what must not be overlooked."""
+    for one in tables:
+        for warning in one.warnings:
+            typer.secho(f"WARNING: {warning}", err=True, bold=True, fg="red")
+
+
+def as_text(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, styles: Sequence[str] = ()
+) -> str:
+    """Lay out a table as lines that are never cut; coloured where stdout is a terminal."""
+    from rich.console import Console
+    from rich.table import Table as View
+    from rich.text import Text
+
+    view = View(box=None, pad_edge=False, title=title and Text(title, style="bold"), title_justify="left")
+    for number, heading in enumerate(headings):
+        numeric = all(row[number][:1] in "0123456789–<" for row in rows)
+        view.add_column(Text(heading, style="bold"), justify="right" if numeric else "left", no_wrap=True)
+    for number, row in enumerate(rows):
+        view.add_row(*(Text(cell) for cell in row), style=styles[number] if styles else "")
+    console = Console(width=_WIDE, highlight=False, force_terminal=sys.stdout.isatty())
+    with console.capture() as captured:
+        console.print(view)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

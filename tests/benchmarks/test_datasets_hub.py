@@ -1,0 +1,217 @@
+"""Streams: local parquet, imagefolder and webdataset in the forms of the hub; and a hub that does not answer."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apm.benchmarks.datasets import DATASETS, Dataset, open_dataset
+from apm.benchmarks.datasets.hub import parse_source
+from apm.errors import ImageError, UsageError
+from apm.labels import imagenet_subset, imagenet_wnids
+
+WNIDS = imagenet_wnids()
+
+
+def picture(value: int) -> bytes:
+    """A PNG whose first pixel tells which one it is."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12), (value, 255 - value, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def values(data: Dataset) -> list[int]:
+    return [sample.load().getpixel((0, 0))[0] for sample in data.samples]  # type: ignore[index]
+
+
+def write_parquet(
+    folder: Path, labels: list[int] | list[str], *, column: str = "label", names: list[str] | None = None
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [{"bytes": picture(i), "path": None} for i in range(len(labels))], column: labels})
+    plain = {"dtype": "string" if isinstance(labels[0], str) else "int64", "_type": "Value"}
+    features = {"image": {"_type": "Image"}, column: {"names": names, "_type": "ClassLabel"} if names else plain}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(metadata), folder / "test-00000-of-00001.parquet")
+
+
+def write_webdataset(folder: Path, labels: list[int], suffix: str = "jpg") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "test-0000.tar", "w") as tar:
+        for row, label in enumerate(labels):
+            for name, content in ((f"s{row:04d}.cls", str(label).encode()), (f"s{row:04d}.{suffix}", picture(row))):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def test_parquet_with_named_labels(tmp_path: Path) -> None:
+    write_parquet(tmp_path, [1, 0, 1], names=["cat", "wild_dog"])
+    data = open_dataset("folder", source=f"hf:{tmp_path}")
+    assert data.class_names == ("cat", "wild dog") and [s.label for s in data.samples] == [1, 0, 1]
+    assert values(data) == [0, 1, 2] and data.split == "test"
+    assert [s.id for s in data.samples] == ["test/0000000", "test/0000001", "test/0000002"]
+
+
+def test_rows_may_be_read_in_any_order_and_by_threads(tmp_path: Path) -> None:
+    write_parquet(tmp_path, [i % 2 for i in range(40)], names=["a", "b"])
+    data = open_dataset("folder", source=f"hf:{tmp_path}")
+    order = np.random.default_rng(0).permutation(40)
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(lambda row: data.samples[row].load().getpixel((0, 0))[0], order))
+    assert seen == list(order)
+
+
+def test_limit_of_a_stream_is_balanced(tmp_path: Path) -> None:
+    write_parquet(tmp_path, [0] * 10 + [1] * 10, names=["a", "b"])
+    data = open_dataset("folder", source=f"hf:{tmp_path}", limit=4)
+    assert [s.label for s in data.samples] == [0, 0, 1, 1] and data.total == 20
+    assert values(data) == [int(s.id[-7:]) for s in data.samples]
+
+
+def test_imagefolder(tmp_path: Path) -> None:
+    for row, name in enumerate(("cat", "dog", "dog")):
+        (tmp_path / "test" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "test" / name / f"{row}.png").write_bytes(picture(row))
+    data = open_dataset("folder", source=f"hf:{tmp_path}:test")
+    assert data.class_names == ("cat", "dog") and [s.label for s in data.samples] == [0, 1, 1]
+    assert values(data) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_webdataset_of_a_fine_grained_set_says_that_it_is_not_coops_split(suffix: str, tmp_path: Path) -> None:
+    write_webdataset(tmp_path, [1, 0, 1], suffix)
+    with pytest.raises(UsageError, match=r"numbers without names.*classnames\.txt"):
+        open_dataset("dtd", source=f"hf:{tmp_path}")
+    (tmp_path / "classnames.txt").write_text("banded\npolka_dotted\n")
+    data = open_dataset("dtd", source=f"hf:{tmp_path}")
+    assert data.class_names == ("banded", "polka dotted") and [s.label for s in data.samples] == [1, 0, 1]
+    assert values(data) == [0, 1, 2]
+    assert any("Not CoOp's split" in note for note in data.notes)
+    assert data.templates == (DATASETS["dtd"].template,)
+
+
+def test_webdataset_numbers_of_a_subset(tmp_path: Path) -> None:
+    write_webdataset(tmp_path, [0, 199, 7])
+    data = open_dataset("imagenet-a", source=f"hf:{tmp_path}")
+    assert [s.label for s in data.samples] == [0, 199, 7] and len(data.class_names) == 200
+
+
+def test_imagenets_numbers_are_brought_to_the_subset(tmp_path: Path) -> None:
+    subset = imagenet_subset("imagenet-a")
+    write_parquet(tmp_path, [subset[3], subset[199]], names=list(WNIDS))
+    assert [s.label for s in open_dataset("imagenet-a", source=f"hf:{tmp_path}").samples] == [3, 199]
+    write_parquet(tmp_path / "plain", [subset[3], subset[199]])
+    assert [s.label for s in open_dataset("imagenet-a", source=f"hf:{tmp_path / 'plain'}").samples] == [3, 199]
+
+
+def test_wnid_column(tmp_path: Path) -> None:
+    subset = imagenet_subset("imagenet-r")
+    write_parquet(tmp_path, [WNIDS[subset[5]], WNIDS[subset[0]]], column="wnid")
+    assert [s.label for s in open_dataset("imagenet-r", source=f"hf:{tmp_path}").samples] == [5, 0]
+    with pytest.raises(UsageError, match="none of imagenet-a"):
+        open_dataset("imagenet-a", source=f"hf:{tmp_path}")
+
+
+def test_streamed_images_can_be_corrupted(tmp_path: Path) -> None:
+    write_parquet(tmp_path, [WNIDS[0], WNIDS[1]], column="wnid")
+    data = open_dataset("imagenet-c", source=f"hf:{tmp_path}", corruption="fog", from_clean=True)
+    assert data.generated and data.samples[1].load().size == (224, 224)
+
+
+def test_damaged_row_is_its_own_error(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    with tarfile.open(folder / "test.tar", "w") as tar:
+        for name, content in (("a.png", picture(0)), ("a.cls", b"0"), ("b.png", b"no picture"), ("b.cls", b"1")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (folder / "classnames.txt").write_text("a\nb\n")
+    data = open_dataset("folder", source=f"hf:{folder}")
+    assert data.samples[0].load()
+    with pytest.raises(ImageError, match="row 1"):
+        data.samples[1].load()
+
+
+def test_wrong_sources_are_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path, [0, 1], names=["a", "b"])
+    with pytest.raises(UsageError, match='no split "val"; it has test'):
+        open_dataset("folder", source=f"hf:{tmp_path}:val")
+    with pytest.raises(UsageError, match="not understood"):
+        open_dataset("folder", source="s3:bucket")
+    with pytest.raises(UsageError, match="no such folder"):
+        open_dataset("folder", source="hf:/absent/folder")
+    with pytest.raises(UsageError, match="no --source"):
+        open_dataset("digits", source=f"hf:{tmp_path}")
+    write_parquet(tmp_path / "x", ["a", "b"], column="colour")
+    with pytest.raises(UsageError, match="none of the columns wnid, label"):
+        open_dataset("folder", source=f"hf:{tmp_path / 'x'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="cannot be opened"):
+        open_dataset("folder", source=f"hf:{tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("hf:barkermrl/imagenet-a:train", ("barkermrl/imagenet-a", "train")),
+        ("hf:barkermrl/imagenet-a", ("barkermrl/imagenet-a", None)),
+    ],
+)
+def test_source_is_repository_and_split(source: str, expected: tuple[str, str | None]) -> None:
+    assert parse_source(source) == expected
+
+
+def test_hub_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
+        open_dataset("imagenet-a", source="hf:barkermrl/imagenet-a")
+
+
+def test_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.socket() as server:  # accepts connections and says nothing
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        host = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", host)
+        monkeypatch.setattr("apm.benchmarks.datasets.hub._SECONDS", 0.2)
+        with pytest.raises(UsageError, match="is not reachable"):
+            open_dataset("imagenet-a", source="hf:barkermrl/imagenet-a")
+        server.settimeout(0.5)
+        server.accept()[0].close()
+        with pytest.raises(TimeoutError):  # no second attempt was made
+            server.accept()
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_hub_that_refuses_says_so(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    def refuse(request: Request, timeout: float) -> None:
+        assert request.full_url.endswith("/api/datasets/nobody/nothing") and timeout < 5
+        raise HTTPError(request.full_url, status, "no", Message(), None)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("apm.benchmarks.datasets.hub.urlopen", refuse)
+    with pytest.raises(UsageError, match=f"nobody/nothing: .* answers {status}"):
+        open_dataset("imagenet", source="hf:nobody/nothing")

@@ -1,0 +1,132 @@
+"""Several processes on one run: the rows are those of one process, also when one of them is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apm.benchmarks.distributed import ALONE, Group, join, restarted
+from apm.benchmarks.records import Records, RunFolder
+from apm.errors import UsageError
+from tests.benchmarks.runs import Plain, Stream, make_dataset, make_run
+from tests.benchmarks.test_runner import assert_same
+
+ROOT = Path(__file__).parent.parent.parent
+
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+from apm.benchmarks.distributed import join, restarted
+from tests.benchmarks.runs import Plain, Stream, make_dataset, make_run
+
+folder, kill_after = Path(sys.argv[1]), int(sys.argv[2])
+
+class Killed(Plain):
+    def predict(self, batch):
+        if os.environ["RANK"] == "1" and not restarted() and self.images >= kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().predict(batch)
+
+with join() as group:
+    methods = [Killed() if kill_after else Plain(), Stream()]
+    make_run(folder, methods, make_dataset(17, bad=[3]), group=group, flush_seconds=0.0)
+"""
+
+
+def torchrun(
+    folder: Path, processes: int, *, restarts: int = 0, kill_after: int = 0
+) -> subprocess.CompletedProcess[str]:
+    script = folder.parent / "worker.py"
+    script.write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(folder), str(kill_after)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_run(folder, [Plain(), Stream()], make_dataset(17, bad=[3]))
+    return folder
+
+
+def test_three_processes_write_the_rows_of_one(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    done = torchrun(folder, 3)
+    assert done.returncode == 0, done.stderr
+    assert_same(folder, whole)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["counts"] == {"digits": {"images": 17, "rows": 34, "failed_images": 1}}
+    assert [session["processes"] for session in record["sessions"]] == [3]
+    assert Records.open(folder).run["config"] == Records.open(whole).run["config"]
+    # The episodic method was divided: each process wrote its own positions.
+    shards = [set(part["position"]) for part in _plain_shards(folder)]
+    assert {position % 3 for positions in shards for position in positions} == {0, 1, 2}
+    assert all(len({position % 3 for position in positions}) == 1 for positions in shards)
+
+
+def test_a_killed_worker_is_restarted_and_one_process_can_finish_too(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    stopped = torchrun(folder, 2, kill_after=3)
+    assert stopped.returncode != 0
+    kept = RunFolder(folder).read("digits").num_rows
+    assert 3 <= kept < 34
+    one = shutil.copytree(folder, tmp_path / "one")
+    make_run(one, [Plain(), Stream()], make_dataset(17, bad=[3]))
+    assert_same(one, whole)
+    done = torchrun(folder, 2, restarts=1, kill_after=2)
+    assert done.returncode == 0, done.stderr
+    assert_same(folder, whole)
+    assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 3  # stopped; killed; restarted
+
+
+def test_a_process_stops_when_the_first_is_refused_or_sees_other_data(tmp_path: Path) -> None:
+    class Second(Group):
+        answer: tuple[Any, Any]
+
+        def broadcast(self, value: Any) -> Any:
+            assert value == (None, None)  # it takes no lock and writes no record
+            return self.answer
+
+        def barrier(self) -> None:
+            pass
+
+    record = make_run(tmp_path / "other").run
+    for answer, message in (
+        ((UsageError("in use"), None), "in use"),
+        ((None, {**record, "config": {**record["config"], "seed": 5}}), "does not see what process 0 sees. seed: 5"),
+    ):
+        group = Second(1, 2)
+        object.__setattr__(group, "answer", answer)
+        with pytest.raises(UsageError, match=message):
+            make_run(tmp_path / "run", group=group)
+    assert not (tmp_path / "run").exists()
+
+
+def test_outside_of_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    with join() as group:
+        assert group == ALONE
+    assert not restarted()
+
+
+def _plain_shards(folder: Path) -> list[dict[str, list[int]]]:
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(path).to_pydict() for path in RunFolder(folder).shards("digits")]
+    return [table for table in tables if set(table["method"]) == {"plain"}]

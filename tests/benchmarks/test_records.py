@@ -1,0 +1,199 @@
+"""The run folder: what is written is whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from apm.benchmarks import records
+from apm.benchmarks.records import ROW_SCHEMA, Records, Row, RunFolder, describe_differences, differences
+from apm.errors import ApmError, UsageError
+
+
+def rows(start: int = 0, n: int = 3) -> list[Row]:
+    return [
+        Row(id=f"ä/{i}", position=i, label=1, method="m", prediction=2, probability=0.5, nll=1.5, rank=2, seconds=0.1)
+        for i in range(start, start + n)
+    ]
+
+
+def minimal_run(**changes: object) -> dict[str, object]:
+    return {"schema": 1, "config": {"methods": {"m": {}}}, "cells": {"digits": {"images": 3}}, **changes}
+
+
+def test_rows_come_back_as_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    whole = Row(
+        id="a b\n.png",
+        position=7,
+        label=3,
+        method="apm[mta,64]",
+        prediction=3,
+        probability=0.25,
+        nll=0.125,
+        rank=1,
+        teacher_prediction=2,
+        loss=0.5,
+        cosine=0.75,
+        steps=9,
+        seconds=1.5,
+        shared_seconds=0.5,
+        step_predictions=(0, 3),
+    )
+    failed = Row(id="c", position=8, label=0, method="m", error="cut off")
+    path = folder.append("imagenet-c/fog/5", [whole, failed])
+    assert path.parent == tmp_path / "shards" / "imagenet-c--fog--5"
+    found = folder.read("imagenet-c/fog/5").to_pylist()
+    assert found[0] == {name: getattr(whole, name) for name in ROW_SCHEMA.names} | {"step_predictions": [0, 3]}
+    assert found[1] == {name: getattr(failed, name) for name in ROW_SCHEMA.names}
+    assert pq.read_schema(path).metadata[b"apm.schema"] == b"1"
+
+
+def test_shards_are_added_and_never_touched(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    first = folder.append("digits", rows())
+    before = (first.stat().st_mtime_ns, first.read_bytes())
+    folder.append("digits", rows(3))
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == before
+    assert sorted(folder.read("digits", ["position"])["position"].to_pylist()) == list(range(6))
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_a_full_disk_leaves_whole_rows_and_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append("digits", rows())
+
+    def full(*arguments: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if step == "write":
+        monkeypatch.setattr(records, "open", _open_full, raising=False)
+    else:
+        monkeypatch.setattr(os, step, full)
+    with pytest.raises(ApmError, match=r"disk is full .*All rows written so far are whole: free some space and run"):
+        folder.append("digits", rows(3))
+    monkeypatch.undo()
+    assert [p.suffix for p in (tmp_path / "shards" / "digits").iterdir()] == [".parquet"]
+    assert folder.read("digits")["position"].to_pylist() == [0, 1, 2]
+
+
+class _open_full:
+    """A file that takes some bytes and then no more."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self.file = open(path, mode)  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> _open_full:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_leftovers_of_a_dead_run_are_removed_and_not_read(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append("digits", rows())
+    leftover = tmp_path / "shards" / "digits" / "00000003-x.part"
+    leftover.write_bytes(b"half a shard")
+    assert len(folder.read("digits")) == 3
+    folder.remove_leftovers()
+    assert not leftover.exists()
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    path = folder.append("digits", rows())
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UsageError, match=f"{path.name} is damaged"):
+        folder.read("digits")
+
+
+def test_the_lock_is_for_one_process_and_dies_with_it(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from apm.benchmarks.records import RunFolder;"
+        f"lock = RunFolder({str(tmp_path)!r}).lock(); print('locked', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UsageError, match="Another run is writing to"):
+            RunFolder(tmp_path).lock()
+    finally:
+        other.kill()
+        other.communicate()
+    RunFolder(tmp_path).lock().release()
+
+
+def test_clear_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_run(minimal_run())
+    folder.append("digits", rows())
+    (tmp_path / "shards" / "digits" / "notes.txt").write_text("mine")
+    (tmp_path / "table.md").write_text("mine")
+    folder.clear()
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["notes.txt", "table.md"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"no": "schema"}', "7"])
+def test_a_damaged_run_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UsageError, match=r"run\.json is not a run record"):
+        Records.open(tmp_path)
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 99}))
+    with pytest.raises(UsageError, match="schema 99"):
+        Records.open(tmp_path)
+
+
+def test_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No run at"):
+        Records.open(tmp_path / "absent")
+
+
+def test_differences_name_fields_and_both_values() -> None:
+    old = {"limit": 5, "methods": {"apm": {"steps": 9, "lr": 0.1}}, "same": [1]}
+    new = {"limit": None, "methods": {"apm": {"steps": 9, "lr": 0.2}, "mta": {}}, "same": [1]}
+    found = differences(old, new)
+    assert found == [("limit", 5, None), ("methods.apm.lr", 0.1, 0.2), ("methods.mta", None, {})]
+    assert describe_differences(found).startswith("limit: 5 before, null now; methods.apm.lr: 0.1 before, 0.2 now")
+
+
+def test_method_rows_are_in_stream_order_and_failures_are_marked(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_run(minimal_run())
+    folder.append("digits", rows(1, 2))
+    folder.append("digits", [Row(id="first", position=0, label=2, method="m", error="cut off")])
+    ((method, found),) = Records.open(tmp_path).rows("digits")
+    assert method == "m"
+    assert list(found.ids) == ["first", "ä/1", "ä/2"]
+    assert list(found.error) == ["cut off", None, None]
+    assert list(found.prediction) == [-1, 2, 2]
+    assert np.isnan(found.nll[0])
+    assert found.seconds[1] == pytest.approx(0.1)
+    assert found.step_predictions is None
+
+
+def test_rows_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_run(minimal_run())
+    folder.append("digits", rows())
+    folder.append("digits", rows(2, 1))
+    with pytest.raises(UsageError, match="there twice"):
+        list(Records.open(tmp_path).rows("digits"))

@@ -1,0 +1,55 @@
+"""What tests share: one thread for the arithmetic, a private cache, photographs, and the real data where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports them: no test may depend on the network or on what an earlier run left in the user's cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("COLUMNS", "120")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOGRAPHS = {"cat": "chelsea.png", "coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "rocket.jpg"}
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give each test its own cache folder, and none of the user's own settings."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("APM_CACHE", str(folder))
+    monkeypatch.delenv("APM_DATA", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs() -> dict[str, Path]:
+    """Return scikit-image's free photographs by what is on them: cat, coffee, astronaut, rocket."""
+    import skimage
+
+    folder = Path(skimage.__file__).parent / "data"
+    return {name: folder / file for name, file in PHOTOGRAPHS.items()}
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """Return a small colourful JPEG: 48×32, different in each corner."""
+    rows, columns = np.mgrid[0:32, 0:48]
+    pixels = np.stack([columns * 5, rows * 8, (rows + columns) * 3], axis=-1).astype(np.uint8)
+    path = tmp_path / "picture.jpg"
+    Image.fromarray(pixels).save(path, quality=95)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder of real data sets (`APM_TEST_DATA`, else shared/data beside the clone), or skip."""
+    folder = Path(os.environ.get("APM_TEST_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "eval").is_dir():
+        pytest.skip(f"no real data: {folder}/eval is not there (set APM_TEST_DATA)")
+    return folder

@@ -1,0 +1,55 @@
+"""The recorded baseline is reproduced, and the example of a user's CI is a command that exists."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from apm.benchmarks import baseline
+from apm.benchmarks.records import Records
+from apm.cli.main import load_command
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "tests" / "baseline"
+EXAMPLE = ROOT / "benchmarks" / "examples" / "imagenet_c_regression.yml"
+
+
+def test_the_recorded_baseline_is_reproduced(capfd: pytest.CaptureFixture[str]) -> None:
+    if not (FOLDER / "run.json").is_file():
+        pytest.skip("no baseline recorded: python -m apm.benchmarks.baseline record tests/baseline")
+    assert baseline.check(FOLDER) == 0, capfd.readouterr().err
+
+
+def test_the_recorded_baseline_holds_every_method() -> None:
+    if not (FOLDER / "run.json").is_file():
+        pytest.skip("no baseline recorded: python -m apm.benchmarks.baseline record tests/baseline")
+    from apm.benchmarks.methods import REGISTRY
+
+    records = Records.open(FOLDER)
+    assert {name.partition("[")[0] for name in records.methods} == set(REGISTRY)
+    assert {cell["corruption"] for cell in records.cells.values()} == {None, "gaussian_noise", "contrast", "pixelate"}
+    for cell, header in records.cells.items():
+        assert {method: len(rows) for method, rows in records.rows(cell)} == dict.fromkeys(
+            records.methods, header["images"]
+        )
+
+
+def parses(line: str) -> None:
+    """Let the command line read the arguments, without doing anything."""
+    program, name, *arguments = shlex.split(line.partition(">>")[0])
+    assert program == "apm"
+    load_command(name).make_context(name, arguments)
+
+
+def test_the_baseline_command_and_the_example_workflow_are_understood() -> None:
+    parses(shlex.join(["apm", "bench", *baseline.BENCH]))
+    parses(shlex.join(["apm", "compare", "new", "old", *baseline.COMPARE]))
+    steps = yaml.safe_load(EXAMPLE.read_text())["jobs"]["compare"]["steps"]
+    lines = [step["run"] for step in steps if step.get("run", "").startswith("apm")]
+    assert [line.split()[1] for line in lines] == ["bench", "compare", "table"]
+    assert "imagenet-c --level 5 --limit 500" in lines[0]
+    for line in lines:
+        parses(line)

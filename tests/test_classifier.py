@@ -1,0 +1,233 @@
+"""`apm.Classifier`: order, errors in their places, independence of images, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import apm
+from apm import classifier as module
+from apm.errors import ImageError, UsageError
+from apm.images import load_image
+from tests.fakes import FakeTeacher
+
+LABELS = ("cat", "dog", "bird", "house", "tree", "car")
+
+
+def build(**options: object) -> apm.Classifier:
+    settings = {"teacher": FakeTeacher(), "labels": LABELS, "preset": "small", "steps": 3, "precision": "fp32"}
+    return apm.Classifier(**{**settings, "device": "cpu", **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Return seven different small images."""
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / f"{number}.png" for number in range(7)]
+    for path in paths:
+        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((40, 32), Image.Resampling.BICUBIC).save(path)
+    return paths
+
+
+def same(one: apm.Answer, other: apm.Answer) -> bool:
+    """Compare bit by bit, but for probabilities: their product's last bit depends on where the text features lie."""
+    assert one.adaptation is not None and other.adaptation is not None
+    assert one.path == other.path
+    for mine, theirs in zip(one.top + one.teacher_top, other.top + other.teacher_top, strict=True):
+        assert mine.label == theirs.label
+        assert mine.probability == pytest.approx(theirs.probability, abs=1e-6)
+    return (
+        one.adaptation.losses == other.adaptation.losses
+        and one.adaptation.last_loss == other.adaptation.last_loss
+        and one.adaptation.cosine == other.adaptation.cosine
+    )
+
+
+def test_answer_holds_both_rankings_and_the_record(picture: Path) -> None:
+    answer = build(top_k=4)(picture)
+    for ranking in (answer.top, answer.teacher_top):
+        assert len(ranking) == 4
+        assert [one.probability for one in ranking] == sorted((one.probability for one in ranking), reverse=True)
+        assert {one.label for one in ranking} <= set(LABELS)
+    assert answer.path == picture and answer.error is None and answer.notes == ()
+    assert answer.agree == (answer.top[0].label == answer.teacher_top[0].label)
+    record = answer.adaptation
+    assert record is not None
+    assert (record.steps, len(record.losses), len(record.cosines)) == (3, 3, 3)
+    assert record.first_loss == record.losses[0] and record.last_loss < record.losses[-1]
+    assert record.precision == "fp32" and record.seconds > 0
+
+
+def test_the_teachers_ranking_is_its_zero_shot_answer(picture: Path) -> None:
+    teacher = FakeTeacher()
+    answer = build(teacher=teacher, top_k=len(LABELS))(picture)
+    token = teacher.encode_image(teacher.preprocess(load_image(picture).image)[None])
+    texts = torch.nn.functional.normalize(teacher.encode_text([f"a photo of a {label}." for label in LABELS]), dim=-1)
+    cosines = torch.nn.functional.normalize(token, dim=-1) @ texts.T
+    expected = (cosines * teacher.logit_scale).softmax(-1)[0]
+    got = {one.label: one.probability for one in answer.teacher_top}
+    torch.testing.assert_close(torch.tensor([got[label] for label in LABELS]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_enough_steps_make_the_student_answer_as_its_teacher(picture: Path) -> None:
+    answer = build(steps=120, lr=1e-3)(picture)
+    assert answer.agree and answer.adaptation is not None and answer.adaptation.cosine > 0.999
+    assert answer.top[0].probability == pytest.approx(answer.teacher_top[0].probability, abs=0.02)
+
+
+def test_a_pil_image_is_the_same_as_its_file(pictures: list[Path]) -> None:
+    classifier = build()
+    from_file, from_pixels = classifier(pictures[0]), classifier(Image.open(pictures[0]))
+    assert from_pixels.path is None and from_pixels.top == from_file.top
+
+
+def test_answers_do_not_depend_on_batch_or_order(pictures: list[Path]) -> None:
+    alone = {path: build()(path) for path in pictures}
+    for size, order in ((7, pictures), (3, pictures[::-1]), (1, pictures[::-1])):
+        answers = list(build(batch_size=size).classify(order))
+        assert [answer.path for answer in answers] == order
+        assert all(same(answer, alone[answer.path]) for answer in answers if answer.path is not None)
+
+
+def test_failed_files_stay_in_their_places_and_touch_no_other(pictures: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not an image")
+    missing, text = tmp_path / "missing.png", tmp_path / "text.jpg"
+    order = [missing, pictures[0], text, text, pictures[1], pictures[2], missing]
+    classifier = build(batch_size=2)
+    answers = list(classifier.classify(order))
+    assert [answer.path for answer in answers] == order
+    assert [answer.error is None for answer in answers] == [False, True, False, False, True, True, False]
+    for answer in answers:
+        if answer.path is not None and answer.error is None:
+            assert same(answer, classifier(answer.path))
+        else:
+            assert answer.error.startswith(f"{answer.path}: ")
+            assert (answer.top, answer.teacher_top, answer.agree, answer.adaptation) == ((), (), None, None)
+
+
+def test_one_bad_file_raises(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="no such file"):
+        build()(tmp_path / "nothing.png")
+
+
+def test_reading_ahead_is_bounded(pictures: list[Path]) -> None:
+    taken = itertools.count()
+    last = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal last
+        for path in itertools.cycle(pictures):
+            last = next(taken)
+            yield path
+
+    answers = build(batch_size=2, steps=1).classify(endless())
+    for _ in range(4):
+        next(answers)
+    assert last < 4 + 2 * 2 + module.DECODERS + 2
+    answers.close()
+    deadline = time.monotonic() + 30
+    while any(thread.name.startswith("decode") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "decoding threads outlive the answers"
+        time.sleep(0.01)
+
+
+def test_a_loss_that_is_not_finite_is_said(pictures: list[Path]) -> None:
+    teacher = FakeTeacher()
+    healthy = build(teacher=teacher)(pictures[1])
+    encode = teacher.encode_image
+
+    def broken_for_the_first(pixels: torch.Tensor) -> torch.Tensor:
+        tokens = encode(pixels)
+        if torch.equal(pixels[0], first):
+            tokens = tokens.clone()
+            tokens[0, 0] = torch.nan
+        return tokens
+
+    first = teacher.preprocess(load_image(pictures[0]).image)
+    teacher.encode_image = broken_for_the_first  # type: ignore[method-assign]
+    bad, good = build(teacher=teacher, batch_size=2).classify(pictures[:2])
+    assert bad.error is not None and "not finite" in bad.error and bad.error.startswith(str(pictures[0]))
+    assert bad.top == () and bad.agree is None
+    assert same(good, healthy)
+
+
+def test_divergence_is_said(picture: Path) -> None:
+    answer = next(build(lr=1e30, steps=5).classify([picture]))
+    assert answer.error is not None and "the loss is not finite" in answer.error and "1e+30" in answer.error
+    assert answer.top == ()
+
+
+def test_notes_reach_the_answer(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (10, 200, 30, 90)).save(tmp_path / "a.png")
+    assert build()(tmp_path / "a.png").notes == ("transparent parts are shown on white",)
+
+
+def test_default_labels_are_the_teachers_else_imagenets() -> None:
+    own = build(teacher=FakeTeacher(default_labels=("left", "right")), labels=None)
+    assert own.head.labels == ("left", "right") and own.label_source == "teacher"
+    imagenet = build(labels=None)
+    assert len(imagenet.head.labels) == 1000 and imagenet.label_source == "imagenet"
+    assert len(build(labels=None, label_set="digits").head.labels) == 10
+
+
+def test_default_prompts_are_the_teachers_else_single() -> None:
+    own = build(teacher=FakeTeacher(default_templates=("{} here", "{} there")))
+    assert own.head.templates == ("{} here", "{} there") and own.prompt_source == "teacher"
+    assert build().head.templates == ("a photo of a {}.",)
+    assert len(build(prompts="simple").head.templates) == 7
+    assert build(templates=["a sketch of {}"]).head.templates == ("a sketch of {}",)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"labels": LABELS, "label_set": "imagenet"}, "label_set"),
+        ({"labels": ["cat"]}, "one name only"),
+        ({"labels": ["cat", "Cat"]}, "more than once"),
+        ({"labels": []}, "no name"),
+        ({"labels": None, "label_set": "imagnet"}, 'Did you mean "imagenet"'),
+        ({"prompts": "sinple"}, '"single"'),
+        ({"prompts": "single", "templates": ["a {}"]}, "templates"),
+        ({"templates": ["a photo"]}, "{}"),
+        ({"preset": "papr"}, 'Did you mean "paper"'),
+        ({"readout": "querry"}, 'Did you mean "query"'),
+        ({"precision": "fp23"}, 'Did you mean "fp32"'),
+        ({"steps": 0}, "untrained student"),
+        ({"lr": -1.0}, "-1.0"),
+        ({"device": "cdua"}, 'Did you mean "cuda"'),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"batch_size": -3}, "batch_size is -3"),
+        ({"max_pixels": 0}, "max_pixels is 0"),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_teacher_is_loaded(
+    options: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    with pytest.raises(UsageError) as caught:
+        build(teacher="embedded", **options)
+    assert words in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none() -> None:
+    with pytest.raises(UsageError, match="no CUDA device"):
+        build(device="cuda")
+    assert build(device="auto").device.type == "cpu"
+
+
+def test_public_names_are_loaded_on_first_use() -> None:
+    for name in apm.__all__:
+        assert getattr(apm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Clasifier'"):
+        _ = apm.Clasifier  # type: ignore[attr-defined]
+    assert set(apm.__all__) <= set(dir(apm))

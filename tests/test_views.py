@@ -1,0 +1,85 @@
+"""Augmented views: what they depend on, what they show, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from apm.errors import UsageError
+from apm.views import ASPECT_RATIOS, augmented_view, crop_box, view_generator, views
+from tests.fakes import FakeTeacher
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_view_zero_is_the_teachers_own_preprocess(image: Image.Image) -> None:
+    teacher = FakeTeacher()
+    made = views(image, 3, teacher, seed=0, sample_id="a")
+    assert made.shape == (3, 3, teacher.image_size, teacher.image_size)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made[0], teacher.preprocess(image), rtol=0, atol=0)
+
+
+def test_a_view_depends_on_seed_sample_and_index_alone(image: Image.Image) -> None:
+    teacher = FakeTeacher()
+    many = views(image, 9, teacher, seed=1, sample_id="a")
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert torch.equal(views(image, 4, teacher, seed=1, sample_id="a"), many[:4])
+    assert torch.equal(views(image, 9, teacher, seed=1, sample_id="a", start=6), many[6:])
+    assert not torch.equal(views(image, 9, teacher, seed=2, sample_id="a")[1:], many[1:])
+    assert not torch.equal(views(image, 9, teacher, seed=1, sample_id="b")[1:], many[1:])
+
+
+def test_seed_index_and_sample_do_not_run_into_each_other() -> None:
+    draws = [view_generator(*key).random() for key in [(1, "2|x", 3), (1, "x", 32), (13, "x", 2), (1, "\udcff", 3)]]
+    assert len(set(draws)) == 4
+
+
+def test_crops_lie_inside_and_keep_area_and_ratio() -> None:
+    generator = np.random.default_rng(0)
+    areas = []
+    for _ in range(2000):
+        left, top, right, bottom = crop_box(400, 300, generator, 0.25)
+        assert 0 <= left < right <= 400
+        assert 0 <= top < bottom <= 300
+        areas.append((right - left) * (bottom - top) / (400 * 300))
+        assert ASPECT_RATIOS[0] * 0.98 < (right - left) / (bottom - top) < ASPECT_RATIOS[1] * 1.02
+    assert 0.24 < min(areas) < 0.27
+    assert max(areas) > 0.9
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 2), (2, 1000), (1, 1)])
+def test_a_narrow_image_is_cropped_all_the_same(width: int, height: int) -> None:
+    view = augmented_view(
+        Image.new("RGB", (width, height), (255, 0, 0)), 1, seed=0, sample_id="", size=8, mean=(0,) * 3, std=(1,) * 3
+    )
+    torch.testing.assert_close(view, torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_a_view_is_normalised_with_the_teachers_statistics() -> None:
+    grey = Image.new("RGB", (20, 20), (51, 102, 204))
+    view = augmented_view(grey, 1, seed=0, sample_id="", size=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    torch.testing.assert_close(view[:, 0, 0], torch.tensor([0.2, 0.8, 0.25]))
+
+
+def test_views_are_flipped_about_half_the_time() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(0, 250, 5, dtype=np.uint8)[None, :, None], (50, 1, 3)))
+    slopes = []
+    for index in range(1, 201):
+        view = augmented_view(ramp, index, seed=0, sample_id="ramp", size=8, mean=(0,) * 3, std=(1,) * 3)
+        slopes.append(float(view[0, 0, -1] - view[0, 0, 0]))
+    assert 75 <= sum(slope < 0 for slope in slopes) <= 125
+    assert all(slope != 0 for slope in slopes)
+
+
+@pytest.mark.parametrize(("count", "area"), [(0, 0.5), (2, 0.0), (2, 1.1)])
+def test_impossible_views_are_refused(image: Image.Image, count: int, area: float) -> None:
+    with pytest.raises(UsageError, match=str(count if count == 0 else area)):
+        views(image, count, FakeTeacher(), seed=0, sample_id="a", min_area=area)

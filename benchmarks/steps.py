@@ -47,8 +47,8 @@ def measure(
     """Adapt a fresh student to each of `images` images for `steps` steps.
 
     Returns:
-        The record: settings, machine, and for each step k = 0…steps the mean cosine of student and target, its least value,
-        and the share of images on which student and teacher agree, with its standard error.
+        The record: settings, machine, and for each step k = 0…steps the mean cosine of student and target, its least
+        value, and the share of images on which student and teacher agree, with its standard error.
     """
     data = open_dataset(dataset, root, limit=images, seed=seed)
     teacher = load_teacher(teacher_name, device=device)
@@ -97,7 +97,7 @@ def measure(
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """One markdown table: a row a step, for each record the mean and least cosine and the agreement ± standard error."""
+    """One markdown table: a row a step, for each record mean and least cosine, and agreement ± standard error."""
     lines = [
         "| steps | " + " | ".join(f"{r['preset']}: cosine (least) | {r['preset']}: agreement" for r in records) + " |",
         "|---:|" + "---:|---:|" * len(records),

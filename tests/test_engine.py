@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from apm import precision
 from apm.engine import Engine
 from apm.model import APM, APMConfig, draw_parameters
 from apm.position import grid_locations
+from tests.counters import Allocations
 
 LR = 1e-3  # larger than the default, so that twenty steps of a small student go somewhere
 
@@ -256,24 +256,6 @@ def test_flops_of_a_step_at_the_papers_size(precision_name: str) -> None:
     # the readout: about a dozen products of (heads, N) with the width of the last hidden layer or of the token
     assert 0 < small < 12 * 2 * config.heads * n * (h3 + config.dim)
     assert counter.get_total_flops() < 1.05 * middle
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of every tensor that an operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs))
-        before = {value.untyped_storage().data_ptr() for value in flat if isinstance(value, Tensor)}
-        result = func(*args, **kwargs)
-        for value in torch.utils._pytree.tree_leaves(result):
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in before:
-                self.bytes += value.untyped_storage().nbytes()
-        return result
 
 
 @pytest.mark.parametrize("precision_name", ["fp32", "bf16"])

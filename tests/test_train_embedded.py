@@ -103,9 +103,7 @@ def test_orthogonalise_flattens_the_singular_values() -> None:
 
 def test_augmentation_is_drawn_from_the_generator_alone() -> None:
     images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
-    one, two, other = (
-        augment(images, 24, torch.Generator().manual_seed(seed), flip=True) for seed in (5, 5, 6)
-    )
+    one, two, other = (augment(images, 24, torch.Generator().manual_seed(seed), flip=True) for seed in (5, 5, 6))
     assert one.shape == (6, 3, 24, 24)
     assert torch.equal(one, two)
     assert not torch.equal(one, other)

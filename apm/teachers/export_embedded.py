@@ -1,7 +1,7 @@
 """From the trained image stage to the finished embedded teacher: text stage, calibration, files.
 
-The result is a folder in open_clip's local-dir form: `open_clip_config.json`, `open_clip_model.safetensors` (float16), the cut
-vocabulary `bpe_vocab.txt.gz` and the default class names `labels.txt`.
+The result is a folder in open_clip's local-dir form: `open_clip_config.json`, `open_clip_model.safetensors` (float16),
+the cut vocabulary `bpe_vocab.txt.gz` and the default class names `labels.txt`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from apm.teachers.train_text import Vocabulary, train_text, vocabulary, write_bp
 
 TEXT_TOWER = {"context_length": 32, "width": 128, "heads": 4, "layers": 2}
 TOKEN_DEVIATION = 0.4
-"""Root mean square of a token's numbers after export, about that of OpenAI's CLIP: the same student steps then fit both."""
+"""Root mean square of a token's numbers after export, about that of OpenAI's CLIP: the same steps then fit both."""
 
 
 def export(
@@ -103,6 +103,7 @@ def export(
         "held_out_count": len(place),
         "texts_nearest_to_their_target": round(nearest, 4),
         "texts": len(words.words),
+        "token_deviation": TOKEN_DEVIATION,
         "vocabulary": size,
     }
 

@@ -1,8 +1,8 @@
 """Muon: steepest descent under the spectral norm, for the convolutions of the embedded teacher's image tower.
 
-The gradient's momentum is replaced by its nearest semi-orthogonal matrix (Jordan et al. 2024; Bernstein & Newhouse 2024).
-On short schedules it needs about half the images that SGD needs for the same accuracy, which is what makes a
-training run on two processor cores worthwhile.
+The gradient's momentum is replaced by its nearest semi-orthogonal matrix (Jordan et al. 2024; Bernstein & Newhouse
+2024). On short schedules it needs fewer images than SGD for the same accuracy, which is what makes a training run on
+two processor cores worthwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _POLYNOMIALS = (
 def orthogonalise(matrix: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix, approximately: large singular values end between about 0.7 and 1.2.
 
-    `matrix`: (m, n), any float type. Products run in bfloat16, of which the direction needs no more. Returns (m, n) float32.
+    `matrix`: (m, n), any float type. Products run in bfloat16: the direction needs no more. Returns (m, n) float32.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).bfloat16()

@@ -36,8 +36,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Source:
     """One labelled set: `images` (n, side, side, 3) uint8, `labels` (n,) concept indices.
 
-    `soft` (n, 10) holds probabilities of the concepts `soft_index` (n, 10) from a public classifier, zeros where it has none.
-    `share` is the part of every batch that is drawn from this source. `flip`: a mirrored image keeps its meaning.
+    `soft` (n, 10) holds probabilities of the concepts `soft_index` (n, 10) from a public classifier, zeros where it has
+    none. `share` is the part of every batch that is drawn from this source. `flip`: a mirrored image keeps its meaning.
     """
 
     name: str

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class Recipe:
 
     tower: str = "resnet10t"
     dim: int = 256
-    steps: int = 4000
+    steps: int = 3600
     batch: int = 256
     lr: float = 0.06  # Muon's, for the convolutions
     momentum: float = 0.6
@@ -83,7 +84,7 @@ class ImageStage(nn.Module):
 
 
 def candidates(source: str, seen: Tensor) -> Tensor:
-    """The concepts an image of `source` is told apart from. CIFAR's "cat" must not compete with ImageNet's "tabby cat"."""
+    """The concepts an image of `source` is told apart from: CIFAR's "cat" must not compete with "tabby cat"."""
     cifar, digits = torch.arange(CIFAR_START, DIGIT_START), torch.arange(DIGIT_START, CONCEPTS)
     if source == "cifar10":
         return torch.cat([cifar, digits])
@@ -93,7 +94,7 @@ def candidates(source: str, seen: Tensor) -> Tensor:
 
 
 def image_loss(logits: Tensor, source: Source, rows: Tensor, seen: Tensor, recipe: Recipe) -> Tensor:
-    """Summed over the rows: cross-entropy among the candidates, plus cross-entropy to the soft targets over ImageNet."""
+    """Summed over rows: cross-entropy among the candidates, plus cross-entropy to the soft targets over ImageNet."""
     allowed = candidates(source.name, seen)
     place = torch.full((CONCEPTS,), -1)
     place[allowed] = torch.arange(len(allowed))
@@ -109,7 +110,7 @@ def image_loss(logits: Tensor, source: Source, rows: Tensor, seen: Tensor, recip
 
 
 def draw(source: Source, step: int, count: int, seed: int) -> Tensor:
-    """Which images of `source` step number `step` sees: `count` rows of endless seeded passes over its training part."""
+    """Which images of `source` a step sees: `count` rows of endless seeded passes over its training part."""
     train = torch.arange(len(source.images))
     train = train[train % HOLDOUT != 0]
     start = step * count
@@ -251,6 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--text-steps", type=int, default=Recipe.text_steps)
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--remark", default="", help="a sentence for the model card, on what was unusual in this run")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(steps=options.steps, text_steps=options.text_steps, seed=options.seed)
@@ -268,7 +270,25 @@ def main(arguments: list[str] | None = None) -> None:
         seed=recipe.seed,
     )
     (options.out / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (options.out / "training.json").write_text(json.dumps(_describe(options, sources), indent=1) + "\n")
     print(json.dumps(measured), flush=True)
+
+
+def _describe(options: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
+    """What the model card says of the training itself."""
+    log = [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
+    seen = sum(max(1, round(Recipe.batch * s.share)) for s in sources) * log[-1]["step"]
+    summary = (
+        f"{log[-1]['step']} steps, {seen:,} augmented images, {log[-1]['seconds'] / 60:.0f} minutes for the image stage "
+        f"on {torch.get_num_threads()} threads ({platform.machine()}, bfloat16 products), torch {torch.__version__}, "
+        f"finished {time.strftime('%Y-%m-%d', time.gmtime())}. {options.remark}"
+    )
+    chosen = f"--steps {options.steps} --text-steps {options.text_steps} --seed {options.seed}"
+    return {
+        "command": f"python -m apm.teachers.train_embedded --data DATA --out OUT {chosen}",
+        "images": {s.name: int((torch.arange(len(s.images)) % HOLDOUT != 0).sum()) for s in sources},
+        "summary": summary.strip(),
+    }
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def vocabulary(prototypes: Tensor, class_names: list[str], seen: set[int]) -> Vo
 def write_bpe(texts: list[str], path: Path, *, common: int = 3000) -> int:
     """Cuts open_clip's byte-pair merges to the `common` most frequent ones and those that `texts` need.
 
-    Words of `texts` are then tokenised exactly as by the full list. Writes `path` (gzip, open_clip's form) and returns the
-    vocabulary's size.
+    Words of `texts` are then tokenised exactly as by the full list. Writes `path` (gzip, open_clip's form) and returns
+    the vocabulary's size.
     """
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -141,8 +141,8 @@ def train_text(
 ) -> float:
     """Trains `tower` (tokens (B, context) → (B, dim)) in place; returns the last loss.
 
-    Loss: cross-entropy over all targets at cosine × `scale`, plus one minus the cosine to the own target. Half of a batch are frequent
-    words, half any; a third of the texts stand bare, since a user's own template may be anything.
+    Loss: cross-entropy over all targets at cosine × `scale`, plus one minus the cosine to the own target. Half of a
+    batch are frequent words, half any; a third of the texts stand bare, since a user's own template may be anything.
     """
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(tower.parameters(), lr=lr, weight_decay=0.02, betas=(0.9, 0.98))

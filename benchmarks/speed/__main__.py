@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--readout", default="query", choices=("query", "mean"))
     top.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     top.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    top.add_argument("--rounds", type=int, help="repetitions (default: 9; 3 for sweeps of whole runs)")
+    top.add_argument("--rounds", type=int, help="repetitions (default: 9; 3 where each takes long)")
     top.add_argument("--published-rounds", type=int, default=2, help="rounds of the published loop; 0: leave it out")
     top.add_argument("--batch", type=int, help="students side by side (default: 1 on a CPU, 16 on a GPU)")
     top.add_argument("--batches", type=_numbers, help="for batch: 1,2,4")
@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--images", type=int, help="for images, processes, queries: how many")
     top.add_argument("--steps", type=int, help="for labels, images, processes, queries: steps for each image")
     top.add_argument("--teacher", default="embedded", help="for labels, images, queries, startup")
-    top.add_argument("--root", help="for queries: a folder with a folder of images for each class")
+    top.add_argument("--root", help="for queries: a folder with a folder of images for each class (default: APM_DATA)")
     top.add_argument("--photograph", type=Path, help="for startup: the file (default: scikit-image's cat)")
     top.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; the numbers mean nothing")
     return top
@@ -133,7 +133,7 @@ def _options(given: argparse.Namespace) -> Options:
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be 1 or more, not {value}.")
     device = pick_device(given.device)
-    slow = given.kind in ("steps", "processes", "startup", "labels")
+    slow = given.kind in ("steps", "grid", "processes", "startup")
     return Options(
         preset=given.preset,
         dim=given.dim,

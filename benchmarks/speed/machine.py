@@ -59,14 +59,15 @@ def six_products(config: APMConfig, precision: str, batch: int, device: torch.de
 
 
 def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[Callable[[], object], int]:
-    """One array added to another in place, each as large as a student's parameters: like Adam, but nothing to compute.
+    """One array as large as a student's parameters, scaled in place.
+
+    So are six of Adam's seven streams, a number read and written back; but there is next to nothing to compute.
 
     Returns:
         What to time, and the bytes that it reads and writes.
     """
-    count = batch * trained_parameters(config)
-    a, b = torch.ones(count, device=device), torch.zeros(count, device=device)
-    return lambda: a.add_(b), 12 * count
+    values = torch.ones(batch * trained_parameters(config), device=device)
+    return lambda: values.mul_(1.0), 8 * len(values)
 
 
 def floor(config: APMConfig, *, rate: float, bandwidth: float) -> dict[str, float]:

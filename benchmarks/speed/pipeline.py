@@ -20,6 +20,7 @@ from PIL import Image
 from apm.adapt import AdaptConfig, TestTimeTrainer
 from apm.classifier import Classifier
 from apm.errors import ApmError
+from apm.labels import prompt_templates
 from apm.teachers.base import Teacher
 from apm.zeroshot import ZeroShotHead
 
@@ -41,7 +42,7 @@ def sweep_labels(
 ) -> dict[str, Any]:
     """Seconds of one answer against the number of labels, and of their text features, which are made once."""
     recorder = Recorder("labels", options.record(teacher=teacher.identity, steps=steps), options.device)
-    with _photograph() as path:
+    with _photograph() as path, _empty_cache():
         works, text_seconds = {}, {}
         for count in counts:
             labels = [f"object number {index}" for index in range(count)]
@@ -159,11 +160,25 @@ def _classifier(options: Options, teacher: Teacher, labels: Sequence[str], steps
 
 
 def _build_head(teacher: Teacher, labels: Sequence[str]) -> Callable[[], object]:
-    return lambda: ZeroShotHead.build(teacher, labels, ("a photo of a {}.",), cache=False)
+    return lambda: ZeroShotHead.build(teacher, labels, prompt_templates("single"))
 
 
 def _answer(classifier: Classifier, path: Path) -> Callable[[], object]:
     return lambda: classifier(path)
+
+
+@contextmanager
+def _empty_cache() -> Iterator[None]:
+    """Keep text features in a folder of their own, empty at first, and not among the user's."""
+    before = os.environ.get("APM_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["APM_CACHE"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["APM_CACHE"]
+            if before is not None:
+                os.environ["APM_CACHE"] = before
 
 
 @contextmanager

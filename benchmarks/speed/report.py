@@ -19,7 +19,7 @@ run.
 
 The *floor* of a step: the operations of its two middle layers (counted from the shapes) at the rate that the same
 machine, in the same rounds, reached in the bare products of these layers, in the precision used; or Adam's traffic (28
-bytes a parameter) at the bandwidth it reached in adding one array to another, if that is longer.
+bytes a parameter) at the bandwidth it reached in scaling an array in place, if that is longer.
 """
 NO_GPU = """
 ## On a GPU
@@ -95,7 +95,7 @@ def _step(record: Record) -> str:
         for row in rows
     ]
     table = _table(("one step of one student", "products in", "time", "GFLOP", "× floor"), lines)
-    lines = [
+    machine = [
         (
             precision,
             f"{values['rate']['median'] / 1e9:,.0f}",
@@ -120,7 +120,7 @@ def _step(record: Record) -> str:
         "published loop ÷ engine",
     )
     return (
-        f"{table}\n{_table(titles, lines)}\n"
+        f"{table}\n{_table(titles, machine)}\n"
         f"Middle layers: {summary['middle_flops'] / 1e9:.1f} GFLOP a step. "
         f"Adam: {summary['adam_bytes'] / 1e6:,.0f} MB a step, at {summary['bandwidth']['median'] / 1e9:.1f} GB/s. "
         f"`auto` chooses {summary['auto_precision']} here. Students side by side: {record['settings']['batch']}. "

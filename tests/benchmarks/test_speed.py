@@ -82,7 +82,7 @@ def test_probes_do_what_they_say(precision: str) -> None:
     assert 3 * operations == 2 * middle_flops(TINY)  # forward is a third of a step, for two students
     assert measured_flops(step.six_products(TINY, precision, 2, CPU)) == 2 * middle_flops(TINY)
     run, traffic = stream_probe(TINY, 1, CPU)
-    assert traffic == 12 * trained_parameters(TINY)
+    assert traffic == 8 * trained_parameters(TINY)
     assert float(run().sum()) == trained_parameters(TINY)  # type: ignore[attr-defined]
 
 
@@ -145,7 +145,7 @@ def test_step_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {(row["name"], row["precision"]): row for row in made["rows"]}
     # the probe is a third of a step of two students: the floor of one is 1.5 s in fp32 and 0.75 s in bf16
     assert made["summary"]["fp32"]["floor"]["seconds"]["median"] == pytest.approx(1.5)
-    assert made["summary"]["bf16"]["rate"]["median"] == pytest.approx(2 * batch * middle_flops(config) / 3 / batch)
+    assert made["summary"]["bf16"]["rate"]["median"] == pytest.approx(batch * middle_flops(config) / 3 / 0.5)
     assert rows["engine", "fp32"]["seconds"]["median"] == pytest.approx(2.25)
     assert rows["engine", "fp32"]["ratio_to_floor"]["median"] == pytest.approx(1.5)
     assert rows["engine", "bf16"]["ratio_to_floor"]["median"] == pytest.approx(2.0)

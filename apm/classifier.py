@@ -20,7 +20,7 @@ from torch import Tensor
 
 from apm.adapt import LARGEST_BATCH, AdaptConfig, AdaptResult, TestTimeTrainer
 from apm.errors import ImageError, UsageError, unknown
-from apm.images import MAX_PIXELS, LoadedImage, load_image, student_input
+from apm.images import MAX_PIXELS, LoadedImage, from_pixels, load_image, student_input
 from apm.labels import LABEL_SET_NAMES, check_labels, check_templates, prompt_templates
 from apm.labels import label_set as labels_of
 from apm.model import APMConfig
@@ -194,7 +194,7 @@ class Classifier:
             ImageError: the file cannot be read, or the steps gave no finite result.
         """
         if isinstance(image, Image.Image):
-            prepared = self._prepare(None, LoadedImage(image=image.convert("RGB")))
+            prepared = self._prepare(None, from_pixels(image))
         else:
             prepared = self._prepare_file(Path(image))
         answer = next(self._answer([prepared]))

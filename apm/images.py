@@ -75,6 +75,8 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     Raises:
         ImageError: the file is missing, unreadable, not an image, damaged, too small or too large.
     """
+    if not os.fspath(path):
+        raise ImageError("(an empty path): no such file")
     path = Path(path)
     with _explained(path):
         _check_file(path)
@@ -86,6 +88,18 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
             rgb, more = _to_rgb(image)
             rgb = _upright(rgb, image)
     return LoadedImage(image=rgb, notes=(*notes, *more))
+
+
+def from_pixels(image: Image.Image) -> LoadedImage:
+    """Treat an opened image as `load_image` treats a file: upright, RGB, wide values scaled, transparency on white.
+
+    Raises:
+        ImageError: it is too small, or cannot be decoded.
+    """
+    with _explained("image"):
+        _check_size(*image.size, image.width * image.height)
+        rgb, notes = _to_rgb(image)
+        return LoadedImage(image=_upright(rgb, image), notes=notes)
 
 
 def student_input(image: Image.Image, size: int) -> Tensor:
@@ -110,7 +124,7 @@ def student_input(image: Image.Image, size: int) -> Tensor:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: str | Path) -> Iterator[None]:
     """Turn whatever goes wrong with a file into an `ImageError` of one line."""
     name = printable(path)
     try:

@@ -43,7 +43,7 @@ def expand_paths(arguments: Sequence[str | os.PathLike[str]], stdin: Iterable[by
         if argument == "-":
             for line in stdin:
                 name = os.fsdecode(line.rstrip(b"\r\n"))
-                if name:
+                if name.strip():
                     yield from expand_paths(["./-" if name == "-" else name])
         elif os.path.isdir(argument):
             yield from _first_or(Path(argument), images_below(argument))
@@ -71,11 +71,30 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    for match in sorted(glob.glob(pattern, recursive=True)):
-        if os.path.isdir(match):
-            yield from images_below(match)
-        else:
-            yield Path(match)
+    seen: set[Path] = set()  # a/**/* matches both a/b and a/b/c.png, which is one image all the same
+    for match in sorted(_glob(pattern)):
+        for path in images_below(match) if os.path.isdir(match) else (Path(match),):
+            if path not in seen:
+                seen.add(path)
+                yield path
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """Yield matches; ``**`` does not follow links to folders, which may lead round in circles (`glob.glob` would)."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    base = "/".join(parts[:at]) or ("/" if at else os.curdir)
+    rest = "/".join(part for part in parts[at + 1 :] if part != "**")
+    for top in glob.iglob(base):
+        if not rest:  # everything below
+            yield top
+            continue
+        for here, folders, _ in os.walk(top):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            yield from glob.iglob(os.path.join(glob.escape(here), rest))
 
 
 def _first_or(fallback: Path, paths: Iterator[Path]) -> Iterator[Path]:

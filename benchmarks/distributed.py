@@ -7,14 +7,22 @@ the run folder, which all of them must see.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from apm.errors import ApmError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 # One process may still be adapting, hours after another has done its part.
 _PATIENCE = timedelta(days=30)
+_JOINING = timedelta(minutes=15)  # for a process that is still importing, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def on_many_machines() -> bool:
+    """Whether several launchers take part."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def join() -> Iterator[Group]:
     """Join the processes that ``torchrun`` started; `ALONE` when it did not, or started one only."""
@@ -68,8 +81,48 @@ def join() -> Iterator[Group]:
         return
     from torch import distributed
 
-    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    store, rank, world = next(distributed.rendezvous("env://", timeout=_JOINING))
+    attempt = distributed.PrefixStore(f"apm/{agree(store, rank, world)}", store)
+    distributed.init_process_group("gloo", store=attempt, rank=rank, world_size=world, timeout=_PATIENCE)
     try:
         yield Group(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+
+
+def agree(store: Store, rank: int, world: int) -> str:
+    """Agree on a name for this attempt that no earlier one has had.
+
+    The launcher's store may outlive its workers: after a restart it still holds the addresses of the dead, and who
+    reads those waits for ever. Nor is the count of restarts a name, since on many machines the launchers count by
+    themselves. So the first process answers each greeting that it finds, also those of the dead, with a name of its
+    own making, until every other process has confirmed that name.
+
+    Args:
+        store: shared by all processes of this attempt, and perhaps by those of earlier ones.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        ApmError: a process did not come.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"apm/greeting/{rank}", name)
+        store.wait([f"apm/answer/{name}"], _JOINING)
+        attempt = str(store.get(f"apm/answer/{name}").decode())
+        store.set(f"apm/confirmed/{attempt}/{rank}", "yes")
+        return attempt
+    missing, answered = set(range(1, world)), set()
+    deadline = time.monotonic() + _JOINING.total_seconds()
+    while missing := {other for other in missing if not store.check([f"apm/confirmed/{name}/{other}"])}:
+        for other in missing:
+            if store.check([f"apm/greeting/{other}"]):
+                greeting = store.get(f"apm/greeting/{other}").decode()
+                if greeting not in answered:
+                    store.set(f"apm/answer/{greeting}", name)
+                    answered.add(greeting)
+        if time.monotonic() > deadline:
+            raise ApmError(f"Processes {sorted(missing)} of the run did not join within {_JOINING}.")
+        time.sleep(0.01)
+    return name

@@ -170,10 +170,14 @@ def bench(
         label_set=label_set,
     )
 
-    from apm.benchmarks.distributed import join, restarted
+    from apm.benchmarks.distributed import join, on_many_machines, restarted
     from apm.benchmarks.methods import MethodOptions, create_methods
     from apm.benchmarks.runner import RunOptions, run
 
+    if (
+        fresh and on_many_machines()
+    ):  # where the launchers do not tell each other of restarts: it would start over again
+        raise UsageError("--fresh is for one machine. Remove the run folder, and leave --fresh out.")
     with join() as group:
         loaded = _load_teacher(teacher, device, group)
         if not quiet and group.first:

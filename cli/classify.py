@@ -100,6 +100,10 @@ def classify(
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
     size = _batch_size(batch_size)
+    if teacher is not None:
+        from apm.teachers import check_teacher
+
+        check_teacher(teacher)  # before the imports below, which take seconds
 
     from apm.classifier import Classifier
     from apm.images import MAX_PIXELS
@@ -121,13 +125,15 @@ def classify(
         top_k=top_k,
         max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
     )
-    if not quiet:
+    if not quiet or classifier.fell_back:  # that another teacher answers must be known in any case
         for note in classifier.teacher.notes:
             render.notice(note)
     _print_answers(classifier, paths, as_json=as_json, quiet=quiet)
 
 
 def _print_answers(classifier: Classifier, arguments: list[str], *, as_json: bool, quiet: bool) -> None:
+    if "-" in arguments and sys.stdin is None:
+        raise UsageError("Paths were to come on stdin, and it is closed.")
     paths = expand_paths(arguments, sys.stdin.buffer if "-" in arguments else ())
     total = None
     if "-" not in arguments:  # what comes by a pipe is not waited for, only to count it

@@ -47,6 +47,8 @@ class LazyGroup(TyperGroup):
         return name, load_command(name) if name in COMMANDS else command, rest
 
     def invoke(self, ctx: Any) -> Any:
+        if sys.stdout is None:  # closed by the caller: nobody reads, and what goes wrong is told on stderr
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # a closed pipe shows itself here at the latest

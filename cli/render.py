@@ -28,7 +28,7 @@ def notice(text: str) -> None:
 
 def failure(text: str) -> None:
     """Name one failed input on stderr."""
-    typer.echo(f"error: {' '.join(text.split())}", err=True)
+    typer.echo(f"error: {' '.join(text.splitlines())}", err=True)  # a file's name may hold several blanks
 
 
 def data_console() -> Console:

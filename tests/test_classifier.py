@@ -67,6 +67,26 @@ def test_answer_holds_both_rankings_and_the_record(picture: Path) -> None:
     assert record.precision == "fp32" and record.seconds > 0
 
 
+@pytest.mark.parametrize("mode", ["exif", "I;16", "LA"])
+def test_pixels_are_read_as_the_file_is(pictures: list[Path], mode: str, tmp_path: Path) -> None:
+    path, exif, picture = tmp_path / "same.png", Image.Exif(), Image.open(pictures[0])
+    exif[0x0112] = 6
+    if mode == "exif":
+        picture.save(path, exif=exif)
+    elif mode == "I;16":
+        Image.fromarray(np.asarray(picture.convert("L"), dtype=np.uint16) * 257).save(path)
+    else:
+        picture.putalpha(picture.convert("L"))
+        picture.convert("LA").save(path)
+    classifier = build()
+    from_file, pixels = classifier(path), classifier(Image.open(path))
+    assert from_file.adaptation is not None and pixels.adaptation is not None
+    assert from_file.adaptation.losses == pixels.adaptation.losses
+    assert from_file.notes == pixels.notes
+    with pytest.raises(ImageError, match="image: 1×1 pixels"):
+        classifier(Image.new("RGB", (1, 1)))
+
+
 def test_the_teachers_ranking_is_its_zero_shot_answer(picture: Path) -> None:
     teacher = FakeTeacher()
     answer = build(teacher=teacher, top_k=len(LABELS))(picture)

@@ -189,6 +189,19 @@ def test_a_mistake_is_one_sentence_and_exit_2(arguments: list[str], message: str
     assert not Path("runs").exists()
 
 
+def test_fresh_is_refused_on_many_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    result = bench("digits", "--fresh")
+    assert result.exit_code == 2
+    assert "--fresh is for one machine" in result.stderr
+
+
+def test_fresh_does_not_start_over_in_a_restarted_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench(*DIGITS, "--out", "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "20 images are done" in bench(*DIGITS, "--out", "run", "--fresh").stderr
+
+
 def test_an_unknown_teacher_is_an_error_and_never_a_fallback() -> None:
     result = bench("digits", teacher="nobody")
     assert result.exit_code == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -32,6 +34,7 @@ LABELS = ("--labels", "cat, dog,bird,house")
 def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
     teacher = FakeTeacher()
     monkeypatch.setattr(module, "load_teacher", lambda *_, **__: teacher)
+    monkeypatch.setattr("apm.teachers.check_teacher", lambda spec: None)
     return teacher
 
 
@@ -277,7 +280,27 @@ def test_fallback_is_said_once_and_in_the_output(
     assert [record["teacher"]["fallback"] for record in records(result)] == [True, True]
     assert records(result)[1]["teacher"]["notes"] == list(fake_teacher.notes)
     assert CliRunner().invoke(app, common).stdout.count("teacher fake (fallback)") == 2
-    assert CliRunner().invoke(app, [*common, "--quiet"]).stderr == ""
+    assert CliRunner().invoke(app, [*common, "--quiet"]).stderr == result.stderr
+
+
+def test_a_wrong_teacher_is_told_before_the_slow_imports() -> None:
+    code = (
+        "import sys\nsys.argv[1:] = ['classify', 'x.jpg', '--teacher', 'ViT-B-16/opnai']\n"
+        "from apm.cli.main import main\n"
+        "try:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert 'Did you mean "ViT-B-16/openai"' in done.stderr
+
+
+def test_a_failed_file_is_named_to_the_letter(tmp_path: Path) -> None:
+    (tmp_path / "two  blanks.jpg").touch()
+    result = classify(tmp_path / "two  blanks.jpg", "")
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path}/two  blanks.jpg: empty file",
+        "error: (an empty path): no such file",
+    ]
 
 
 def test_interrupted(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,9 @@ HEAVY = {
 # The command with a teacher that needs no weights, in a process of its own.
 FAKE = """
 import apm.classifier
+import apm.teachers
 from tests.fakes import FakeTeacher
+apm.teachers.check_teacher = lambda spec: None
 apm.classifier.load_teacher = lambda *_, **__: FakeTeacher()
 from apm.cli.main import main
 main()
@@ -133,6 +135,19 @@ def test_closed_pipe_is_silent(picture: Path, form: str) -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (141, b"")
+
+
+def test_closed_streams_are_no_crash(picture: Path) -> None:
+    for redirected, code, said in ((">&-", 0, ""), ("<&-", 2, "error: Paths were to come on stdin, and it is closed.")):
+        command = fake_classify("--quiet", "--steps", "1", "-" if code else picture)
+        done = subprocess.run(
+            ["bash", "-c", f'"$@" {redirected}', "bash", *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        assert (done.returncode, done.stderr.strip()) == (code, said)
 
 
 def test_control_c_keeps_finished_results(picture: Path) -> None:

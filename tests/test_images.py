@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import io
 import os
 import sys
@@ -239,12 +240,28 @@ def test_expand_paths(tmp_path: Path, picture: Path) -> None:
     assert list(expand_paths([str(tree)])) == below
     assert list(expand_paths([f"{tree}/**/*.png"])) == [tree / "b/2.png"]
     assert list(expand_paths([f"{tree}/*"])) == below
+    for recursive in ("**", "**/*", "**/**/*.*g*", "**/"):
+        found = [path for path in expand_paths([f"{tree}/{recursive}"]) if path.suffix != ".txt"]
+        assert sorted(found) == (below if "g" not in recursive else below[1:]), recursive
+    assert list(expand_paths([f"{tmp_path}/**/b/*.png"])) == [tree / "b/2.png"]
     assert list(expand_paths([str(picture), str(tree / "none.jpg")])) == [picture, tree / "none.jpg"]
     assert list(expand_paths([str(tree / "*.bmp")])) == [tree / "*.bmp"]
     (tmp_path / "bare").mkdir()
     assert list(expand_paths([str(tmp_path / "bare")])) == [tmp_path / "bare"]
     (tmp_path / "what[1].png").touch()
     assert list(expand_paths([str(tmp_path / "what[1].png")])) == [tmp_path / "what[1].png"]
+
+
+def test_links_in_circles_are_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two such links: following them would give 2 ** 40 paths to one image."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/x.png").touch()
+    (tmp_path / "a/self").symlink_to(".")
+    (tmp_path / "a/b/up").symlink_to("..")
+    monkeypatch.chdir(tmp_path)
+    for argument in ("a", "a/**/*.png", "**/x.*", str(tmp_path / "**/*")):
+        found = list(itertools.islice(expand_paths([argument]), 3))
+        assert [path.absolute() for path in found] == [tmp_path / "a/b/x.png"], argument
 
 
 def test_paths_from_stdin_are_not_collected() -> None:

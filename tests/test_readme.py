@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import apm
+from apm.benchmarks import steps
 from apm.zeroshot import ZeroShotHead
 from tests.fakes import FakeTeacher
 
@@ -35,6 +36,8 @@ if not {WEIGHTS.exists()}:
 from apm.cli.main import main
 if sys.argv[1:2] == ["classify"]:
     sys.argv += {FAST}
+elif "bench" in sys.argv and "apm" in sys.argv:
+    sys.argv += ["--steps", "2"]
 main()
 """
 
@@ -66,6 +69,22 @@ def test_readme_commands(line: str, place: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     shown = done.stdout + (place / "answers.jsonl").read_text() if "answers.jsonl" in line else done.stdout
     assert shown.strip()
+
+
+def test_readme_benchmark_commands(place: Path) -> None:
+    """The block builds on its own earlier lines, so it runs as a whole; progress and notes go to stderr."""
+    (block,) = blocks("README.md", "bash")
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr
+    assert "imagenet-sketch" in done.stdout  # the list
+    assert done.stdout.count("(n=20)") >= 6  # two methods, one with fog, each again in the last table
+
+
+def test_readme_table_of_steps_is_made_from_the_records() -> None:
+    records = [ROOT / "benchmarks" / "results" / f"steps-{preset}.json" for preset in ("paper", "small")]
+    shown = (ROOT / "README.md").read_text().partition("<!-- steps")[2].partition("-->\n")[2].partition("<!-- end -->")[0]
+    assert shown.strip() == steps.table([json.loads(record.read_text()) for record in records])
 
 
 @pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))

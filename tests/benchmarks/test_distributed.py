@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
-from apm.benchmarks.distributed import ALONE, Group, join, restarted
+from apm.benchmarks.distributed import ALONE, Group, agree, join, restarted
 from apm.benchmarks.records import Records, RunFolder
 from apm.errors import UsageError
 from tests.benchmarks.runs import Plain, Stream, make_dataset, make_run
@@ -108,6 +111,19 @@ def test_one_process_finishes_what_one_of_two_began(tmp_path: Path, whole: Path)
     assert {row["position"] for row in rows if row["method"] == "stream"} == set(range(17))
     make_run(folder, [Plain(), Stream()], dataset)
     assert_same(folder, whole)
+
+
+def test_processes_find_each_other_in_a_store_that_holds_greetings_of_the_dead() -> None:
+    store = HashStore()
+    names = []
+    for _ in range(3):  # each attempt after the first finds what the one before has left
+        with ThreadPoolExecutor(3) as pool:
+            found = [pool.submit(agree, store, rank, 3) for rank in (0, 2)]
+            time.sleep(0.05)  # the first has answered the dead meanwhile
+            found.append(pool.submit(agree, store, 1, 3))
+            (name,) = {future.result(timeout=60) for future in found}
+        names.append(name)
+    assert len(set(names)) == 3
 
 
 def test_a_process_stops_when_the_first_is_refused_or_sees_other_data(tmp_path: Path) -> None:

@@ -75,8 +75,6 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     Raises:
         ImageError: the file is missing, unreadable, not an image, damaged, too small or too large.
     """
-    if not os.fspath(path):
-        raise ImageError("(an empty path): no such file")
     path = Path(path)
     with _explained(path):
         _check_file(path)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from apm.errors import UsageError
+
 EXTENSIONS = frozenset(
     {
         ".avif",
@@ -37,9 +39,14 @@ def expand_paths(arguments: Sequence[str | os.PathLike[str]], stdin: Iterable[by
 
     Args:
         arguments: files, folders, glob patterns (``**`` included), ``-``.
-        stdin: lines of bytes, read only when ``-`` is among the arguments.
+        stdin: lines of bytes, read only when ``-`` is among the arguments; blank ones are skipped.
+
+    Raises:
+        UsageError: an argument is empty.
     """
     for argument in [os.fspath(one) for one in arguments]:
+        if not argument:
+            raise UsageError("An empty path was given; the shell variable it came from may not be set.")
         if argument == "-":
             for line in stdin:
                 name = os.fsdecode(line.rstrip(b"\r\n"))
@@ -94,7 +101,9 @@ def _glob(pattern: str) -> Iterator[str]:
             continue
         for here, folders, _ in os.walk(top):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from glob.iglob(os.path.join(glob.escape(here), rest))
+            for match in glob.iglob(os.path.join(glob.escape(here), rest)):
+                if not (os.path.islink(match) and os.path.isdir(match)):
+                    yield match
 
 
 def _first_or(fallback: Path, paths: Iterator[Path]) -> Iterator[Path]:

@@ -45,7 +45,7 @@ Load it with `apm.load_teacher("embedded")`, or with open_clip alone:
 | data | images used | licence |
 |---|---|---|
 | Tiny ImageNet (Stanford CS231n), 200 ImageNet classes at 64×64, 350 a class | {n_tiny} | ImageNet's terms: non-commercial research and education |
-| imagenette (fast.ai), 10 ImageNet classes at 128×128 | {n_nette} | Apache-2.0; the images under ImageNet's terms |
+| imagenette (fast.ai), 10 ImageNet classes, brought to 64×64 | {n_nette} | Apache-2.0; the images under ImageNet's terms |
 | CIFAR-10 (Krizhevsky 2009), 1,000 a class at 32×32 | {n_cifar} | none stated by its author |
 | digits of scikit-learn (UCI Optical Recognition), training half | {n_digits} | CC BY 4.0 |
 | soft targets: ten largest outputs of MobileNetEdgeTPU 1.0 on the first two sets | | the network: Apache-2.0 |

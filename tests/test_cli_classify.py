@@ -296,11 +296,12 @@ def test_a_wrong_teacher_is_told_before_the_slow_imports() -> None:
 
 def test_a_failed_file_is_named_to_the_letter(tmp_path: Path) -> None:
     (tmp_path / "two  blanks.jpg").touch()
-    result = classify(tmp_path / "two  blanks.jpg", "")
-    assert result.stderr.splitlines() == [
-        f"error: {tmp_path}/two  blanks.jpg: empty file",
-        "error: (an empty path): no such file",
-    ]
+    assert classify(tmp_path / "two  blanks.jpg").stderr == f"error: {tmp_path}/two  blanks.jpg: empty file\n"
+
+
+def test_an_empty_path_is_wrong_usage_not_this_folder(picture: Path) -> None:
+    result = classify("", picture)
+    assert (result.exit_code, result.stdout) == (2, "") and "empty path" in result.stderr
 
 
 def test_interrupted(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:

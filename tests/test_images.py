@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import io
+import itertools
 import os
 import sys
 import threading
@@ -240,9 +240,9 @@ def test_expand_paths(tmp_path: Path, picture: Path) -> None:
     assert list(expand_paths([str(tree)])) == below
     assert list(expand_paths([f"{tree}/**/*.png"])) == [tree / "b/2.png"]
     assert list(expand_paths([f"{tree}/*"])) == below
-    for recursive in ("**", "**/*", "**/**/*.*g*", "**/"):
+    for recursive in ("**", "**/*", "**/**/*", "**/"):
         found = [path for path in expand_paths([f"{tree}/{recursive}"]) if path.suffix != ".txt"]
-        assert sorted(found) == (below if "g" not in recursive else below[1:]), recursive
+        assert sorted(found) == below, recursive
     assert list(expand_paths([f"{tmp_path}/**/b/*.png"])) == [tree / "b/2.png"]
     assert list(expand_paths([str(picture), str(tree / "none.jpg")])) == [picture, tree / "none.jpg"]
     assert list(expand_paths([str(tree / "*.bmp")])) == [tree / "*.bmp"]

@@ -83,7 +83,9 @@ def test_readme_benchmark_commands(place: Path) -> None:
 
 def test_readme_table_of_steps_is_made_from_the_records() -> None:
     records = [ROOT / "benchmarks" / "results" / f"steps-{preset}.json" for preset in ("paper", "small")]
-    shown = (ROOT / "README.md").read_text().partition("<!-- steps")[2].partition("-->\n")[2].partition("<!-- end -->")[0]
+    shown = (
+        (ROOT / "README.md").read_text().partition("<!-- steps")[2].partition("-->\n")[2].partition("<!-- end -->")[0]
+    )
     assert shown.strip() == steps.table([json.loads(record.read_text()) for record in records])
 
 

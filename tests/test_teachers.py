@@ -446,6 +446,9 @@ def test_incomplete_folders_are_refused(tiny: nn.Module, tmp_path: Path) -> None
     broken("no-config", lambda folder: (folder / "open_clip_config.json").unlink(), "holds no open_clip_config.json")
     broken("no-weights", lambda folder: (folder / "open_clip_model.safetensors").unlink(), "holds no weights")
     broken("no-json", lambda folder: (folder / "open_clip_config.json").write_text("{"), "no configuration")
+    wrong = {"model_cfg": {**CONFIG, "text_cfg": []}}
+    broken("list", lambda folder: (folder / "open_clip_config.json").write_text(json.dumps(wrong)), "no configuration")
+    broken("latin", lambda folder: (folder / "labels.txt").write_bytes(b"caf\xe9"), "UTF-8")
     broken("no-model", lambda folder: (folder / "open_clip_config.json").write_text("{}"), "no configuration")
     broken("no-folder", shutil.rmtree, "there is no folder")
     with pytest.raises(TeacherError, match="names nothing"):

@@ -156,4 +156,5 @@ def _write_files(
     }
     temporary = out / "open_clip_model.safetensors.partial"
     save_file(state, temporary, metadata={"format": "pt"})
+    os.chmod(temporary, 0o644)  # safetensors makes files that only their owner reads
     os.replace(temporary, out / "open_clip_model.safetensors")

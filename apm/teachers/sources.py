@@ -176,7 +176,7 @@ def _read_config(path: Path, name: str) -> Mapping[str, Any]:
         model: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
         complete = isinstance(model["embed_dim"], int) and "image_size" in model["vision_cfg"]
         foreign = _uses_transformers(model)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TeacherError(
             f'The teacher "{name}" cannot be loaded: {path} is no configuration of open_clip'
             f" ({type(error).__name__}: {error})."
@@ -191,7 +191,11 @@ def _read_config(path: Path, name: str) -> Mapping[str, Any]:
 def _read_lines(path: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()) or None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TeacherError(f"The teacher's file {path} cannot be read as UTF-8 text: {error}.") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip()) or None
 
 
 def _uses_transformers(config: Mapping[str, Any]) -> bool:

@@ -29,6 +29,9 @@ CONCEPTS = DIGIT_START + len(DIGIT_NAMES)
 
 HOLDOUT = 64
 """Every 64th image of a source is never trained on: it watches progress and calibrates."""
+LARGEST = 64
+"""Side to which larger images are brought. Were one set sharper than the others, sharpness alone would tell its classes
+apart, and every sharp photograph would be taken for one of them."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -53,9 +56,7 @@ def _parquet(path: Path, *, name: str, offset: int, share: float) -> Source:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    images = np.stack(
-        [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"].to_pylist()]
-    )
+    images = np.stack([_small(row["bytes"]) for row in table["image"].to_pylist()])
     labels = torch.tensor(table["label"].to_pylist()) + offset
     soft_index = torch.zeros(len(labels), 10, dtype=torch.long)
     soft = torch.zeros(len(labels), 10)
@@ -66,6 +67,14 @@ def _parquet(path: Path, *, name: str, offset: int, share: float) -> Source:
             soft_index[row, : len(index)] = torch.tensor(index)
             soft[row, : len(index)] = torch.tensor(probability)
     return Source(name, torch.from_numpy(images), labels, soft_index, soft, share)
+
+
+def _small(data: bytes) -> np.ndarray:
+    """Decode to at most `LARGEST` pixels a side, (side, side, 3) uint8."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    if max(image.size) > LARGEST:
+        image = image.resize((LARGEST, LARGEST), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def load_sources(folder: Path) -> list[Source]:

@@ -277,9 +277,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _describe(options: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
     """What the model card says of the training itself."""
     log = [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
+    minutes = round(log[-1]["seconds"] / 60)
     seen = sum(max(1, round(Recipe.batch * s.share)) for s in sources) * log[-1]["step"]
     summary = (
-        f"{log[-1]['step']} steps, {seen:,} augmented images, {log[-1]['seconds'] / 60:.0f} minutes for the image stage "
+        f"{log[-1]['step']} steps, {seen:,} augmented images, {minutes} minutes for the image stage "
         f"on {torch.get_num_threads()} threads ({platform.machine()}, bfloat16 products), torch {torch.__version__}, "
         f"finished {time.strftime('%Y-%m-%d', time.gmtime())}. {options.remark}"
     )

@@ -84,7 +84,9 @@ Commit {commit}, {processor}, {threads} threads, {versions}.
 ## Limits
 
 Small, blurry, centred objects of {classes} classes are its world. Its probabilities are calibrated on Tiny ImageNet alone.
-On photographs of anything else, and on text beyond its lexicon, its answers are guesses. It carries the biases of its
+Two of its training sets can be told apart by their sharpness and JPEG traces, and it has learned to: among all its
+classes, sharp photographs drift towards imagenette's ten (church, parachute, chainsaw, …), whatever they show. Give it a dozen
+everyday words without those rather than its full label set. On photographs of anything else, and on text beyond its lexicon, its answers are guesses. It carries the biases of its
 data; people in them are recognised by clothes and things, which must not be used to judge people.
 """
 

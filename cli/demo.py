@@ -15,7 +15,7 @@ PHOTOGRAPHS = {
     "astronaut.png": "astronaut.png",
     "rocket.jpg": "rocket.jpg",
 }
-LABELS = "cat,dog,cup of coffee,astronaut,rocket,bicycle,castle,guitar,mushroom,tractor,violin,banana"
+LABELS = "cat,dog,horse,cup of coffee,teapot,banana,mushroom,astronaut,rocket,car,ship,tractor"
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ BENCH = (
         "--corruption",
         "pixelate",
     ),
-    *("--limit", "60", "--seed", "0"),
+    *("--limit", "30", "--seed", "0"),
     *("--method", "zero-shot", "--method", "tpt", "--method", "mta", "--method", "zero", "--method", "tda"),
     *("--method", "apm", "--target", "cls", "--target", "mta", "--views", "16"),
     *("--preset", "small", "--precision", "fp32", "--steps", "30"),
@@ -34,8 +34,8 @@ BENCH = (
 )
 """What is run: fp32 on the CPU, so that processors differ by rounding alone."""
 
-COMPARE = ("--tolerance", "3.4", "--max-changed", "5")
-"""Of 60 images, two more may be wrong and three may be answered otherwise: near-ties fall as rounding has it."""
+COMPARE = ("--tolerance", "3.4", "--max-changed", "6.7")
+"""Of 30 images, one more may be wrong and two may be answered otherwise: near-ties fall as rounding has it."""
 
 
 def bench(folder: Path) -> int:

@@ -33,7 +33,7 @@ class AdaptConfig:
         UsageError: a value that cannot work; the message holds it.
     """
 
-    steps: int = 50
+    steps: int = 50  # from the table of steps in the README
     lr: float = 1e-4  # Adam's
     loss: Loss = "mse"
     precision: Precision = "auto"  # of the large products; auto: bf16 where it is measured to be clearly faster

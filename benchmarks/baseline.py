@@ -40,8 +40,11 @@ COMPARE = ("--tolerance", "3.4", "--max-changed", "6.7")
 
 def bench(folder: Path) -> int:
     """Run the baseline's command into `folder`; its exit code."""
-    command = [sys.executable, "-m", "apm", "bench", *BENCH, "--out", str(folder), "--fresh"]
-    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    folder = folder.resolve()
+    # from the folder above, so that the record holds no path of this machine
+    command = [sys.executable, "-m", "apm", "bench", *BENCH, "--out", folder.name, "--fresh"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(command, stdout=subprocess.DEVNULL, cwd=folder.parent).returncode
 
 
 def record(folder: Path) -> int:

@@ -74,7 +74,7 @@ def measure(
     cosine, same = torch.stack(cosines), torch.stack(agree).float()
     n = len(cosine)
     return {
-        "command": "python -m apm.benchmarks.steps " + " ".join(sys.argv[1:]),
+        "command": "python -m apm.benchmarks.steps " + " ".join(sys.argv[1:]).partition(" --out")[0],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "dataset": data.name,
         "layout": data.layout,

@@ -25,6 +25,7 @@ from apm.teachers.sources import Source, from_folder
 DEFAULT_VOCABULARY = 49408
 """Tokens of CLIP's own vocabulary, which open_clip assumes where a configuration says nothing."""
 _BATCH = 128
+_CPU_BATCH = 16  # what a processor's caches hold is soon full: larger batches are slower there
 _MAX_ASPECT = 16
 
 
@@ -44,7 +45,8 @@ class OpenClipTeacher:
     ) -> None:
         config = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
         size = config.size if isinstance(config.size, int) else config.size[0]
-        self.model = model.eval().requires_grad_(False)
+        # convolutions are half as fast again with channels last; the numbers agree to rounding
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.tokenizer = tokenizer
         self.name = source.name
         self.identity = f"{source.name}@{weights_hash(model.state_dict(), also=_settings(source, config))[:16]}"
@@ -69,8 +71,9 @@ class OpenClipTeacher:
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Encode (B, 3, H, W) to (B, D), not normalised, at most 128 images at a time."""
-        parts = [self.model.encode_image(part.to(self.device, torch.float32)) for part in pixels.split(_BATCH)]  # type: ignore[operator]
+        """Encode (B, 3, H, W) to (B, D), not normalised, at most 128 images at a time, 16 on a CPU."""
+        size = _CPU_BATCH if self.device.type == "cpu" else _BATCH
+        parts = [self.model.encode_image(part.to(self.device, torch.float32)) for part in pixels.split(size)]  # type: ignore[operator]
         return torch.cat(parts).float()
 
     @torch.no_grad()

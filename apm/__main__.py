@@ -1,6 +1,20 @@
-"""`python -m apm` is the `apm` command."""
+"""`python -m apm` and the `apm` command."""
 
-from apm.cli.main import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; never returns. Imports it here, so that Ctrl-C is quiet from the first moment on."""
+    try:
+        from apm.cli.main import main as command
+
+        command()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

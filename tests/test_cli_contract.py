@@ -187,3 +187,20 @@ def test_progress_only_on_a_terminal(picture: Path) -> None:
     assert process.returncode == 0
     assert b"\x1b" not in data and len(data.splitlines()) == 2
     assert b"classify" in shown and b"2/2" in shown
+
+
+def test_ctrl_c_is_quiet_even_while_the_command_is_still_being_imported() -> None:
+    code = (
+        "import builtins\n"
+        "plain = builtins.__import__\n"
+        "def interrupted(name, *rest, **more):\n"
+        "    if name == 'typer':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return plain(name, *rest, **more)\n"
+        "builtins.__import__ = interrupted\n"
+        "from apm.__main__ import main\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert ended.stderr == "interrupted\n"

@@ -88,7 +88,8 @@ def open_teacher(request: pytest.FixtureRequest) -> OpenTeacher:
 
 def test_everything_is_computed_once_however_many_methods_ask() -> None:
     batch = make_batch(3)
-    specs = ["zero-shot", "mta", "zero", "tda", "apm", "apm:target=mean", "apm:target=mta"]
+    same = "views=8,min_area=0.08"  # the peers' crops; the targets' own are larger
+    specs = ["zero-shot", "mta", "zero", "tda", "apm", f"apm:target=mean,{same}", f"apm:target=mta,{same}"]
     for method in create_methods(specs, SMALL):
         method.predict(batch).check(method.name, batch)
     assert batch.teacher.image_calls == 3 * 8
@@ -241,19 +242,19 @@ def test_variants_of_one_method_have_names_of_their_own() -> None:
     specs = [
         "apm",
         "apm:target=mta",
-        "apm:target=mta,views=16",
+        "apm:target=mta,views=64",
         "apm:steps=9",
         "apm:target=best,keep=0.5",
         "tpt:steps=0",
     ]
     names = [method.name for method in create_methods(specs)]
-    assert names[:4] == ["apm", "apm[mta,64]", "apm[mta,16]", "apm[steps=9]"]
+    assert names[:4] == ["apm", "apm[mta,16]", "apm[mta,64]", "apm[steps=9]"]
     assert names[4].startswith("apm[best,")
     assert names[4].endswith(",keep=0.5]")
     assert names[5] == "tpt[steps=0]"
     assert create_method("apm", MethodOptions(target="mean", views=32)).name == "apm[mean,32]"
-    with pytest.raises(UsageError, match=r'"apm\[mta,64\]" is given twice'):
-        create_methods(["apm:target=mta", "apm:views=64,target=mta"])
+    with pytest.raises(UsageError, match=r'"apm\[mta,16\]" is given twice'):
+        create_methods(["apm:target=mta", "apm:views=16,target=mta"])
 
 
 def test_what_stands_behind_the_name_wins_over_the_run() -> None:

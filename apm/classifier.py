@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from apm.adapt import LARGEST_BATCH, AdaptConfig, AdaptResult, TestTimeTrainer
-from apm.errors import ImageError, UsageError, unknown
+from apm.errors import ImageError, TeacherError, UsageError, unknown
+from apm.grids import resample
 from apm.images import MAX_PIXELS, LoadedImage, from_pixels, load_image, student_input
 from apm.labels import LABEL_SET_NAMES, check_labels, check_templates, prompt_templates
 from apm.labels import label_set as labels_of
@@ -90,10 +91,35 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Perception:
+    """An answer, and all that it was read from.
+
+    The field is asked at rows and columns of the student's grid, whose cell centres are at 0, 1, … and which covers the
+    square that `apm.images.central_square` cuts, as the teacher's grid does.
+
+    Attributes:
+        answer: what `Classifier.__call__` says of the image.
+        image: the whole image, upright, RGB.
+        result: of this one image (B = 1), with its adapted field kept: ``features(rows, cols)``,
+            ``attention(rows, cols)`` with the readout "query", and the snapshots asked for, ``fields``.
+        token: the teacher's, (D,).
+        grid: the teacher's own grid, (h', w', D); None where it has none.
+    """
+
+    answer: Answer
+    image: Image.Image = field(repr=False)
+    result: AdaptResult = field(repr=False)
+    token: Tensor = field(repr=False)
+    grid: Tensor | None = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Prepared:
     """A decoded image as both models want it, or the reason why there is none."""
 
     path: Path | None
+    image: Image.Image | None = None  # kept where the teacher's grid is wanted
+    grid: Tensor | None = None  # that grid (h', w', D), if it is there already
     teacher_pixels: Tensor | None = None  # (3, H, W)
     student_pixels: Tensor | None = None  # (3, S, S)
     notes: tuple[str, ...] = ()
@@ -113,7 +139,8 @@ class Classifier:
             "single".
         templates: prompt templates instead, each with one ``{}`` for the class name.
         preset: size of the student, "paper" or "small".
-        readout: "query" (the object query) or "mean".
+        readout: "query" (the object query) or "mean". None: "query", but "mean" with distil="grid", where nothing would
+            train the query.
         steps: optimisation steps for each image; None for the default of `AdaptConfig`.
         lr: learning rate; None for the default of `AdaptConfig`.
         precision: of the matrix products, "auto", "fp32" or "bf16".
@@ -121,12 +148,15 @@ class Classifier:
         batch_size: images adapted side by side, each with its own weights; None chooses by the device. It changes the
             speed, not the answers.
         seed: of the student's initial weights.
+        distil: what the student is overfit to: "cls", the teacher's token; "grid", its grid of patch features at the
+            student's own locations; "both".
+        rgb_weight: of a loss towards the image's own colours, added to that; 0: none.
         top_k: how many labels an answer ranks.
         max_pixels: largest width × height of a file that is decoded.
 
     Raises:
         UsageError: a name or value is wrong, or labels are given twice over.
-        TeacherError: the teacher cannot be had.
+        TeacherError: the teacher cannot be had, or has no grid where one is to be distilled.
     """
 
     def __init__(
@@ -138,13 +168,15 @@ class Classifier:
         prompts: str | None = None,
         templates: Sequence[str] | None = None,
         preset: str = "paper",
-        readout: str = "query",
+        readout: str | None = None,
         steps: int | None = None,
         lr: float | None = None,
         precision: str = "auto",
         device: str = "auto",
         batch_size: int | None = None,
         seed: int = 0,
+        distil: str = "cls",
+        rgb_weight: float = 0.0,
         top_k: int = 5,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -163,8 +195,16 @@ class Classifier:
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1.")
         chosen = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
-        self.adapt_config = AdaptConfig(precision=precision, seed=seed, **chosen)  # type: ignore[arg-type]
+        self.adapt_config = AdaptConfig(
+            precision=precision,  # type: ignore[arg-type]
+            seed=seed,
+            distil=distil,  # type: ignore[arg-type]
+            rgb_weight=rgb_weight,
+            **chosen,  # type: ignore[arg-type]
+        )
+        readout = readout or default_readout(distil)
         student = APMConfig.preset(preset, dim=512, readout=readout)  # type: ignore[arg-type]
+        TestTimeTrainer.check(student, self.adapt_config)
         self.device = pick_device(device)
 
         asked = teacher
@@ -173,6 +213,8 @@ class Classifier:
         elif isinstance(teacher, str):
             teacher = load_teacher(teacher, device=self.device)
         self.teacher: Teacher = teacher
+        if distil != "cls":
+            check_grid(teacher)
         self.fell_back = asked is None and teacher.name != DEFAULT
         self.top_k = top_k
         self.max_pixels = max_pixels
@@ -193,14 +235,47 @@ class Classifier:
         Raises:
             ImageError: the file cannot be read, or the steps gave no finite result.
         """
-        if isinstance(image, Image.Image):
-            prepared = self._prepare(None, from_pixels(image))
-        else:
-            prepared = self._prepare_file(Path(image))
-        answer = next(self._answer([prepared]))
+        answer = next(self._answer([self._prepare_any(image)]))
         if answer.error is not None:
             raise ImageError(answer.error)
         return answer
+
+    def perceive(
+        self,
+        image: str | os.PathLike[str] | Image.Image,
+        *,
+        snapshots: Sequence[int] = (),
+        grid_size: int | None = None,
+    ) -> Perception:
+        """Classify one file, or one PIL image, and keep what the answer was read from.
+
+        Args:
+            image: path, or pixels.
+            snapshots: numbers of steps after which to keep the field.
+            grid_size: side, in pixels, that the square is scaled to for the `Perception`'s grid; None: the teacher's
+                default. What is distilled is always the default grid.
+
+        Raises:
+            ImageError: the file cannot be read, or the steps gave no finite result.
+            TeacherError: the teacher has a grid, but not at this size.
+        """
+        prepared = self._prepare_any(image, keep_image=True)
+        whole = prepared.image
+        if prepared.error is not None or whole is None:
+            raise ImageError(prepared.error)
+        grid = None
+        try:
+            if hasattr(self.teacher, "encode_grid"):
+                grid = self.teacher.encode_grid(whole, size=grid_size)
+        except TeacherError:
+            if grid_size is not None:
+                raise
+        if grid_size is None:
+            prepared = replace(prepared, grid=grid)
+        (answer,), result, targets = self._adapt([prepared], keep_field=True, snapshots=snapshots)
+        if answer.error is not None:
+            raise ImageError(answer.error)
+        return Perception(answer=answer, image=whole, result=result, token=targets[0], grid=grid)
 
     def classify(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[Answer]:
         """Yield one answer a path, in the order of `paths`, each as soon as its batch is done.
@@ -227,15 +302,22 @@ class Classifier:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare_file(self, path: Path) -> _Prepared:
+    def _prepare_any(self, image: str | os.PathLike[str] | Image.Image, *, keep_image: bool = False) -> _Prepared:
+        if isinstance(image, Image.Image):
+            return self._prepare(None, from_pixels(image), keep_image=keep_image)
+        return self._prepare_file(Path(image), keep_image=keep_image)
+
+    def _prepare_file(self, path: Path, *, keep_image: bool = False) -> _Prepared:
         try:
-            return self._prepare(path, load_image(path, max_pixels=self.max_pixels))
+            return self._prepare(path, load_image(path, max_pixels=self.max_pixels), keep_image=keep_image)
         except ImageError as error:
             return _Prepared(path=path, error=str(error))
 
-    def _prepare(self, path: Path | None, loaded: LoadedImage) -> _Prepared:
+    def _prepare(self, path: Path | None, loaded: LoadedImage, *, keep_image: bool) -> _Prepared:
+        keep_image = keep_image or self.adapt_config.distil != "cls"
         return _Prepared(
             path=path,
+            image=loaded.image if keep_image else None,
             teacher_pixels=self.teacher.preprocess(loaded.image),
             student_pixels=student_input(loaded.image, self.student_config.image_size),
             notes=loaded.notes,
@@ -244,17 +326,31 @@ class Classifier:
     def _answer(self, batch: Sequence[_Prepared]) -> Iterator[Answer]:
         """Yield the answers of one batch, failed files in their places."""
         good = [one for one in batch if one.error is None]
-        answers = iter(self._adapt(good) if good else ())
+        answers = iter(self._adapt(good)[0] if good else ())
         for one in batch:
             yield next(answers) if one.error is None else Answer(path=one.path, error=one.error)
 
-    def _adapt(self, batch: Sequence[_Prepared]) -> list[Answer]:
+    def _adapt(
+        self, batch: Sequence[_Prepared], *, keep_field: bool = False, snapshots: Sequence[int] = ()
+    ) -> tuple[list[Answer], AdaptResult, Tensor]:
+        """Return the answers, what they were read from, and the teacher's tokens (B, D)."""
         targets = self._teacher_tokens(
             [one.teacher_pixels for one in batch if one.teacher_pixels is not None]
         )  # (B, D)
         images = torch.stack([one.student_pixels for one in batch if one.student_pixels is not None])  # (B, 3, S, S)
-        result = self.trainer.adapt(images, targets)
-        return [self._one_answer(one, result, row, targets[row]) for row, one in enumerate(batch)]
+        grids = self._target_grids(batch) if self.adapt_config.distil != "cls" else None
+        result = self.trainer.adapt(images, targets, grids=grids, keep_field=keep_field, snapshots=snapshots)
+        answers = [self._one_answer(one, result, row, targets[row]) for row, one in enumerate(batch)]
+        return answers, result, targets
+
+    def _target_grids(self, batch: Sequence[_Prepared]) -> Tensor:
+        """Return the teacher's grids at the student's own locations (B, N, D)."""
+        rows = []
+        for one in batch:
+            assert one.image is not None
+            grid = self.teacher.encode_grid(one.image) if one.grid is None else one.grid
+            rows.append(resample(grid, self.student_config.grid))
+        return torch.stack(rows)
 
     def _teacher_tokens(self, pixels: Sequence[Tensor]) -> Tensor:
         """Return the teacher's tokens (B, D)."""
@@ -291,6 +387,24 @@ class Classifier:
         best = probabilities.topk(min(self.top_k, len(self.head.labels)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return tuple(Prediction(label=self.head.labels[index], probability=value) for index, value in pairs)
+
+
+def default_readout(distil: str) -> str:
+    """Return the readout for what is distilled: the grid alone would leave the object query as it was drawn."""
+    return "mean" if distil == "grid" else "query"
+
+
+def check_grid(teacher: Teacher) -> None:
+    """Refuse a teacher without a grid as wide as its token; tried on a blank image.
+
+    Raises:
+        TeacherError: it has none.
+    """
+    if not hasattr(teacher, "encode_grid"):
+        raise TeacherError(f'The teacher "{teacher.name}" has no grid: it can be distilled by its token alone.')
+    shape = tuple(teacher.encode_grid(Image.new("RGB", (teacher.image_size, teacher.image_size))).shape)
+    if len(shape) != 3 or shape[2] != teacher.dim:
+        raise TeacherError(f'The grid of the teacher "{teacher.name}" is {shape}; (h, w, {teacher.dim}) was expected.')
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,12 +5,14 @@ The same numbers as `apm.model` (the tests hold them together), from far less ar
 * ``W [T ; p] = W_T T + W_p p``: the column's share is the same at every location, so it is computed once a step;
 * the position code is separable, ``W_p p(y, x) = W_x e(x) + W_y e(y)``: one product per row and per column of the grid,
   which a selection matrix then adds up at each location (and, transposed, gathers the gradients again);
-* the readout and the feature head need no field (`apm.pooling`); the RGB head has no loss in test-time training.
+* the readout and the feature head need no field (`apm.pooling`); it is built only where it, or its colours, have a loss
+  of their own (`apm.field_losses`).
 
 What remains is the two middle layers. Everything lives in buffers made once: a step leaves no new memory behind, and on
 a GPU it is captured once as a graph and replayed.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
-from apm.errors import UsageError
+from apm.field_losses import Distil, FieldLosses, Locations
+from apm.folded import Folded
 from apm.model import APMConfig
 from apm.pooling import MeanPooling, Parameters, Pooling, QueryPooling
 from apm.position import axis_code, grid_locations, position_code
@@ -30,8 +33,6 @@ Loss = Literal["mse", "cosine"]
 
 # Each parameter starts at a multiple of this many numbers, so that kernels meet the same alignment in every sample
 ALIGNMENT = 64
-# Locations that `Folded.features` answers at a time: bounds its memory whatever the number asked for
-CHUNK = 4096
 
 
 @dataclass
@@ -41,54 +42,7 @@ class History:
     losses: Tensor  # (B, K)
     cosines: Tensor  # (B, K), to the target
     tokens: Tensor | None  # (B, K + 1, D), the last one after the last step; only if recorded
-
-
-@dataclass
-class Folded:
-    """All that is kept of adapted students: trigger columns and weights. Unfolds into features at any location."""
-
-    columns: Tensor  # (B, N)
-    weights: Parameters  # of the coordinate MLP, each (B, *shape)
-    position_dim: int
-
-    @torch.no_grad()
-    def features(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Features (B, Q, D) at Q locations, rows and columns in grid cells; bounded memory besides the result."""
-        if len(rows) != len(cols):
-            raise UsageError(f"Every location needs a row and a column; got {len(rows)} rows and {len(cols)} columns.")
-        device, cells = self.columns.device, self.columns.shape[1]
-        by_column, by_position = self.weights["mlp.layer1.weight"].split((cells, self.position_dim), dim=2)
-        shared = product(self.columns[:, None], by_column.mT) + self.weights["mlp.layer1.bias"][:, None]  # (B, 1, H1)
-        answers = []
-        for some_rows, some_cols in zip(rows.split(CHUNK), cols.split(CHUNK), strict=True):
-            positions = position_code(some_rows, some_cols, self.position_dim).to(device)
-            x = product(positions.expand(len(self.columns), -1, -1), by_position.mT)
-            x = (x + shared).relu_()
-            for layer in ("mlp.layer2", "mlp.layer3", "mlp.head"):
-                x = product(x, self.weights[f"{layer}.weight"].mT) + self.weights[f"{layer}.bias"][:, None]
-                x = x if layer == "mlp.head" else x.relu_()
-            answers.append(x)
-        return torch.cat(answers, dim=1)
-
-    @staticmethod
-    def join(parts: "list[Folded]") -> "Folded":
-        """Put the samples of several batches behind one another."""
-        if len(parts) == 1:
-            return parts[0]
-        weights = {name: torch.cat([part.weights[name] for part in parts]) for name in parts[0].weights}
-        return Folded(torch.cat([part.columns for part in parts]), weights, parts[0].position_dim)
-
-
-@dataclass
-class _Locations:
-    """The locations that a step reads: all of the grid, or the ones drawn for it."""
-
-    selector: Tensor  # (2 * grid, Q), 1 where a location lies in the row (first half) or column (second half), else 0
-    positions: Tensor  # (Q, D) the readout's position codes
-
-    @property
-    def count(self) -> int:
-        return self.selector.shape[1]
+    fields: dict[int, Tensor]  # steps made -> field (B, N, D) at all locations; those asked for
 
 
 class Engine:
@@ -114,6 +68,8 @@ class Engine:
         precision: Literal["fp32", "bf16"] = "fp32",
         queries: int | None = None,
         seed: int = 0,
+        distil: Distil = "cls",
+        rgb_weight: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         """Make all buffers.
@@ -123,23 +79,31 @@ class Engine:
             initial: the state that every sample starts from and is reset to, as `apm.model.draw_parameters` gives it.
             batch: B, samples at a time.
             lr: Adam's learning rate, constant.
-            loss: ``mse``, the mean of squared differences, or ``cosine``, one minus the cosine.
+            loss: of the token, ``mse``, the mean of squared differences, or ``cosine``, one minus the cosine.
             tolerance: a sample whose loss is at or below this takes no more steps; None: all take every step.
             precision: of the products of the two middle layers; the weights, Adam's moments and all sums are float32.
             queries: locations drawn afresh at each step, the same for every sample; None: all, at every step.
             seed: of that draw.
+            distil: what has a loss: ``cls``, the token; ``grid``, the field, towards the teacher's grid; ``both``.
+            rgb_weight: of the loss of the colours, which is added; 0: none.
             device: where.
         """
         self.config, self.batch, self.lr, self.loss_name, self.tolerance = config, batch, lr, loss, tolerance
         self.device = torch.device(device)
         self.queries, self.seed = queries, seed
-        self._make_state({name: value for name, value in initial.items() if not name.startswith("rgb_head.")})
+        self.distil, self.rgb_weight = distil, rgb_weight
+        self._make_state({n: value for n, value in initial.items() if rgb_weight or not n.startswith("rgb_head.")})
         self._make_workspace(torch.bfloat16 if precision == "bf16" else torch.float32)
         self.pooling: Pooling = (
             QueryPooling(config, self.weights, self.gradients)
             if config.readout == "query"
             else MeanPooling(self.weights, self.gradients)
         )
+        self._field_losses: FieldLosses | None = None
+        if distil != "cls" or rgb_weight:
+            self._field_losses = FieldLosses(
+                config, self.weights, self.gradients, self._axis, distil=distil, rgb_weight=rgb_weight
+            )
         self._graph: torch.cuda.CUDAGraph | None = None
         self.reset()
 
@@ -210,19 +174,25 @@ class Engine:
         selector = torch.cat((F.one_hot(rows, grid), F.one_hot(cols, grid)), dim=1).T  # (2 * grid, N)
         has_code = config.readout == "query"  # the mean needs none, and then the width may be any
         positions = position_code(rows, cols, config.dim) if has_code else torch.zeros(count, config.dim)
-        self._all = _Locations(selector.to(device, dtype).contiguous(), positions.to(device))
-        if self.queries is None:
-            self._read = self._all
-        else:
-            some = slice(self.queries)
-            self._read = _Locations(self._all.selector[:, some].clone(), self._all.positions[some].clone())
+        self._all = Locations(
+            selector.to(device, dtype).contiguous(),
+            positions.to(device),
+            exact_selector=selector.to(device, torch.float32).contiguous() if self.rgb_weight else None,
+            grid=buffer(count, config.dim) if self.distil != "cls" else None,
+            colours=buffer(count, 3) if self.rgb_weight else None,
+        )
+        self._read = self._all if self.queries is None else self._all.like(self.queries)
 
     @torch.no_grad()
-    def load(self, images: Tensor, targets: Tensor) -> None:
-        """Take images (B, 3, S, S) and targets (B, D), B exactly the engine's."""
+    def load(self, images: Tensor, targets: Tensor, grids: Tensor | None = None) -> None:
+        """Take images (B, 3, S, S), targets (B, D) and, where they have a loss, grids (B, N, D); B is the engine's."""
         patch = self.config.patch_size
         self.patches.copy_(F.unfold(images.to(self.device, torch.float32), kernel_size=patch, stride=patch))
         self.target.copy_(targets)
+        if self._all.grid is not None and grids is not None:
+            self._all.grid.copy_(grids)
+        if self._all.colours is not None:
+            self._all.colours.copy_(self.patches.unflatten(1, (3, patch**2)).mean(dim=2).mT)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -260,22 +230,33 @@ class Engine:
 
         self.token.copy_(self.pooling.forward(h3, at.positions))
         self.cosine.copy_(F.cosine_similarity(self.token, self.target, dim=1))
-        if self.loss_name == "mse":
+        if self.distil == "grid":
+            self.loss.zero_()
+        elif self.loss_name == "mse":
             self.loss.copy_((self.token - self.target).square().mean(dim=1))
         else:
             self.loss.copy_(1 - self.cosine)
+        if self._field_losses is not None:
+            self.loss += self._field_losses.forward(h3, self.column, at)
         self.finite &= self.loss.isfinite() & self.token.isfinite().all(dim=1)
 
     @torch.no_grad()
     def backward(self, *, everywhere: bool = True) -> None:
-        """Backward pass of the latest `evaluate` (call it with the same ``everywhere``): fills `gradients`."""
+        """Backward pass of the latest `evaluate` (with the same ``everywhere``, and once): fills `gradients`."""
         at = self._all if everywhere else self._read
         n, grid, batch = at.count, self.config.grid, self.batch
         w, g, half = self.weights, self.gradients, self.config.position_dim // 2
         h1, h2, h3 = self._h1[:, :n], self._h2[:, :n], self._h3[:, :n]
         d1, d2, d3_half, d3 = self._d1[:, :n], self._d2[:, :n], self._d3_half[:, :n], self._d3[:, :n]
 
-        self.pooling.backward(self._d_token(), out=d3)
+        if self.distil == "grid":
+            for nothing in (d3, g["mlp.head.weight"], g["mlp.head.bias"]):
+                nothing.zero_()
+        else:
+            self.pooling.backward(self._d_token(), out=d3)
+        coloured = None
+        if self._field_losses is not None:
+            coloured = self._field_losses.backward(h3, self.column, at, out=d3)
         relu_backward(d3, h3)
         self._halve(d3, d3_half)
         torch.sum(d3, dim=1, out=g["mlp.layer3.bias"])
@@ -298,6 +279,8 @@ class Engine:
         torch.mul(d_shared.mT, self.column, out=d_by_column)
 
         d_column = product(d_shared, by_column)  # (B, 1, N)
+        if coloured is not None:
+            d_column += coloured
         product(d_column, self.patches.mT, out=g["column.filter.weight"].view(batch, 1, -1))
         torch.sum(d_column, dim=2, out=g["column.filter.bias"])
 
@@ -345,10 +328,15 @@ class Engine:
         self._graph.replay()
 
     @torch.no_grad()
-    def run(self, steps: int, *, record_tokens: bool = False) -> History:
+    def run(self, steps: int, *, record_tokens: bool = False, snapshots: Collection[int] = ()) -> History:
         """Make up to ``steps`` steps from the state as it is, then evaluate once more from all locations.
 
         A frozen sample's losses and cosines stay at their last value to the end of its row.
+
+        Args:
+            steps: K.
+            record_tokens: whether to keep the token before each step, and the last.
+            snapshots: numbers of steps, 0 to K, after which to keep the field.
         """
         losses, cosines = (torch.zeros(self.batch, steps, device=self.device) for _ in range(2))
         shape = (self.batch, steps + 1, self.config.dim)
@@ -356,10 +344,13 @@ class Engine:
         drawn = self._draw(steps)
         # On a CPU the look at `frozen` is free; on a GPU it makes the host wait, so only where it can save steps
         may_stop = self.tolerance is not None or self.device.type == "cpu"
+        fields: dict[int, Tensor] = {}
         for k in range(steps):
+            if k in snapshots:
+                self.evaluate()
+                fields[k] = self._field()
             if drawn is not None:
-                torch.index_select(self._all.selector, 1, drawn[k], out=self._read.selector)
-                torch.index_select(self._all.positions, 0, drawn[k], out=self._read.positions)
+                self._read.take(self._all, drawn[k])
             self.advance()
             losses[:, k], cosines[:, k] = self.loss, self.cosine
             if tokens is not None:
@@ -372,12 +363,19 @@ class Engine:
         self.evaluate()
         if tokens is not None:
             tokens[:, -1] = self.token
-        return History(losses, cosines, tokens)
+        last = sorted(set(snapshots) - set(fields))  # where all samples had stopped, nothing has changed since
+        fields.update((k, self._field()) for k in last)
+        return History(losses, cosines, tokens, fields)
+
+    def _field(self) -> Tensor:
+        """Field (B, N, D) of the latest `evaluate` from all locations, in the precision of the steps."""
+        return product(self._h3, self.weights["mlp.head.weight"].mT) + self.weights["mlp.head.bias"][:, None]
 
     def fold(self, count: int) -> Folded:
         """Copy what the first ``count`` samples need to tell features later: columns, weights of the coordinate MLP."""
         kept = {name: value[:count].clone() for name, value in self.weights.items() if name.startswith("mlp.")}
-        return Folded(self.column[:count, 0].clone(), kept, self.config.position_dim)
+        query = self.pooling.key[:count].clone() if isinstance(self.pooling, QueryPooling) else None
+        return Folded(self.column[:count, 0].clone(), kept, self.config.position_dim, query)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record one step as a CUDA graph: all that it reads and writes are this engine's own buffers."""

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,15 +110,22 @@ def student_input(image: Image.Image, size: int) -> Tensor:
     Returns:
         float32 tensor of shape (3, size, size), ImageNet mean and standard deviation taken out.
     """
+    return normalised(central_square(image, size), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def central_square(image: Image.Image, size: int) -> Image.Image:
+    """Cut the largest square around the centre of an image and scale it to `size` pixels (bicubic)."""
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     # Cropping in the same call keeps the scaled strip outside the crop from ever being made.
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1) / 255  # (3, size, size)
-    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    return ((pixels - mean) / std).contiguous()
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return an RGB image as float32 (3, H, W): pixels in [0, 1], then mean and deviation of each channel taken out."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255  # (3, H, W)
+    return ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).contiguous()
 
 
 @contextmanager

@@ -45,6 +45,22 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def accumulate(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Add the matrix products of each sample, (B, m, k) by (B, k, n), to ``out`` (B, m, n)."""
+    if not _one_by_one(a):
+        out.baddbmm_(a, b)
+        return
+    for x, y, z in zip(a, b, out, strict=True):
+        z.addmm_(x, y)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of the squares of each sample: (B, ...) -> (B,)."""
+    if not _one_by_one(x):
+        return x.square().flatten(1).mean(dim=1)
+    return torch.stack([y.square().mean() for y in x])
+
+
 def relu_backward(gradient: Tensor, activation: Tensor) -> None:
     """Zero ``gradient`` in place wherever the ReLU's output ``activation`` (same shape) is zero: one pass, no mask."""
     torch.ops.aten.threshold_backward.grad_input(gradient, activation, 0.0, grad_input=gradient)

@@ -76,6 +76,11 @@ class ClockedBatch(Batch):
         with self._charged(f"student {size}", 1.0):
             return super().student_images(size)
 
+    def grids(self) -> Tensor:
+        """As `Batch.grids`."""
+        with self._charged("grids", 1.0):
+            return super().grids()
+
     @contextmanager
     def _charged(self, part: Hashable, share: float) -> Iterator[None]:
         """Put the seconds of the body on the account of `part`, and mark it as used.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from apm.engine import Engine
+from apm.field_losses import Locations
 from apm.model import APM, APMConfig, parameter_shapes
 from apm.teachers.base import Teacher
 
@@ -223,5 +224,5 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield value
         elif isinstance(value, dict):
             yield from _tensors(value.values())
-        elif type(value).__name__ == "_Locations":
+        elif isinstance(value, Locations):
             yield from _tensors(vars(value).values())

@@ -11,7 +11,6 @@ dies, or a disk that fills up, leaves whole shards and perhaps a temporary file,
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import uuid
@@ -26,10 +25,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from apm.errors import ApmError, UsageError
+from apm.errors import UsageError
+
+from .durable import explained, make_folder, replace_durably
 
 SCHEMA_VERSION = 1
 TEMPORARY = ".part"
+_HEX = "[0-9a-f]"
+_SHARD = f"{'[0-9]' * 8}-{_HEX * 12}"
+"""Form of the names of shards: position of the first row, and a random part."""
+_RUN_KEYS = (
+    "config",
+    "teacher",
+    "stream_order",
+    "cells",
+    "label_sets",
+    "prompt_sets",
+    "sessions",
+    "counts",
+    "wall_seconds",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +132,7 @@ class RunFolder:
         Raises:
             UsageError: another run has the folder.
         """
-        _make_folder(self.path)
+        make_folder(self.path)
         lock = filelock.FileLock(self.path / ".lock", timeout=timeout)
         try:
             lock.acquire()
@@ -125,33 +140,41 @@ class RunFolder:
             raise UsageError(
                 f"Another run is writing to {self.path}. Wait for it, or give another folder with --out."
             ) from None
+        except (OSError, NotImplementedError) as error:  # no permission, or a file system without locks
+            raise UsageError(
+                f"Cannot lock {self.path}: {getattr(error, 'strerror', None) or error}. Give another folder with --out."
+            ) from None
         return lock
 
     def read_run(self) -> dict[str, Any] | None:
         """Read run.json; None where there is none.
 
         Raises:
-            UsageError: the file is damaged or of another schema version.
+            UsageError: the file cannot be read, is damaged or of another schema version.
         """
         try:
             text = self.run_file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        try:
             run: dict[str, Any] = json.loads(text)
             version = run["schema"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UsageError(f"{self.run_file} cannot be read: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{self.run_file} is not a run record. Restore it, or start over with --fresh.") from None
         if version != SCHEMA_VERSION:
             raise UsageError(f"{self.run_file} has schema {version}; this version reads schema {SCHEMA_VERSION}.")
+        if missing := [key for key in _RUN_KEYS if key not in run]:
+            raise UsageError(f"{self.run_file} lacks {', '.join(missing)}. Restore it, or start over with --fresh.")
         return run
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace run.json in one move."""
         text = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         temporary = self.run_file.with_name(f"run.json.{uuid.uuid4().hex[:8]}{TEMPORARY}")
-        with _explained(self.path):
-            _replace_durably(temporary, self.run_file, text.encode())
+        with explained(self.path):
+            # a path that is not UTF-8 becomes a JSON escape, and the same path when read back
+            replace_durably(temporary, self.run_file, text.encode("utf-8", "backslashreplace"))
 
     def append(self, cell: str, rows: Sequence[Row]) -> Path:
         """Write `rows` as one new shard of `cell`; when this returns they are on the disk.
@@ -164,18 +187,22 @@ class RunFolder:
             [pa.array(values, field.type) for values, field in zip(columns, ROW_SCHEMA, strict=True)], schema=ROW_SCHEMA
         )
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         folder = self.shard_folder(cell)
         name = f"{rows[0].position:08d}-{uuid.uuid4().hex[:12]}"
         final = folder / f"{name}.parquet"
-        with _explained(self.path):
+        with explained(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            _replace_durably(folder / f"{name}{TEMPORARY}", final, sink.getvalue().to_pybytes())
+            replace_durably(folder / f"{name}{TEMPORARY}", final, sink.getvalue().to_pybytes())
         return final
 
     def shards(self, cell: str) -> list[Path]:
         """All shards of `cell`, by name."""
-        return sorted(self.shard_folder(cell).glob("*.parquet"))
+        return sorted(self.shard_folder(cell).glob(f"{_SHARD}.parquet"))
+
+    def all_shards(self) -> list[Path]:
+        """The shards of all cells; a user's own Parquet files in folders of the same name are none."""
+        return sorted(self.path.glob(f"shards/*/{_SHARD}.parquet"))
 
     def read(self, cell: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the rows of `cell`, in no particular order.
@@ -187,7 +214,10 @@ class RunFolder:
         tables = []
         for shard in self.shards(cell):
             try:
-                tables.append(pq.read_table(shard, schema=ROW_SCHEMA, columns=columns, partitioning=None))
+                found = pq.read_table(
+                    shard, schema=ROW_SCHEMA, columns=columns, partitioning=None, page_checksum_verification=True
+                )
+                tables.append(found)
             except (pa.ArrowException, OSError) as error:
                 raise UsageError(
                     f"{shard} is damaged ({error}). Remove this file and run again: its images are computed anew."
@@ -195,19 +225,26 @@ class RunFolder:
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
     def remove_leftovers(self) -> None:
-        """Remove temporary files of runs that died. Only for the process that holds the lock."""
-        for leftover in [*self.path.glob(f"*{TEMPORARY}"), *self.path.glob(f"shards/*/*{TEMPORARY}")]:
-            leftover.unlink(missing_ok=True)
+        """Remove temporary files of runs that died, by their full form: a user's own ``*.part`` files are left alone.
+
+        Only for the process that holds the lock.
+        """
+        with explained(self.path):
+            for pattern in (f"run.json.{_HEX * 8}{TEMPORARY}", f"shards/*/{_SHARD}{TEMPORARY}"):
+                for leftover in self.path.glob(pattern):
+                    leftover.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove run.json and all shards, and nothing else that may lie in the folder."""
         self.remove_leftovers()
-        self.run_file.unlink(missing_ok=True)
-        for shard in self.path.glob("shards/*/*.parquet"):
-            shard.unlink()
-        for folder in [*self.path.glob("shards/*"), self.path / "shards"]:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        with explained(self.path):
+            self.run_file.unlink(missing_ok=True)
+            folders = [*self.path.glob("shards/*"), self.path / "shards"]
+            for shard in self.all_shards():
+                shard.unlink()
+            for folder in folders:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -247,6 +284,7 @@ class MethodRows:
     nll: NDArray[np.float64]
     rank: NDArray[np.int64]
     teacher_prediction: NDArray[np.int64]
+    loss: NDArray[np.float64]
     cosine: NDArray[np.float64]
     seconds: NDArray[np.float64]
     error: NDArray[np.object_]
@@ -325,6 +363,7 @@ def _method_rows(table: pa.Table) -> MethodRows:
         nll=numbers("nll", np.nan, np.float64),
         rank=numbers("rank", -1, np.int64),
         teacher_prediction=numbers("teacher_prediction", -1, np.int64),
+        loss=numbers("loss", np.nan, np.float64),
         cosine=numbers("cosine", np.nan, np.float64),
         seconds=numbers("seconds", np.nan, np.float64) + numbers("shared_seconds", 0, np.float64),
         error=objects("error"),
@@ -335,49 +374,3 @@ def _method_rows(table: pa.Table) -> MethodRows:
 def _padded(steps: list[int] | None, width: int) -> list[int]:
     """A failed row holds -1 throughout; one that stopped early keeps its last prediction."""
     return [-1] * width if not steps else steps + steps[-1:] * (width - len(steps))
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"Cannot write to {path}: {error.strerror}. Give another folder with --out.") from None
-
-
-def _replace_durably(temporary: Path, final: Path, data: bytes) -> None:
-    """Write `data` under a temporary name, flush it to the disk, and rename it: `final` is there whole or not."""
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself must reach the disk too
-        directory = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-class _explained:
-    """Turn an OSError of the body into a sentence for people."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError):
-            return
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "The disk is full" if full else f"Cannot write: {error.strerror or error}"
-        raise ApmError(
-            f"{what} ({self.path}). All rows written so far are whole: "
-            f"{'free some space and ' if full else ''}run the same command again to continue."
-        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,40 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
     return min(1.0, 2 * float(bdtr(min(right_to_wrong, wrong_to_right), flips, 0.5)))
 
 
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Images sorted by their confidence into equally wide bins; arrays of one number for each bin."""
+
+    count: NDArray[np.int64]
+    """Images."""
+    right: NDArray[np.float64]
+    """How many of them were right."""
+    sure: NDArray[np.float64]
+    """Sum of their confidences: divided by `count`, the accuracy that they claim."""
+
+
+def reliability(confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, bins: int = BINS) -> Reliability:
+    """Sort answers into `bins` equally wide bins of confidence, as a reliability diagram does (Guo et al. 2017).
+
+    Args:
+        confidence: (n,) probability given to the predicted class, in [0, 1].
+        correct: (n,) whether the prediction was right.
+        bins: number of bins.
+    """
+    # Bins are closed on the right, as in the paper: (0, 1/M], (1/M, 2/M], …
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return Reliability(
+        np.bincount(index, minlength=bins),
+        np.bincount(index, weights=correct, minlength=bins).astype(np.float64),
+        np.bincount(index, weights=confidence, minlength=bins).astype(np.float64),
+    )
+
+
 def expected_calibration_error(
-    confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, bins: int = 15
+    confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, bins: int = BINS
 ) -> float:
     """Expected calibration error over `bins` equally wide bins of confidence (Guo et al. 2017).
 
@@ -43,11 +76,8 @@ def expected_calibration_error(
     Returns:
         Σ over bins of (share of images) · |accuracy - mean confidence|, in [0, 1].
     """
-    # Bins are closed on the right, as in the paper: (0, 1/M], (1/M, 2/M], …
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    right = np.bincount(index, weights=correct, minlength=bins)
-    sure = np.bincount(index, weights=confidence, minlength=bins)
-    return float(np.abs(right - sure).sum() / len(confidence))
+    binned = reliability(confidence, correct, bins=bins)
+    return float(np.abs(binned.right - binned.sure).sum() / len(confidence))
 
 
 def near_chance(correct: int, n: int, classes: int) -> bool:

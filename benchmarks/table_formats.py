@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -43,7 +44,7 @@ def markdown(tables: Sequence[Table]) -> str:
     """All tables in GitHub's markdown."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(_in_markdown(cell).replace("|", "\\|") for cell in cells) + " |"
 
     def block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         return [line(headings), line(["---"] * len(headings)), *(line(row) for row in rows), ""]
@@ -51,12 +52,17 @@ def markdown(tables: Sequence[Table]) -> str:
     out: list[str] = []
     for table in tables:
         headings, rows = grid(table)
-        out += [f"### {table.title}", "", *block(headings, rows)]
+        out += [f"### {_in_markdown(table.title)}", "", *block(headings, rows)]
         if detailed := details(table):
             out += ["All cells together, against the teacher:", "", *block(DETAIL_HEADINGS, detailed)]
-        out += [f"> **Warning.** {warning}\n" for warning in table.warnings]
-        out += [f"- {note}" for note in table.notes] + ([""] if table.notes else [])
+        out += [f"> **Warning.** {_in_markdown(warning)}\n" for warning in table.warnings]
+        out += [f"- {_in_markdown(note)}" for note in table.notes] + ([""] if table.notes else [])
     return "\n".join(out)
+
+
+def _in_markdown(text: str) -> str:
+    """Text on one line in which no name of a user's can start a tag or an escape."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split("\n")).replace("\\", r"\\"))
 
 
 _LATEX = str.maketrans(
@@ -79,6 +85,9 @@ _LATEX = str.maketrans(
         "…": r"\ldots{}",
         "–": "--",
         "<": r"$<$",
+        ">": r"$>$",
+        "|": r"\textbar{}",
+        "\n": " ",
     }
 )
 
@@ -102,7 +111,7 @@ def latex(tables: Sequence[Table]) -> str:
 
     out: list[str] = []
     for table in tables:
-        out += [f"% {table.title}", *block(*grid(table))]
+        out += ["% " + table.title.replace("\n", " "), *block(*grid(table))]
         if detailed := details(table):
             out += ["% all cells together, against the teacher", *block(DETAIL_HEADINGS, detailed)]
         out += [rf"\par {note.translate(_LATEX)}" for note in (*table.warnings, *table.notes)] + [""]

@@ -60,6 +60,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What one score was computed from."""
+
+    run: Records
+    cell: Mapping[str, Any]
+    """What run.json says of the cell."""
+    rows: MethodRows
+
+
+@dataclass(frozen=True)
 class TableRow:
     """One line of a table."""
 
@@ -81,6 +91,8 @@ class TableRow:
     """All cells together: agreement, flips, calibration, speed."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     uses_training_data: str = "no"
+    answers: Mapping[str, Answers] = field(default_factory=dict, repr=False)
+    """By column key, what our own scores were computed from; empty in published and ORACLE rows."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +199,9 @@ def _layouts(runs: Sequence[Records]) -> Iterator[_Layout]:
 
 def _own_rows(layout: _Layout, runs: Sequence[Records], *, oracle: bool) -> tuple[list[TableRow], list[str], list[str]]:
     """Our rows of one table, with notes and warnings."""
-    found: dict[tuple[str, ...], dict[str, tuple[Records, Mapping[str, Any], MethodRows]]] = {}
+    found: dict[tuple[str, ...], dict[str, Answers]] = {}
     for run in runs:
+        mine: dict[tuple[str, ...], dict[str, Answers]] = {}
         for key, cell in run.cells.items():
             column = layout.column_of(cell)
             if column is None:
@@ -196,35 +209,36 @@ def _own_rows(layout: _Layout, runs: Sequence[Records], *, oracle: bool) -> tupl
             for method, rows in run.rows(key):
                 identity: tuple[str, ...] = (
                     method,
-                    json.dumps(run.methods[method], sort_keys=True),
-                    run.run["teacher"]["identity"],
+                    json.dumps(_settings(run, method), sort_keys=True),
                     cell["prompt_set"] if run.run["config"]["prompts"] else "",  # else each data set's own
                 )
-                if column in found.get(identity, {}):  # the same cell twice: a row of its own
-                    identity = (*identity, str(run.path))
-                found.setdefault(identity, {})[column] = (run, cell, rows)
+                mine.setdefault(identity, {})[column] = Answers(run, cell, rows)
+        for identity, entries in mine.items():
+            twice = found.get(identity, {}).keys() & entries.keys()  # then this run has a row of its own
+            found.setdefault((*identity, str(run.path)) if twice else identity, {}).update(entries)
     table_rows: list[TableRow] = []
     for (method, settings, *_), entries in found.items():
-        run = next(iter(entries.values()))[0]
-        cells = {column: _score(rows, header) for column, (_, header, rows) in entries.items()}
+        run = next(iter(entries.values())).run
+        cells = {column: _score(one.rows, one.cell) for column, one in entries.items()}
         row = TableRow(
             kind="ours",
             method=method,
             teacher=run.run["teacher"]["name"],
-            prompts=", ".join(dict.fromkeys(str(header["prompts"]) for _, header, _ in entries.values())),
-            source=", ".join(dict.fromkeys(str(entry[0].path) for entry in entries.values())),
+            prompts=", ".join(dict.fromkeys(str(one.cell["prompts"]) for one in entries.values())),
+            source=", ".join(dict.fromkeys(str(one.run.path) for one in entries.values())),
             cells=cells,
-            total=_summary([rows for _, _, rows in entries.values()]),
+            total=_summary([one.rows for one in entries.values()]),
             settings=json.loads(settings),
+            answers=entries,
         )
         table_rows.append(_averaged(row, layout))
         if oracle:
-            table_rows += _oracle_rows(layout, row, {column: rows for column, (_, _, rows) in entries.items()})
-    notes = _cell_notes(layout, found.values())
+            table_rows += _oracle_rows(layout, row, {column: one.rows for column, one in entries.items()})
+    notes = [*_cell_notes(layout, found.values()), *_other_images(layout, found.values())]
     table_rows = _told_apart(table_rows)
     if any(row.total is not None and len(row.cells) > 1 for row in table_rows):
         notes.append("p of several cells together takes their images as independent; corruptions of one image are not.")
-    used = [entry[0] for entries in found.values() for entry in entries.values()]
+    used = [one.run for entries in found.values() for one in entries.values()]
     if used:
         notes.append(
             f"images/s: each method as if run alone, with teacher and views, without decoding; {_machines(used)}."
@@ -235,6 +249,14 @@ def _own_rows(layout: _Layout, runs: Sequence[Records], *, oracle: bool) -> tupl
     if oracle and not any(row.kind == "oracle" for row in table_rows) and table_rows:
         notes.append("No ORACLE row: no run of this table recorded per-step predictions (--record-steps).")
     return table_rows, notes, _chance_warnings(layout, table_rows, found.values())
+
+
+def _settings(run: Records, method: str) -> dict[str, Any]:
+    """What shapes a row's numbers besides its cells and prompts: settings, seed, and the teacher with its weights."""
+    settings = {"teacher": run.run["teacher"]["identity"], "seed": run.run["config"]["seed"], **run.methods[method]}
+    if settings["seed"] != run.run["config"]["seed"]:  # a method with a seed of its own
+        settings["run_seed"] = run.run["config"]["seed"]
+    return settings
 
 
 def _score(rows: MethodRows, cell: Mapping[str, Any]) -> Score:
@@ -326,7 +348,12 @@ def _oracle_rows(layout: _Layout, row: TableRow, entries: Mapping[str, MethodRow
     return [
         _averaged(
             replace(
-                row, kind="oracle", method=f"ORACLE {row.method}, best step of each {what}", cells=cells, total=None
+                row,
+                kind="oracle",
+                method=f"ORACLE {row.method}, best step of each {what}",
+                cells=cells,
+                total=None,
+                answers={},
             ),
             layout,
         )
@@ -361,11 +388,7 @@ def _machines(runs: Iterable[Records]) -> str:
     )
 
 
-_Entries = Mapping[str, tuple[Records, Mapping[str, Any], MethodRows]]
-"""Of one row: by column, the run, what it says of the cell, and the answers."""
-
-
-def _cell_notes(layout: _Layout, rows: Iterable[_Entries]) -> list[str]:
+def _cell_notes(layout: _Layout, rows: Iterable[Mapping[str, Answers]]) -> list[str]:
     """What the data sets' records say, each note once with the columns that it is about.
 
     That corruptions were generated is left to the mark.
@@ -373,15 +396,22 @@ def _cell_notes(layout: _Layout, rows: Iterable[_Entries]) -> list[str]:
     columns: dict[str, list[str]] = {}
     for column in layout.columns:
         for entries in rows:
-            for note in entries[column][1]["notes"] if column in entries else ():
+            for note in entries[column].cell["notes"] if column in entries else ():
                 if MARK not in note and column not in columns.setdefault(note, []):
                     columns[note].append(column)
     return [f"{', '.join(about)}: {note}" for note, about in columns.items()]
 
 
-def _chance_warnings(layout: _Layout, rows: Sequence[TableRow], entries: Iterable[_Entries]) -> list[str]:
+def _other_images(layout: _Layout, rows: Iterable[Mapping[str, Answers]]) -> Iterator[str]:
+    """A note for each column whose rows are of different images: the difference of two of them may come from that."""
+    for column in layout.columns:
+        if len({entries[column].cell["fingerprint"] for entries in rows if column in entries}) > 1:
+            yield f"{column}: not all rows are of the same images; compare them with care."
+
+
+def _chance_warnings(layout: _Layout, rows: Sequence[TableRow], entries: Iterable[Mapping[str, Answers]]) -> list[str]:
     """One warning for each column in which a method is no better than guessing."""
-    headers = {column: header for one in entries for column, (_, header, _) in one.items()}
+    headers = {column: one.cell for row in entries for column, one in row.items()}
     warnings = []
     for column in layout.columns:
         scores = [

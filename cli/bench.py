@@ -88,7 +88,14 @@ def bench(
     steps: Annotated[int | None, typer.Option(help="apm: optimisation steps.", rich_help_panel=METHOD)] = None,
     lr: Annotated[float | None, typer.Option(help="apm: learning rate.", rich_help_panel=METHOD)] = None,
     preset: Annotated[str, typer.Option(help="apm: size, paper or small.", rich_help_panel=METHOD)] = "paper",
-    readout: Annotated[str, typer.Option(help="apm: query or mean.", rich_help_panel=METHOD)] = "query",
+    distil: Annotated[
+        str | None,
+        typer.Option(help="apm: what has a loss: cls, grid or both. Default: cls.", rich_help_panel=METHOD),
+    ] = None,
+    readout: Annotated[
+        str | None,
+        typer.Option(help="apm: query or mean. Default: query; mean where distil is grid.", rich_help_panel=METHOD),
+    ] = None,
     precision: Annotated[str, typer.Option(help="apm: auto, fp32 or bf16.", rich_help_panel=METHOD)] = "auto",
     record_steps: Annotated[
         bool,
@@ -172,7 +179,8 @@ def bench(
 
     from apm.benchmarks.distributed import join, on_many_machines, restarted
     from apm.benchmarks.methods import MethodOptions, create_methods
-    from apm.benchmarks.runner import RunOptions, run
+    from apm.benchmarks.run_record import RunOptions
+    from apm.benchmarks.runner import run
 
     if (
         fresh and on_many_machines()
@@ -192,6 +200,7 @@ def bench(
                 steps=steps,
                 lr=lr,
                 preset=preset,
+                distil=distil,
                 readout=readout,
                 precision=_precision(precision, folder, loaded, fresh, group),
                 device=loaded.device,

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apm.errors import UsageError
+from apm.errors import ImageError, UsageError
 from apm.labels import LABEL_SET_NAMES, PROMPT_NAMES, parse_labels, read_labels_file
-from apm.paths import expand_paths
+from apm.paths import expand_paths, printable
 
 from . import render
 from .options import Debug
 
 if TYPE_CHECKING:
-    from apm.classifier import Classifier
+    from apm.classifier import Answer, Classifier
 
 STUDENT, SOURCE, OUTPUT = "The student", "Labels and teacher", "Output"
 
@@ -65,7 +66,23 @@ def classify(
         float | None, typer.Option(help="Learning rate of Adam. Default: 0.0001.", rich_help_panel=STUDENT)
     ] = None,
     preset: Annotated[str, typer.Option(help="Size: paper or small.", rich_help_panel=STUDENT)] = "paper",
-    readout: Annotated[str, typer.Option(help="query (the object query) or mean.", rich_help_panel=STUDENT)] = "query",
+    distil: Annotated[
+        str | None,
+        typer.Option(
+            help="What the student is overfit to: cls (the teacher's token), grid (its patch features) or both. "
+            "Default: cls; both with --explain.",
+            rich_help_panel=STUDENT,
+        ),
+    ] = None,
+    rgb_weight: Annotated[
+        float, typer.Option(help="Of a loss towards the image's own colours, added to it.", rich_help_panel=STUDENT)
+    ] = 0.0,
+    readout: Annotated[
+        str | None,
+        typer.Option(
+            help="query (the object query) or mean. Default: query; mean with --distil grid.", rich_help_panel=STUDENT
+        ),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="Of the matrix products: auto, fp32 or bf16.", rich_help_panel=STUDENT)
     ] = "auto",
@@ -87,6 +104,17 @@ def classify(
         bool,
         typer.Option("--quiet", "-q", help="Only path, label and probability, tab-separated.", rich_help_panel=OUTPUT),
     ] = False,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a picture of where the best labels are, one an image, with its arrays (.npz).",
+            rich_help_panel=OUTPUT,
+            metavar="DIR",
+        ),
+    ] = None,
+    explain_size: Annotated[
+        int, typer.Option(help="Places a side at which --explain asks the field.", rich_help_panel=OUTPUT)
+    ] = 112,
     debug: Debug = False,
 ) -> None:
     """Say what is on photographs, adapting a fresh student to each of them.
@@ -100,6 +128,10 @@ def classify(
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
     size = _batch_size(batch_size)
+    chosen: list[str] = []
+    if explain is not None:
+        steps, lr, distil, chosen = _for_maps(explain, explain_size, steps, lr, distil)
+    distil = distil or "cls"
     if teacher is not None:
         from apm.teachers import check_teacher
 
@@ -122,16 +154,66 @@ def classify(
         device=device,
         batch_size=size,
         seed=seed,
+        distil=distil,
+        rgb_weight=rgb_weight,
         top_k=top_k,
         max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
     )
     if not quiet or classifier.fell_back:  # that another teacher answers must be known in any case
         for note in classifier.teacher.notes:
             render.notice(note)
-    _print_answers(classifier, paths, as_json=as_json, quiet=quiet)
+    if readout is None and distil == "grid" and not quiet:
+        render.notice(
+            "--distil grid trains no object query, so the token is read as the field's mean (--readout mean)."
+        )
+    if chosen and not quiet:
+        render.notice(f"--explain takes {', '.join(chosen)}: the maps need them. Your own values go before.")
+    _print_answers(classifier, paths, as_json=as_json, quiet=quiet, explain=explain, explain_size=explain_size)
 
 
-def _print_answers(classifier: Classifier, arguments: list[str], *, as_json: bool, quiet: bool) -> None:
+def _for_maps(
+    folder: Path, size: int, steps: int | None, lr: float | None, distil: str | None
+) -> tuple[int, float, str, list[str]]:
+    """Check what --explain needs before anything is loaded; fill in steps, lr, distil, and say what was filled in."""
+    from apm.benchmarks.figures import require_matplotlib
+    from apm.explain import LR, STEPS
+
+    require_matplotlib("Pictures of --explain")
+    if size < 1:
+        raise UsageError(f"--explain-size is {size}; it must be at least 1.")
+    if distil == "cls":
+        raise UsageError("--explain needs a target that says what is where: --distil both, or grid, not cls.")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--explain {printable(folder)} is a file; it must be a folder, or a name that is free.")
+    filled = (("--steps", steps, STEPS), ("--lr", lr, LR), ("--distil", distil, "both"))
+    told = [f"{name} {default}" for name, given, default in filled if given is None]
+    return steps or STEPS, LR if lr is None else lr, distil or "both", told
+
+
+def _explained(classifier: Classifier, paths: Iterable[Path], folder: Path, size: int) -> Iterator[Answer]:
+    """Yield the answers, each after its picture and arrays are on disk."""
+    from apm.benchmarks.explain_figures import write_explanation
+    from apm.classifier import Answer
+
+    for path in paths:
+        try:
+            perception = classifier.perceive(path)
+        except ImageError as error:
+            yield Answer(path=path, error=str(error))
+            continue
+        write_explanation(perception, classifier, folder, size=size)
+        yield perception.answer
+
+
+def _print_answers(
+    classifier: Classifier,
+    arguments: list[str],
+    *,
+    as_json: bool,
+    quiet: bool,
+    explain: Path | None,
+    explain_size: int,
+) -> None:
     if "-" in arguments and sys.stdin is None:
         raise UsageError("Paths were to come on stdin, and it is closed.")
     paths = expand_paths(arguments, sys.stdin.buffer if "-" in arguments else ())
@@ -144,7 +226,10 @@ def _print_answers(classifier: Classifier, arguments: list[str], *, as_json: boo
     count = failed = 0
     try:
         with render.progress_on_terminal(total, wanted=not quiet and total != 1) as progress:
-            for answer in classifier.classify(paths):
+            answers = (
+                classifier.classify(paths) if explain is None else _explained(classifier, paths, explain, explain_size)
+            )
+            for answer in answers:
                 with render.above(progress):
                     if as_json:
                         typer.echo(json.dumps(render.answer_record(answer, classifier), allow_nan=False))

@@ -24,8 +24,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "teachers": (".teachers", "List the teachers, and which are on this machine."),
     "bench": (".bench", "Run methods on data sets, resumably, into records."),
     "table": (".table", "Print tables from the records of runs, beside the published numbers."),
+    "report": (".report", "Write one HTML page from the records of runs."),
     "compare": (".compare", "Check a run against an earlier one, sample by sample."),
     "profile": (".profile", "Count what student and teacher consist of, and what a step costs."),
+    "islands": (".islands", "Watch a student's field form, and whether its regions follow the image."),
+    "pretrain": (".pretrain", "Train one student on many images, against a teacher's grids."),
+    "interpolate": (".interpolate", "Walk from one image to another between their trigger columns."),
+    "field": (".field", "Query a trained student's field of an image, at any locations."),
     "corrupt": (".corrupt", "Write the corruptions of ImageNet-C for a folder of images."),
 }
 

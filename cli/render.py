@@ -123,6 +123,8 @@ def answer_record(answer: Answer, classifier: Classifier) -> dict[str, Any]:
         else {
             "preset": classifier.preset,
             "readout": classifier.student_config.readout,
+            "distil": classifier.adapt_config.distil,
+            "rgb_weight": classifier.adapt_config.rgb_weight,
             "lr": classifier.adapt_config.lr,
             "seed": classifier.adapt_config.seed,
             "device": str(classifier.device),

@@ -11,12 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from apm.images import central_square, normalised
+
 
 class FakeTeacher:
     """A tiny teacher: images and texts go to fixed vectors that depend on nothing but their content.
 
     An image's vector is a fixed random projection of its 8×8 average-pooled pixels; a text's vector is drawn from a
-    generator seeded by the text. `text_calls` and `image_calls` count the rows encoded, so that a test can see what
+    generator seeded by the text; a grid has a cell for every 8 pixels, the cell's mean colour through a part of the
+    same projection. `text_calls`, `image_calls` and `grid_calls` count what was encoded, so that a test can see what
     was computed and what came from a cache.
     """
 
@@ -36,7 +39,7 @@ class FakeTeacher:
         self.dim = dim
         self.seed = seed
         self.logit_scale = logit_scale
-        self.image_size = image_size
+        self.image_size = self.grid_size = image_size
         self.mean = (0.5, 0.5, 0.5)
         self.std = (0.5, 0.5, 0.5)
         self.notes: tuple[str, ...] = ()
@@ -45,6 +48,7 @@ class FakeTeacher:
         self.device = torch.device(device)
         self.text_calls = 0
         self.image_calls = 0
+        self.grid_calls = 0
         weights = np.random.default_rng(seed).standard_normal((3 * 64, dim)) / 8
         self.weights = torch.from_numpy(weights.astype(np.float32)).to(self.device)
         self.identity = f"{name}@{hashlib.sha256(self.weights.cpu().numpy().tobytes()).hexdigest()[:16]}"
@@ -60,6 +64,14 @@ class FakeTeacher:
         pooled = functional.adaptive_avg_pool2d(pixels.to(self.device, torch.float32), 8)  # (B, 3, 8, 8)
         # The product is summed row by row: a row's bits then do not depend on the batch it is in.
         return (pooled.flatten(1).unsqueeze(2) * self.weights).sum(1)  # (B, D)
+
+    @torch.no_grad()
+    def encode_grid(self, image: Image.Image, *, size: int | None = None) -> Tensor:
+        self.grid_calls += 1
+        side = size or self.grid_size
+        square = normalised(central_square(image.convert("RGB"), side), self.mean, self.std)
+        cells = functional.adaptive_avg_pool2d(square, side // 8).permute(1, 2, 0)  # (h', w', 3)
+        return (cells.unsqueeze(3) * self.weights[:3].cpu()).sum(2).to(self.device)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:

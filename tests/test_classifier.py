@@ -15,8 +15,10 @@ from PIL import Image
 
 import apm
 from apm import classifier as module
-from apm.errors import ImageError, UsageError
+from apm.errors import ImageError, TeacherError, UsageError
+from apm.grids import resample
 from apm.images import load_image
+from apm.position import grid_locations
 from tests.fakes import FakeTeacher
 
 LABELS = ("cat", "dog", "bird", "house", "tree", "car")
@@ -251,3 +253,78 @@ def test_public_names_are_loaded_on_first_use() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Clasifier'"):
         _ = apm.Clasifier  # type: ignore[attr-defined]
     assert set(apm.__all__) <= set(dir(apm))
+
+
+@pytest.mark.parametrize("distil", ["grid", "both"])
+def test_distilling_the_grid_does_not_depend_on_batch_or_order(pictures: list[Path], distil: str) -> None:
+    options = {"distil": distil, "rgb_weight": 0.1}
+    alone = {path: build(**options)(path) for path in pictures[:4]}
+    records = [one(pictures[0]).adaptation for one in (build(**options), build())]
+    assert records[0] is not None and records[1] is not None and records[0].losses != records[1].losses
+    for size, order in ((4, pictures[:4]), (3, pictures[3::-1])):
+        answers = list(build(batch_size=size, **options).classify(order))
+        assert all(same(answer, alone[answer.path]) for answer in answers if answer.path is not None)
+
+
+def test_the_grid_alone_is_read_by_its_mean() -> None:
+    assert build(distil="grid").student_config.readout == "mean"
+    assert build(distil="both").student_config.readout == "query"
+    assert build(distil="both", readout="mean").student_config.readout == "mean"
+    with pytest.raises(UsageError, match='choose readout="mean"'):
+        build(distil="grid", readout="query")
+
+
+def test_a_teacher_without_a_grid_is_refused_before_any_image() -> None:
+    class TokenTeacher(FakeTeacher):
+        encode_grid = property()  # type: ignore[assignment]
+
+    class WideTeacher(FakeTeacher):
+        def encode_grid(self, image: Image.Image, *, size: int | None = None) -> torch.Tensor:
+            return torch.zeros(2, 2, self.dim + 1)
+
+    with pytest.raises(TeacherError, match='"fake" has no grid'):
+        build(teacher=TokenTeacher(), distil="both")
+    with pytest.raises(TeacherError, match=r"is \(2, 2, 17\); \(h, w, 16\) was expected"):
+        build(teacher=WideTeacher(), distil="both")
+    assert build(teacher=TokenTeacher()).adapt_config.distil == "cls"
+
+
+@pytest.mark.parametrize("distil", ["cls", "grid", "both"])
+def test_what_is_perceived_is_what_the_answer_was_read_from(pictures: list[Path], distil: str) -> None:
+    teacher = FakeTeacher()
+    classifier = build(teacher=teacher, distil=distil)
+    answer = classifier(pictures[0])
+    calls = teacher.grid_calls
+    perceived = classifier.perceive(pictures[0], snapshots=(0, 3))
+    assert teacher.grid_calls == calls + 1
+    assert same(perceived.answer, answer) and perceived.answer.top == answer.top
+    assert perceived.image.size == (40, 32)
+    assert perceived.grid is not None and torch.equal(perceived.grid, teacher.encode_grid(perceived.image))
+    assert torch.equal(perceived.token, teacher.encode_image(teacher.preprocess(perceived.image)[None])[0])
+    probabilities = classifier.head.probabilities(perceived.result.tokens)[0]
+    assert float(probabilities.max()) == pytest.approx(answer.top[0].probability, abs=1e-6)
+    cells = classifier.student_config.grid
+    field = perceived.result.features(*grid_locations(cells))
+    torch.testing.assert_close(field, perceived.result.fields[3], rtol=1e-4, atol=1e-5)
+    if distil != "cls":
+        wanted = resample(perceived.grid, cells)
+        before, after = ((perceived.result.fields[k][0] - wanted).square().mean() for k in (0, 3))
+        assert after < before
+    if distil != "grid":
+        attention = perceived.result.attention(*grid_locations(cells))
+        assert attention.shape == (1, classifier.student_config.heads, cells**2)
+        torch.testing.assert_close(attention.sum(dim=2), torch.ones(attention.shape[:2]))
+    assert classifier.perceive(Image.open(pictures[0]), grid_size=64).grid.shape == (8, 8, 16)  # type: ignore[union-attr]
+
+
+def test_a_teacher_without_a_grid_is_perceived_without_one(picture: Path, tmp_path: Path) -> None:
+    class TokenTeacher(FakeTeacher):
+        def encode_grid(self, image: Image.Image, *, size: int | None = None) -> torch.Tensor:
+            raise TeacherError("no grid")
+
+    classifier = build(teacher=TokenTeacher())
+    assert classifier.perceive(picture).grid is None
+    with pytest.raises(TeacherError, match="no grid"):
+        classifier.perceive(picture, grid_size=32)
+    with pytest.raises(ImageError, match="no such file"):
+        classifier.perceive(tmp_path / "nothing.png")

@@ -140,7 +140,7 @@ def test_a_folder_with_a_damaged_image_is_answered_but_for_that(animals: Path) -
 
 
 def test_interrupting_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runner._score
+    real = runner.score
     calls = []
 
     def interrupted(*arguments: Any) -> Any:
@@ -149,7 +149,7 @@ def test_interrupting_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> N
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(runner, "_score", interrupted)
+    monkeypatch.setattr(runner, "score", interrupted)
     result = bench(*DIGITS, "--batch-size", "4", "--out", "run")
     assert result.exit_code == 130
     assert "interrupted: what was answered is in run. To continue: apm" in result.stderr

@@ -326,3 +326,28 @@ def test_not_finite_is_said_not_answered(picture: Path) -> None:
     assert result.exit_code == 1 and "the loss is not finite" in result.stderr
     (record,) = records(result)
     assert record["top"] == [] and record["adaptation"]["last_loss"] is None
+
+
+@pytest.mark.parametrize(("distil", "readout"), [("cls", "query"), ("grid", "mean"), ("both", "query")])
+def test_distil_is_done_and_said(distil: str, readout: str, picture: Path, fake_teacher: FakeTeacher) -> None:
+    result = classify("--json", "--distil", distil, "--rgb-weight", "0.5", picture)
+    assert result.exit_code == 0
+    (record,) = records(result)
+    adaptation = record["adaptation"]
+    assert (adaptation["distil"], adaptation["readout"], adaptation["rgb_weight"]) == (distil, readout, 0.5)
+    assert adaptation["last_loss"] < adaptation["first_loss"]
+    assert fake_teacher.grid_calls == (0 if distil == "cls" else 2)  # once to see that there is one
+    assert ("read as the field's mean" in result.stderr) == (distil == "grid")
+    assert "read as" not in classify("--quiet", "--distil", distil, picture).stderr
+    assert "read as" not in classify("--distil", distil, "--readout", "mean", picture).stderr
+
+
+def test_wrong_distil_is_refused(picture: Path) -> None:
+    for arguments, words in (
+        (("--distil", "grids"), 'Unknown distil "grids"'),
+        (("--distil", "grid", "--readout", "query"), 'choose readout="mean"'),
+        (("--rgb-weight", "-1"), "rgb_weight must be 0 or a positive number"),
+    ):
+        result = classify(*arguments, picture)
+        assert result.exit_code == 2 and words in result.stderr
+        assert result.stdout == ""

@@ -182,3 +182,5 @@ def test_contributing_teacher() -> None:
         Image.new("RGB", (30, 20), "blue")
     )
     assert answer.teacher_top[0].label == answer.top[0].label == "blue"
+    gridded = apm.Classifier(teacher, preset="small", steps=60, lr=1e-3, device="cpu", distil="grid")
+    assert gridded(Image.new("RGB", (30, 20), "red")).top[0].label == "red"

@@ -7,13 +7,19 @@
 * ``hf-hub:ORG/REPO``, an open_clip model on the Hugging Face hub,
 * ``local-dir:PATH``, a folder with open_clip_config.json and weights,
 * ``embedded``, the small one that comes with this package.
+
+``load_grid_teacher`` takes all of these, and models that have a grid of features but know no texts:
+
+* ``timm:NAME``, a vision transformer of timm, such as ``timm:vit_small_patch14_reg4_dinov2.lvd142m``,
+* ``timm:NAME@FILE``, the same with weights from a file.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apm.teachers.base import Teacher, TeacherUnavailable
+from apm.errors import TeacherError
+from apm.teachers.base import GridTeacher, Teacher, TeacherUnavailable
 from apm.teachers.catalog import DEFAULT, TeacherInfo, list_teachers
 
 if TYPE_CHECKING:
@@ -21,14 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT",
+    "GridTeacher",
     "Teacher",
     "TeacherInfo",
     "TeacherUnavailable",
     "check_teacher",
     "list_teachers",
     "load_default_teacher",
+    "load_grid_teacher",
     "load_teacher",
 ]
+
+_TIMM = "timm:"
 
 
 def check_teacher(spec: str) -> None:
@@ -37,6 +47,8 @@ def check_teacher(spec: str) -> None:
     Raises:
         TeacherError: as `load_teacher`, but for what only reading the weights shows.
     """
+    if spec.startswith(_TIMM):
+        raise _without_texts(spec)
     if spec != "embedded":
         from apm.teachers.sources import resolve
 
@@ -58,12 +70,32 @@ def load_teacher(spec: str, *, device: str | torch.device = "cpu") -> Teacher:
         from apm.teachers.embedded import load_embedded
 
         return load_embedded(device=device)
+    if spec.startswith(_TIMM):
+        raise _without_texts(spec)
     from apm.teachers.sources import resolve
 
     source = resolve(spec)  # before the slow imports
     from apm.teachers.openclip import load_source
 
     return load_source(source, device=device)
+
+
+def load_grid_teacher(spec: str, *, device: str | torch.device = "cpu") -> GridTeacher:
+    """Load what `load_teacher` loads, or a model of timm that has a grid of features and no texts.
+
+    Args:
+        spec: one of the forms above.
+        device: where its weights go. They are float32, frozen, and in evaluation mode.
+
+    Raises:
+        TeacherUnavailable: its weights are neither on this machine nor reachable; found out within seconds.
+        TeacherError: the name is not known, or the file is damaged, unsafe or of another model.
+    """
+    if not spec.startswith(_TIMM):
+        return load_teacher(spec, device=device)
+    from apm.teachers.grid_timm import load_timm
+
+    return load_timm(spec, device=device)
 
 
 def load_default_teacher(*, device: str | torch.device = "cpu") -> Teacher:
@@ -80,3 +112,10 @@ def load_default_teacher(*, device: str | torch.device = "cpu") -> Teacher:
         teacher = load_embedded(device=device)
         teacher.notes = (f"The embedded teacher, a small one, stands in for the default. {error}", *teacher.notes)
         return teacher
+
+
+def _without_texts(spec: str) -> TeacherError:
+    return TeacherError(
+        f'The teacher "{spec}" has a grid but knows no texts, so it cannot say what is on an image: name one of'
+        " open_clip, or embedded. Where a grid alone is wanted, it will do."
+    )

@@ -1,4 +1,4 @@
-"""What a teacher is: a frozen image and text model whose image vector the student is overfit to."""
+"""What a teacher is: a frozen image and text model whose image vector, or grid, the student is overfit to."""
 
 from __future__ import annotations
 
@@ -18,18 +18,47 @@ class TeacherUnavailable(TeacherError):
 
 
 @runtime_checkable
-class Teacher(Protocol):
-    """A frozen CLIP-like model: an image tower and a text tower into the same D-dimensional space.
-
-    Anything with these attributes is a teacher: no base class is needed.
-    """
+class GridTeacher(Protocol):
+    """A frozen image model that says what is where: a grid of features. It needs no text tower."""
 
     name: str
     """The name that it was asked for by, such as ``ViT-B-16/openai``."""
     identity: str
     """``name@`` and 16 hex digits of a sha256 over the weights: what caches and records are keyed by."""
     dim: int
-    """D, the width of image and text vectors."""
+    """D, the width of its vectors."""
+    notes: tuple[str, ...]
+    """What a user must be told about this teacher, one sentence each."""
+    device: torch.device
+    """Where the weights are."""
+    grid_size: int
+    """Side, in pixels, to which `encode_grid` scales the square when no size is given."""
+
+    def encode_grid(self, image: Image.Image, *, size: int | None = None) -> Tensor:
+        """Tell the features of an image's parts.
+
+        Args:
+            image: RGB. Its central square is looked at, the one that `apm.images.central_square` cuts.
+            size: pixels to which the square is scaled; None: `grid_size`.
+
+        Returns:
+            (h', w', D) float32 on `device`, NOT normalised; cell (i, j) is about the part [i/h', (i+1)/h') x
+            [j/w', (j+1)/w') of the square. Of a `Teacher`: in the space of its texts.
+
+        Raises:
+            TeacherError: the model has no grid, or not at this size.
+        """
+        ...
+
+
+@runtime_checkable
+class Teacher(GridTeacher, Protocol):
+    """A frozen CLIP-like model: an image tower and a text tower into the same D-dimensional space.
+
+    Anything with these attributes is a teacher: no base class is needed. One without `encode_grid` can be distilled by
+    its token alone.
+    """
+
     logit_scale: float
     """Multiplies a cosine to give a logit (already exponentiated, > 0)."""
     image_size: int
@@ -38,14 +67,10 @@ class Teacher(Protocol):
     """Channel means that `preprocess` subtracts, for pixels in [0, 1]."""
     std: tuple[float, float, float]
     """Channel deviations that `preprocess` divides by."""
-    notes: tuple[str, ...]
-    """What a user must be told about this teacher, one sentence each."""
     default_labels: tuple[str, ...] | None
     """Class names to use when the user gives none; None when the teacher has no classes of its own."""
     default_templates: tuple[str, ...] | None
     """Prompt templates that suit this teacher best, each with one ``{}``; None for the general default."""
-    device: torch.device
-    """Where the weights are."""
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize, crop and normalise one RGB image: (3, image_size, image_size) float32 on the CPU."""

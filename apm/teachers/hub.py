@@ -51,13 +51,14 @@ def cached(repo: str, filenames: Sequence[str]) -> Path | None:
     return None
 
 
-def fetch(repo: str, filenames: Sequence[str], *, wanted_by: str) -> Path:
+def fetch(repo: str, filenames: Sequence[str], *, wanted_by: str, library: str = "open_clip") -> Path:
     """Return the first of `filenames` that the repository has: from the cache, else downloaded.
 
     Args:
         repo: ``org/name``.
         filenames: alternatives, in the order of preference.
         wanted_by: the teacher's name, for messages.
+        library: whose model it is, for messages.
 
     Raises:
         TeacherUnavailable: none is cached and the hub cannot be reached, or must not be.
@@ -89,7 +90,7 @@ def fetch(repo: str, filenames: Sequence[str], *, wanted_by: str) -> Path:
             raise _unavailable(wanted_by, repo, f"the download from {host} failed ({_one_line(error)})") from error
     raise TeacherError(
         f'The repository "{repo}" on {host}, wanted for the teacher "{wanted_by}", does not exist or has no'
-        f" {' or '.join(filenames)}: it holds no open_clip model."
+        f" {' or '.join(filenames)}: it holds no {library} model."
     )
 
 

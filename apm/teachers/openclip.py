@@ -18,12 +18,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from apm.errors import TeacherError
+from apm.images import central_square, normalised
 from apm.teachers import hub
 from apm.teachers.checkpoint import check_checkpoint
+from apm.teachers.grid_towers import GridTower
 from apm.teachers.sources import Source, from_folder
 
 DEFAULT_VOCABULARY = 49408
 """Tokens of CLIP's own vocabulary, which open_clip assumes where a configuration says nothing."""
+CONVOLUTIONAL_GRID_SIZE = 192
+"""Least input, in pixels, of a convolutional tower's grid unless asked otherwise. Of the embedded teacher, 200 images
+of Imagenette, 10 classes: the mean of the grid is right on 89.0 % at 96 pixels (3 x 3 cells), 89.0 at 128, 88.5 at 160,
+85.0 at 192 (6 x 6), 85.0 at 224, 81.0 at 256; of its single cells 61.9, 54.0, 45.8, 41.1, 37.1 and 34.9 %."""
 _BATCH = 128
 _CPU_BATCH = 16  # what a processor's caches hold is soon full: larger batches are slower there
 _MAX_ASPECT = 16
@@ -46,7 +52,7 @@ class OpenClipTeacher:
         config = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
         size = config.size if isinstance(config.size, int) else config.size[0]
         # convolutions are half as fast again with channels last; the numbers agree to rounding
-        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.tokenizer = tokenizer
         self.name = source.name
         self.identity = f"{source.name}@{weights_hash(model.state_dict(), also=_settings(source, config))[:16]}"
@@ -59,6 +65,9 @@ class OpenClipTeacher:
         self.default_labels = source.labels
         self.default_templates = source.templates
         self.device = device
+        self._tower = GridTower(model.visual, name=source.name, image_size=self.image_size)  # type: ignore[arg-type]
+        small = self._tower.is_convolutional and self.image_size < CONVOLUTIONAL_GRID_SIZE
+        self.grid_size = CONVOLUTIONAL_GRID_SIZE if small else self.image_size
         self._crops = config.resize_mode == "shortest"
         self._transform = image_transform_v2(config, is_train=False)
 
@@ -75,6 +84,20 @@ class OpenClipTeacher:
         size = _CPU_BATCH if self.device.type == "cpu" else _BATCH
         parts = [self.model.encode_image(part.to(self.device, torch.float32)) for part in pixels.split(size)]  # type: ignore[operator]
         return torch.cat(parts).float()
+
+    @torch.no_grad()
+    def encode_grid(self, image: Image.Image, *, size: int | None = None) -> Tensor:
+        """Encode the parts of the central square, scaled to `size` pixels: (h', w', D), not normalised.
+
+        See `apm.teachers.grid_towers` for what it is in each kind of tower. Where an input of other than the tower's
+        own size needs other position codes, they are interpolated.
+        """
+        size = self.grid_size if size is None else size
+        if size < 1:
+            raise TeacherError(f'The teacher "{self.name}" has no grid at {size}×{size} pixels.')
+        square = central_square(image, size)
+        pixels = normalised(square, self.mean, self.std)[None]  # (1, 3, S, S)
+        return self._tower(pixels.to(self.device))[0].float()
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:

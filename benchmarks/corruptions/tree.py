@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -89,6 +90,7 @@ class TreeWriter:
         )
         self.source, self.target, self.settings = source, target, settings
         self.ids = _list(source)
+        _check_apart(self.ids, settings.format)
 
     def run(self, *, jobs: int = 1) -> Iterator[ImageReport]:
         """Write all pictures; yields a report for each source image, in order.
@@ -111,7 +113,13 @@ class TreeWriter:
         ) as pool:
             ids = iter(self.ids)
             while chunk := list(islice(ids, 64 * jobs)):  # bounded: an interruption waits for little
-                yield from pool.map(work, chunk, chunksize=4)
+                try:
+                    yield from pool.map(work, chunk, chunksize=4)
+                except BrokenProcessPool as error:
+                    raise ApmError(
+                        "A process was killed, perhaps for want of memory. What was written so far is whole: run again "
+                        "to continue, with fewer --jobs."
+                    ) from error
 
     def _claim(self) -> None:
         """Write the settings file, or compare with the one that is there."""
@@ -152,6 +160,15 @@ def _list(source: Path) -> list[str]:
             f"{source} holds no pictures in class folders (<class>/<image>). Give the folder of the classes."
         )
     return ids
+
+
+def _check_apart(ids: Sequence[str], format: str) -> None:
+    """Refuse sources whose pictures would be written to one file: ``a.png`` and ``a.png.jpg``, both as JPEG."""
+    written: dict[str, str] = {}
+    for image in ids:
+        other = written.setdefault(output_name(image, format), image)
+        if other != image:
+            raise UsageError(f"{other} and {image} would both be written as {output_name(image, format)}: rename one.")
 
 
 def output_name(image: str, format: str) -> str:

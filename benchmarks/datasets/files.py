@@ -12,7 +12,8 @@ from apm.errors import ImageError, UsageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"})
 _WNID = re.compile(r"n\d{8}")
-_SKIPPED_FOLDERS = frozenset({"__MACOSX"})
+_SKIPPED_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found", "System Volume Information", "$RECYCLE.BIN"})
+"""What archives, network drives and file systems put among the classes."""
 
 
 def is_wnid(name: str) -> bool:
@@ -26,7 +27,7 @@ def is_integer(name: str) -> bool:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of the sub-folders, integers sorted as integers; hidden ones and macOS leftovers are skipped.
+    """Return the names of the sub-folders, integers sorted as integers; hidden ones and what systems leave are skipped.
 
     Raises:
         UsageError: the folder cannot be read.
@@ -67,6 +68,15 @@ def class_images(folder: Path) -> list[str]:
     return names
 
 
+def beside(folder: Path, name: str) -> Path:
+    """Return the file `name` that lies beside a folder; where the folder is a link, it may lie beside what is meant.
+
+    The folder may be ``.``, whose parent a path alone does not tell.
+    """
+    here = Path(os.path.abspath(folder)).parent / name
+    return here if here.exists() else folder.resolve().parent / name
+
+
 def stable_id(path: str) -> str:
     """Turn a path below the data set's folder into an id: forward slashes, and no bytes that are not UTF-8."""
     return os.fsencode(path.replace(os.sep, "/")).decode("utf-8", "backslashreplace")
@@ -75,17 +85,37 @@ def stable_id(path: str) -> str:
 def read_rgb(path: str | Path) -> Image.Image:
     """Decode a picture of a data set as RGB, the way published evaluations do.
 
-    EXIF rotation is not applied and the first frame is taken: numbers stay comparable with those of other code.
+    EXIF rotation is not applied, transparency is ignored and the first frame is taken: numbers stay comparable with
+    those of other code. Grey pictures of 16 bits and more are scaled, where that code would cut them off at 255.
 
     Raises:
-        ImageError: the file is missing, unreadable, damaged or no picture; the message names it.
+        ImageError: the file is missing, unreadable, damaged, no picture or a mere strip; the message names it.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return as_rgb(image)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: too many pixels ({error}).") from error
     except FileNotFoundError as error:
         raise ImageError(f"{path}: the file is not there.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageError(f"{path}: cannot be read as an image ({error}).") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened picture as `read_rgb` does.
+
+    Raises:
+        ImageError: it is a strip: scaling its short side up to a network's input would multiply its pixels.
+    """
+    from apm.images import MAX_ASPECT, from_pixels  # loads torch, which listing data sets does without
+
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"{width}×{height} pixels is a strip; the long side may be at most {MAX_ASPECT} times the short one."
+        )
+    wide = image.mode == "F" or image.mode.startswith("I")
+    return from_pixels(image).image if wide else image.convert("RGB")

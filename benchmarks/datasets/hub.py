@@ -11,6 +11,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from urllib.request import Request, urlopen
 
 from PIL import Image
 
-from apm.errors import ImageError, UsageError
+from apm.errors import ApmError, ImageError, UsageError
 from apm.labels import imagenet_subset, imagenet_wnids, label_set
 
-from .files import is_wnid, read_rgb
+from .files import as_rgb, is_wnid, read_rgb
 from .readers import Listing, Sample, subset_wnids
 from .specs import DatasetSpec
 
@@ -69,12 +70,14 @@ def read_hub(spec: DatasetSpec, source: str) -> Listing:
     repository, wanted = parse_source(source)
     stream, split = _open(repository, wanted)
     features = dict(stream.features or {})
-    columns = list(features) or list(next(iter(stream), {}))
+    with _told(source):
+        columns = list(features) or list(next(iter(stream), {}))
     image_column = _first(_IMAGE_COLUMNS, columns, repository)
     label_column = _first(_LABEL_COLUMNS, columns, repository)
     rows = _Rows(stream, image_column)
     # A webdataset cannot be read without its images; a table can.
-    labels = rows.read_all(label_column) if "__key__" in columns else _labels_only(stream, label_column)
+    with _told(source):
+        labels = rows.read_all(label_column) if "__key__" in columns else _labels_only(stream, label_column)
     if not labels:
         raise UsageError(f"{source}: its split {split} is empty.")
     names = getattr(features.get(label_column), "names", None) or _names_file(repository)
@@ -144,6 +147,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@contextmanager
+def _told(source: str) -> Iterator[None]:
+    """Turn whatever the library raises while rows are read into a sentence for people."""
+    try:
+        yield
+    except Exception as error:  # damaged files and broken connections come in all kinds
+        raise UsageError(f"{source}: its rows cannot be read: {_first_line(error)}") from error
+
+
 def _labels_only(stream: Any, column: str) -> list[Any]:
     return [row[column] for row in stream.select_columns([column])]
 
@@ -160,7 +172,12 @@ def _names_file(repository: str) -> list[str] | None:
             path = Path(hf_hub_download(repository, "classnames.txt", repo_type="dataset", etag_timeout=_SECONDS))
         except Exception:  # it is optional, and the reasons for which it cannot be had are many
             return None
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {_first_line(error)}.") from error
 
 
 def _interpret(
@@ -247,12 +264,20 @@ class _Rows:
             return labels
 
     def load(self, row: int) -> Image.Image:
-        """Decode one row, reading the stream on to it when it was not passed yet."""
+        """Decode one row, reading the stream on to it when it was not passed yet.
+
+        Raises:
+            ImageError: the row holds no picture that can be decoded.
+            ApmError: the stream broke off; no fault of the image.
+        """
         with self._lock:
             if self._rows is None and row >= len(self._spans):
                 self._rows = iter(self._stream())
             while len(self._spans) <= row and self._rows is not None:
-                self._keep(next(self._rows))
+                try:
+                    self._keep(next(self._rows))
+                except Exception as error:  # as above; StopIteration: shorter than when its labels were read
+                    raise ApmError(f"The stream broke off at row {row}: {_first_line(error)}.") from error
             span = self._spans[row]
             if isinstance(span, str):
                 return read_rgb(span)
@@ -260,7 +285,7 @@ class _Rows:
             encoded = self._spool.read(span[1])
         try:
             with Image.open(io.BytesIO(encoded)) as image:
-                return image.convert("RGB")
+                return as_rgb(image)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ImageError(f"row {row}: cannot be read as an image ({error}).") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from apm.errors import UsageError
 from apm.labels import imagenet_subset, imagenet_wnids
 
-from .files import class_folders, class_images, image_names, is_integer, is_wnid
+from .files import beside, class_folders, class_images, image_names, is_integer, is_wnid
 from .specs import DatasetSpec
 
 AIRCRAFT_NAMES, AIRCRAFT_TEST = "variants.txt", "images_variant_test.txt"
@@ -68,7 +68,8 @@ def require_layout(spec: DatasetSpec, root: Path | None, *, corruption: str = ""
 
 
 def _accepted(spec: DatasetSpec) -> str:
-    shapes = ", ".join(layout + _ENDS[spec.reader] for layout in spec.layouts)
+    named = (layout.format(corruption="<corruption>", level="<1-5>") for layout in spec.layouts)
+    shapes = ", ".join(layout + _ENDS[spec.reader] for layout in named)
     shapes = f"{shapes}; or the path of the data set's own folder" if shapes else "ROOT/<class>/ or ROOT/<wnid>/"
     if spec.split_file:
         shapes += f" (the json is {spec.split_file})"
@@ -103,9 +104,9 @@ def _rests(shape: str) -> Iterator[str]:
 
 def _fits(spec: DatasetSpec, folder: Path) -> bool:
     if spec.reader == "split-json":
-        return (folder.parent / spec.split_file).is_file()
+        return beside(folder, spec.split_file).is_file()
     if spec.reader == "aircraft":
-        return all((folder.parent / name).is_file() for name in (AIRCRAFT_NAMES, AIRCRAFT_TEST))
+        return all(beside(folder, name).is_file() for name in (AIRCRAFT_NAMES, AIRCRAFT_TEST))
     names = _folders(folder)
     if spec.reader == "folder":
         return any(class_images(folder / name) for name in names)
@@ -127,10 +128,11 @@ def _likely_mistake(spec: DatasetSpec, root: Path, corruption: str, level: int) 
     for place in places:
         if place.is_dir() and (mistake := _mistake_at(spec, place)):
             return mistake
-    for name in _folders(root):
-        for place in (root / name, *(root / name / inner for inner in _folders(root / name)[:100])):
-            if spec.reader != "corrupted" and _fits(spec, place) and _plausible(spec, place):
-                return f"{root} is not the data set's folder. Did you mean {place}?"
+    below = [place / name for place in places for name in _folders(place)[:100]]
+    deeper = [folder / name for folder in below if folder.parent == root for name in _folders(folder)[:100]]
+    for place in (*below, *deeper):
+        if spec.reader != "corrupted" and _fits(spec, place) and _plausible(spec, place):
+            return f"{root} is not the data set's folder. Did you mean {place}?"
     if spec.reader == "corrupted":
         return (
             f"no folder {corruption}/{level} with class folders under {root}. The pictures can be made from clean"
@@ -153,11 +155,12 @@ def _mistake_at(spec: DatasetSpec, place: Path) -> str | None:
         if (place / spec.split_file).is_file():
             wanted = spec.layouts[0].split("/")[-1]
             return f"{place / spec.split_file} is there, but the folder of images {place / wanted} is not."
-        is_images = place.name == spec.layouts[0].split("/")[-1]
-        return f"{place} is there, but {place.parent / spec.split_file} is not." if is_images else None
+        is_images = place.resolve().name == spec.layouts[0].split("/")[-1]
+        return f"{place} is there, but {beside(place, spec.split_file)} is not." if is_images else None
     if spec.reader == "aircraft":
-        missing = [name for name in (AIRCRAFT_NAMES, AIRCRAFT_TEST) if not (place.parent / name).is_file()]
-        return f"{place} is there, but beside it is no {' and no '.join(missing)}." if place.name == "images" else None
+        missing = [name for name in (AIRCRAFT_NAMES, AIRCRAFT_TEST) if not beside(place, name).is_file()]
+        is_images = place.resolve().name == "images"
+        return f"{place} is there, but beside it is no {' and no '.join(missing)}." if is_images else None
     flat = image_names(place)
     if flat and not folders:
         if flat[0].startswith("ILSVRC2012_val_"):

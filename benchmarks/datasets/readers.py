@@ -17,7 +17,7 @@ from apm.errors import UsageError
 from apm.labels import IMAGENET_SUBSETS, imagenet_subset, imagenet_wnids, label_set
 from apm.teachers.digits import digit_image, digits_split
 
-from .files import class_folders, class_images, is_integer, is_wnid, read_rgb, stable_id
+from .files import beside, class_folders, class_images, is_integer, is_wnid, read_rgb, stable_id
 from .layouts import AIRCRAFT_NAMES, AIRCRAFT_TEST
 from .specs import DatasetSpec
 
@@ -130,7 +130,8 @@ def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = Non
     label set: then it is all of that set.
 
     Raises:
-        UsageError: a wnid that is none of ImageNet-1k's, one class only, or a class that the label set does not hold.
+        UsageError: a wnid that is none of ImageNet-1k's, pictures of one class only, or a class that the label set
+            does not hold.
     """
     folders = class_folders(folder)
     known = set(imagenet_wnids())
@@ -142,7 +143,7 @@ def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = Non
         plain = [name for name in folders if not is_wnid(name)]
         raise UsageError(f"{folder} mixes wnids with other folders: {_few(plain)}. Leave only one kind.")
     names = dict(zip(imagenet_wnids(), label_set("imagenet"), strict=True)) if all_wnids else {}
-    shown = {name: names.get(name, name.replace("_", " ")) for name in folders}
+    shown = {name: names.get(name, stable_id(name).replace("_", " ")) for name in folders}
     notes = []
     if names_from is None:
         if len(folders) < 2:
@@ -159,6 +160,12 @@ def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = Non
     if not all_wnids and all(map(is_integer, folders)):
         notes.append("The folders are plain numbers: they were taken as class names.")
     samples, empty = _tree_samples(folder, labels)
+    if names_from is None and len(folders) - len(empty) < 2:
+        full = next(name for name in folders if name not in empty)
+        raise UsageError(
+            f"Of the {len(folders)} folders of {folder} only {full} holds pictures: nothing can be told apart. "
+            "A wrong parent folder? Give the folder of the classes; --label-set NAME if there is but one class."
+        )
     return Listing(samples, class_names, "all", (*notes, *_empty_notes(empty)))
 
 
@@ -187,7 +194,7 @@ def read_split_json(spec: DatasetSpec, folder: Path) -> Listing:
     Raises:
         UsageError: the json is damaged or of another form, its test split is empty, or every image is absent.
     """
-    path = folder.parent / spec.split_file
+    path = beside(folder, spec.split_file)
     splits = _load_splits(path)
     names: dict[int, str] = {}
     for entry in (entry for split in splits.values() for entry in split):
@@ -214,7 +221,7 @@ def read_split_json(spec: DatasetSpec, folder: Path) -> Listing:
 
 def _load_splits(path: Path) -> dict[str, list[tuple[str, int, str]]]:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as a split json: {error}.") from error
     expected = '{"train": […], "val": […], "test": [[relative path, label, class name], …]}'
@@ -222,19 +229,34 @@ def _load_splits(path: Path) -> dict[str, list[tuple[str, int, str]]]:
         raise UsageError(f"{path} is not a split json; expected {expected}.")
     splits: dict[str, list[tuple[str, int, str]]] = {}
     for split in ("train", "val", "test"):
-        entries = content.get(split, [])
-        for entry in entries:
-            if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, str] or entry[1] < 0:
-                raise UsageError(f"{path}: in {split}, {json.dumps(entry)[:80]} is no [path, label, class name].")
-            pure = PurePosixPath(entry[0])
-            if pure.is_absolute() or ".." in pure.parts:
-                raise UsageError(f'{path}: in {split}, the path "{entry[0]}" leaves the folder of images.')
-        splits[split] = [tuple(entry) for entry in entries]
+        entries = content.get(split) or []
+        if not isinstance(entries, list):
+            raise UsageError(f"{path} is not a split json: {split} is no list; expected {expected}.")
+        splits[split] = [_split_entry(path, split, entry) for entry in entries]
     counts = Counter(entry[0] for entry in splits["test"])
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise UsageError(f"{path}: the test split names {len(twice)} image(s) twice: {_few(twice)}.")
     return splits
+
+
+def _split_entry(path: Path, split: str, entry: Any) -> tuple[str, int, str]:
+    """One [path, label, class name] of a split json, its path without needless parts (``./a.jpg`` is ``a.jpg``)."""
+    fitting = isinstance(entry, list) and [type(value) for value in entry] == [str, int, str]
+    if not fitting or entry[1] < 0 or not (entry[0].strip() and entry[2].strip()) or not _is_text(entry[0] + entry[2]):
+        raise UsageError(f"{path}: in {split}, {json.dumps(entry)[:80]} is no [path, label, class name].")
+    pure = PurePosixPath(entry[0])
+    if pure.is_absolute() or ".." in pure.parts:
+        raise UsageError(f'{path}: in {split}, the path "{entry[0]}" leaves the folder of images.')
+    return str(pure), entry[1], entry[2]
+
+
+def _is_text(text: str) -> bool:
+    """Whether a string can be written to a file: json can hold halves of characters, and null characters."""
+    try:
+        return "\0" not in text and bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def read_aircraft(spec: DatasetSpec, folder: Path) -> Listing:
@@ -243,13 +265,14 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Listing:
     Raises:
         UsageError: a file cannot be read, a line names no variant, or every image is absent.
     """
-    names = _lines(folder.parent / AIRCRAFT_NAMES)
+    names = _lines(beside(folder, AIRCRAFT_NAMES))
+    test = beside(folder, AIRCRAFT_TEST)
     label_of = {name: label for label, name in enumerate(names)}
     samples, absent = [], []
-    for line in _lines(folder.parent / AIRCRAFT_TEST):
+    for line in _lines(test):
         image, _, variant = line.partition(" ")
         if variant not in label_of:
-            raise UsageError(f'{folder.parent / AIRCRAFT_TEST}: "{line}" names no variant of {AIRCRAFT_NAMES}.')
+            raise UsageError(f'{test}: "{line}" names no variant of {AIRCRAFT_NAMES}.')
         path = f"{image}.jpg"
         samples.append(Sample(path, label_of[variant], partial(read_rgb, os.path.join(folder, path))))
         if not (folder / path).is_file():

@@ -214,10 +214,10 @@ _SPECS = (
         reader="aircraft",
         images=3_333,
         classes=100,
-        layouts=("fgvc_aircraft/images",),
+        layouts=("fgvc_aircraft/images", "fgvc-aircraft-2013b/data/images"),
         template="a photo of a {}, a type of aircraft.",
         prompts_name="coop",
-        origin="www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft, fgvc-aircraft-2013b: the content of its folder data/",
+        origin="www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft, fgvc-aircraft-2013b.tar.gz",
         hub=("clip-benchmark/wds_fgvc_aircraft:test",),
     ),
     DatasetSpec(

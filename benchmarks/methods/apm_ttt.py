@@ -1,4 +1,7 @@
-"""APM test-time training (Modi & Rawat, NeurIPS 2024): a fresh student overfit to a target made from the one image."""
+"""APM test-time training (Modi & Rawat, NeurIPS 2024): a fresh student overfit to a target made from the one image.
+
+With the setting ``distil`` the target is, or has beside the token, the teacher's grid of patch features.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import torch
 from torch import Tensor
 
 from apm.adapt import AdaptConfig, TestTimeTrainer
+from apm.classifier import check_grid, default_readout
 from apm.errors import UsageError
+from apm.grids import resample
 from apm.model import APMConfig
 from apm.targets import TargetPolicy, aggregate, policy
 
@@ -19,6 +24,7 @@ from .base import Batch, Json, MethodOptions, Prediction, display_name, make_set
 
 _TARGET_FIELDS = ("views", "min_area", "keep", "cls_weight")
 _ADAPT_FIELDS = ("steps", "lr", "loss", "precision", "seed", "tolerance", "queries")
+_DISTIL_FIELDS = ("distil", "rgb_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +37,9 @@ class APMSettings:
     keep: float | None = None
     cls_weight: float | None = None
     preset: str = "paper"
-    readout: str = "query"
+    readout: str | None = None
+    distil: str = "cls"
+    rgb_weight: float = 0.0
     steps: int | None = None
     lr: float | None = None
     loss: str | None = None
@@ -48,19 +56,25 @@ class APMTestTimeTraining:
 
     def __init__(self, options: MethodOptions) -> None:
         given = {
-            name: getattr(options, name) for name in ("target", "preset", "readout", "steps", "lr", "precision", "seed")
+            name: getattr(options, name)
+            for name in ("target", "preset", "readout", "distil", "steps", "lr", "precision", "seed")
         }
         chosen = make_settings(APMSettings, "apm", options, **given)
         self._policy = _target_policy(chosen, options)
-        self._adapt = AdaptConfig(**_set(chosen, _ADAPT_FIELDS))
-        self._preset, self._readout = chosen.preset, chosen.readout
+        self._adapt = AdaptConfig(**_set(chosen, _ADAPT_FIELDS + _DISTIL_FIELDS))
+        if chosen.distil == "grid" and self._policy.kind != "cls":
+            raise UsageError(
+                f'Method "apm" with target={chosen.target} but distil=grid, which has no loss for it; add distil=both.'
+            )
+        self._preset, self._readout = chosen.preset, chosen.readout or default_readout(chosen.distil)
         self._device, self._batch_size = torch.device(options.device), options.batch_size
         self._record_steps = options.record_steps
         self._trainer: TestTimeTrainer | None = None
-        self._model(dim=512)  # a wrong name is found here, before any image is read
+        TestTimeTrainer.check(self._model(dim=512), self._adapt)  # what is wrong is found before any image is read
         self.name = _name(chosen, self._policy, options)
         self.settings: Mapping[str, Json] = {
-            **dataclasses.asdict(chosen),
+            **_recorded(chosen),
+            "readout": self._readout,
             **{name: getattr(self._policy, name) for name in _TARGET_FIELDS},
             **{name: getattr(self._adapt, name) for name in _ADAPT_FIELDS},
             "aggregate": self._policy.kind,
@@ -74,7 +88,8 @@ class APMTestTimeTraining:
         """
         trainer = self._trainer_for(batch)
         images = batch.student_images(trainer.model.image_size)
-        result = trainer.adapt(images, self._targets(batch), record_tokens=self._record_steps)
+        grids = None if self._adapt.distil == "cls" else resample(batch.grids(), trainer.model.grid)  # (B, N, D)
+        result = trainer.adapt(images, self._targets(batch), grids=grids, record_tokens=self._record_steps)
         return Prediction(
             logits=batch.head.logits(result.tokens),
             extras={"loss": result.final_losses, "cosine": result.final_cosines, "steps": result.steps},
@@ -91,6 +106,8 @@ class APMTestTimeTraining:
     def _trainer_for(self, batch: Batch) -> TestTimeTrainer:
         """The trainer for students as wide as the teacher's token; it keeps nothing of the images it has seen."""
         if self._trainer is None or self._trainer.model.dim != batch.teacher.dim:
+            if self._adapt.distil != "cls":
+                check_grid(batch.teacher)
             model = self._model(batch.teacher.dim)
             self._trainer = TestTimeTrainer(model, self._adapt, device=self._device, batch_size=self._batch_size)
         return self._trainer
@@ -102,6 +119,15 @@ class APMTestTimeTraining:
 def _set(chosen: APMSettings, names: tuple[str, ...]) -> dict[str, Any]:
     """Those of the named settings that are not None."""
     return {name: value for name in names if (value := getattr(chosen, name)) is not None}
+
+
+def _recorded(chosen: APMSettings) -> dict[str, Json]:
+    """Settings for the record. What is distilled is written where it is not the token alone: older records hold on."""
+    default = APMSettings()
+    values = dataclasses.asdict(chosen)
+    return {
+        name: value for name, value in values.items() if name not in _DISTIL_FIELDS or value != getattr(default, name)
+    }
 
 
 def _target_policy(chosen: APMSettings, options: MethodOptions) -> TargetPolicy:
@@ -120,7 +146,9 @@ def _target_policy(chosen: APMSettings, options: MethodOptions) -> TargetPolicy:
 
 
 def _name(chosen: APMSettings, target: TargetPolicy, options: MethodOptions) -> str:
-    """``apm`` for the paper's target, else with target and views, as ``apm[mta,64]``; other settings follow."""
-    parts = () if target.kind == "cls" else (chosen.target, str(target.views))
-    others = {name: text for name, text in options.overrides.items() if name not in ("target", "views")}
+    """``apm`` for the paper's loss, else with target and views, and what is distilled: ``apm[mta,64,both]``."""
+    parts: tuple[str, ...] = () if target.kind == "cls" else (chosen.target, str(target.views))
+    if chosen.distil != "cls":
+        parts += (chosen.distil,)
+    others = {name: text for name, text in options.overrides.items() if name not in ("target", "views", "distil")}
     return display_name("apm", dataclasses.replace(options, overrides=others), *parts)

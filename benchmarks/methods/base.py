@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -69,10 +67,7 @@ class Batch:
         self._tokens: Tensor | None = None
         self._views: dict[float, Tensor] = {}
         self._student_images: dict[int, Tensor] = {}
-        self.seconds: dict[str, float] = {}
-        """Wall time spent so far on each shared part, ``tokens``, ``views`` and ``student images``."""
-        self.used: set[str] = set()
-        """The shared parts asked for since the runner last cleared this, to charge a method for what it uses."""
+        self._grids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -85,11 +80,9 @@ class Batch:
 
     def tokens(self) -> Tensor:
         """The teacher's CLS tokens: (B, D) float32, not normalised, on the teacher's device."""
-        self.used.add("tokens")
         if self._tokens is None:
-            with self._timed("tokens"):
-                parts = self.pixels().split(self._chunk)
-                self._tokens = torch.cat([self.teacher.encode_image(part) for part in parts])
+            parts = self.pixels().split(self._chunk)
+            self._tokens = torch.cat([self.teacher.encode_image(part) for part in parts])
         return self._tokens
 
     def views(self, count: int, *, min_area: float = MIN_AREA) -> Tensor:
@@ -104,29 +97,23 @@ class Batch:
         """
         check(count, min_area)
         have = self._views.get(min_area, self.tokens().unsqueeze(1))  # (B, 1, D) at first
-        self.used.add("views")
         if have.shape[1] < count:
-            with self._timed("views"):
-                more = [self._encode_views(index, have.shape[1], count, min_area) for index in range(len(self))]
-                have = torch.cat([have, torch.stack(more)], dim=1)  # (B, count, D)
+            more = [self._encode_views(index, have.shape[1], count, min_area) for index in range(len(self))]
+            have = torch.cat([have, torch.stack(more)], dim=1)  # (B, count, D)
             self._views[min_area] = have
         return have[:, :count]
 
+    def grids(self) -> Tensor:
+        """The teacher's grids at its default size: (B, h', w', D) float32, not normalised, on the teacher's device."""
+        if self._grids is None:
+            self._grids = torch.stack([self.teacher.encode_grid(image) for image in self.images])
+        return self._grids
+
     def student_images(self, size: int) -> Tensor:
         """The images as the student takes them: (B, 3, size, size) float32 on the CPU."""
-        self.used.add("student images")
         if size not in self._student_images:
-            with self._timed("student images"):
-                self._student_images[size] = torch.stack([student_input(image, size) for image in self.images])
+            self._student_images[size] = torch.stack([student_input(image, size) for image in self.images])
         return self._student_images[size]
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.teacher.device.type == "cuda":  # the work was only queued: without this another part pays for it
-            torch.cuda.synchronize(self.teacher.device)
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
     def _encode_views(self, index: int, start: int, stop: int, min_area: float) -> Tensor:
         """Views `start` … `stop` − 1 of one image: (stop − start, D)."""
@@ -212,8 +199,10 @@ class MethodOptions:
     """``apm``: learning rate."""
     preset: str = "paper"
     """``apm``: size of the student."""
-    readout: str = "query"
-    """``apm``: how the student reads its token out."""
+    distil: str | None = None
+    """``apm``: what has a loss, ``cls``, ``grid`` or ``both``; None: ``cls``."""
+    readout: str | None = None
+    """``apm``: how the student reads its token out; None: what suits what is distilled."""
     precision: str = "auto"
     """``apm``: of the matrix products, ``auto``, ``fp32`` or ``bf16``."""
     device: str | torch.device = "cpu"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from apm.engine import Folded
+from apm.folded import Folded
 from apm.model import APM, APMConfig
 from apm.position import grid_locations
 

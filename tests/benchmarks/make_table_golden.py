@@ -97,7 +97,7 @@ def write_run(
                     )
                 )
         shard = folder.append(key, rows)
-        shard.rename(shard.with_name("00000000-golden.parquet"))
+        shard.rename(shard.with_name("00000000-000000000000.parquet"))
     folder.write_run(
         {
             "schema": SCHEMA_VERSION,
@@ -105,6 +105,10 @@ def write_run(
             "teacher": {"name": "embedded", "identity": "embedded@0123456789abcdef", "notes": []},
             "stream_order": {"generator": "numpy PCG64 permutation", "seed": 0},
             "cells": cells,
+            "label_sets": {},
+            "prompt_sets": {},
+            "counts": {},
+            "wall_seconds": 0.0,
             "sessions": [{"device_name": "a processor", "threads": 2, "processes": 1}],
         }
     )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from apm.benchmarks.datasets import Dataset, Sample
 from apm.benchmarks.methods.base import Batch, Method, Prediction
-from apm.benchmarks.runner import RunOptions, Summary, run
+from apm.benchmarks.run_record import RunOptions
+from apm.benchmarks.runner import Summary, run
 from apm.errors import ImageError
 from tests.fakes import FakeTeacher
 

@@ -36,6 +36,10 @@ class SlowTeacher(FakeTeacher):
         self.time.now += len(pixels)
         return super().encode_image(pixels)
 
+    def encode_grid(self, image: Image.Image, *, size: int | None = None) -> Tensor:
+        self.time.now += 3
+        return super().encode_grid(image, size=size)
+
 
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Iterator[Time]:
@@ -64,6 +68,8 @@ def test_shared_parts_are_computed_once_and_charged_to_all_who_use_them(time: Ti
     assert batch.measure(lambda: work(0.0, 0)) == ("done", 0.0, 2.0)
     assert batch.measure(lambda: work(1.0, 21)) == ("done", 1.0, 42.0)
     assert teacher.image_calls == 2 * 21
+    for _ in range(2):
+        assert batch.measure(lambda: len(batch.grids())) == (2, 0.0, 6.0)
 
 
 def test_a_clocked_batch_answers_as_a_plain_one(time: Time) -> None:
@@ -75,3 +81,4 @@ def test_a_clocked_batch_answers_as_a_plain_one(time: Time) -> None:
     torch.testing.assert_close(one.tokens(), plain.tokens())
     torch.testing.assert_close(one.views(5), plain.views(5))
     torch.testing.assert_close(one.student_images(28), plain.student_images(28))
+    torch.testing.assert_close(one.grids(), plain.grids())

@@ -105,6 +105,14 @@ def test_other_settings_on_the_same_tree_are_refused_and_named(source: Path, tmp
     assert json.loads((tmp_path / "c" / "apm-corrupt.json").read_text())["seed"] == 0
 
 
+def test_sources_that_would_be_written_to_one_file_are_named(source: Path, tmp_path: Path) -> None:
+    name = next(source.glob("*/*.png"))
+    Image.new("RGB", (40, 40)).save(f"{name}.jpg")
+    with pytest.raises(UsageError, match=f"{name.name} and .*{name.name}.jpg would both be written as"):
+        TreeWriter(source, tmp_path / "out", corruptions=["fog"], levels=[1], settings=TreeSettings())
+    TreeWriter(source, tmp_path / "out", corruptions=["fog"], levels=[1], settings=TreeSettings(format="png"))
+
+
 def test_wrong_arguments(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="inside"):
         write(source, source / "c")

@@ -107,7 +107,8 @@ def test_files_that_are_no_images_are_skipped(tmp_path: Path) -> None:
     (folder / "README.txt").write_text("read me")
     (folder / wnids_of("imagenet-a")[0] / "._n01498041_0.png").write_bytes(b"macOS")
     (folder / wnids_of("imagenet-a")[0] / "Thumbs.db").write_bytes(b"Windows")
-    tree(folder / "__MACOSX", wnids_of("imagenet-a"))
+    for system in ("__MACOSX", "@eaDir", "lost+found"):
+        tree(folder / system, wnids_of("imagenet-a"))
     (folder / ".cache").mkdir()
     assert len(open_dataset("imagenet-a", tmp_path).samples) == 8
 
@@ -128,6 +129,24 @@ def test_coop_split(spec: DatasetSpec, tmp_path: Path) -> None:
         assert data.class_names == ("face", "wild cat", "not tested")
         assert data.templates == (spec.template,) and data.split == "test"
     assert open_dataset(spec.name, tmp_path).layout == f"{spec.layouts[0]} (split json beside it)"
+
+
+def test_the_split_json_is_found_from_inside_the_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "dtd" / "images"
+    write(images / "a" / "1.jpg")
+    split_json(images.parent / DATASETS["dtd"].split_file, [["a/1.jpg", 0, "a"]])
+    monkeypatch.chdir(images)
+    assert [sample.load().size for sample in open_dataset("dtd", ".").samples] == [(40, 36)]
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "textures"
+    link.symlink_to(images)
+    assert [sample.id for sample in open_dataset("dtd", link).samples] == ["a/1.jpg"]
+    own = tmp_path / "elsewhere" / DATASETS["dtd"].split_file  # beside the link, it goes before the one beside its end
+    split_json(own, [["./a/1.jpg", 0, "other name"]])
+    data = open_dataset("dtd", link)
+    assert data.class_names == ("other name",) and data.samples[0].id == "a/1.jpg"
 
 
 def test_prompts_are_those_of_coop() -> None:
@@ -185,6 +204,11 @@ def test_json_without_all_classes_is_renumbered_and_said(tmp_path: Path) -> None
         ('{"test": [["a.jpg", 0, "a"], ["a.jpg", 0, "a"]]}', "twice"),
         ('{"test": [["a.jpg", 0, "a"], ["b.jpg", 0, "b"]]}', "is called both"),
         ('{"test": []}', "empty"),
+        ('{"test": [["a.jpg", 0, "a"]], "train": 3}', "train is no list"),
+        ('{"test": [["a.jpg", 0, " "]]}', "is no"),
+        (r'{"test": [["a.jpg", 0, "a"], ["\ud800.jpg", 1, "b"]]}', "is no"),
+        (r'{"test": [["a.jpg", 0, "a"], ["\u0000.jpg", 1, "b"]]}', "is no"),
+        ('{"test": [["a.jpg", 0, "a"], ["./a.jpg", 0, "a"]]}', "twice"),
     ],
 )
 def test_damaged_json_is_an_error_that_names_it(content: str, words: str, tmp_path: Path) -> None:
@@ -255,6 +279,13 @@ def test_folder_mistakes(classes: list[str], words: str, tmp_path: Path) -> None
         open_dataset("folder", tmp_path)
 
 
+def test_a_folder_whose_pictures_are_all_in_one_class_is_a_wrong_parent(tmp_path: Path) -> None:
+    tree(tmp_path / "pets", ["images"])
+    tree(tmp_path / "textures", ["banded", "dotted"])
+    with pytest.raises(UsageError, match=r"only pets holds pictures.*wrong parent"):
+        open_dataset("folder", tmp_path)
+
+
 def test_folder_one_level_too_high_names_the_right_one(tmp_path: Path) -> None:
     tree(tmp_path / "val", ["a", "b"])
     with pytest.raises(UsageError, match=f"Did you mean {tmp_path / 'val'}"):
@@ -288,6 +319,10 @@ def whole_instead_of_subset(root: Path) -> None:
     tree(root / "imagenet-a", [WNIDS[0], WNIDS[1], *wnids_of("imagenet-a")])
 
 
+def doubled(root: Path) -> None:
+    tree(root / "imagenet" / "val" / "val", wnids_of("imagenet"))
+
+
 def nothing(root: Path) -> None:
     (root / "something").mkdir()
 
@@ -299,6 +334,7 @@ def nothing(root: Path) -> None:
         ("imagenet", "imagenet/val", flat, "without class folders"),
         ("imagenet", "", plain, "no wnids: cats, dogs"),
         ("imagenet", "", too_high, "Did you mean .*x/y"),
+        ("imagenet", "", doubled, "Did you mean .*imagenet/val/val"),
         ("imagenet", "", integers, "imagenet-v2"),
         ("imagenet", "train", train, "training part"),
         (
@@ -326,7 +362,8 @@ def test_missing_data_say_layouts_and_origin(name: str, tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught:
             open_dataset(name, root, corruption=corruption)
         text = str(caught.value)
-        assert all(layout in text for layout in spec.layouts) and spec.origin in text and spec.split_file in text
+        shown = [layout.format(corruption="<corruption>", level="<1-5>") for layout in spec.layouts]
+        assert all(layout in text for layout in shown) and spec.origin in text and spec.split_file in text
 
 
 def test_folders_of_another_set_are_not_suggested(tmp_path: Path) -> None:
@@ -366,6 +403,18 @@ def test_damaged_image_is_its_own_error(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match="cannot be read as an image"):
             sample.load()
     assert data.samples[1].load().size == (40, 36)
+
+
+def test_wide_grey_pictures_are_scaled_and_strips_refused(tmp_path: Path) -> None:
+    tree(tmp_path, ["a", "b"])
+    values = np.arange(40 * 36, dtype=np.uint16).reshape(36, 40) * 45  # 0 … 64,755
+    Image.fromarray(values).save(tmp_path / "a" / "a_0.png")
+    Image.new("RGB", (3000, 1)).save(tmp_path / "a" / "a_1.png")
+    data = open_dataset("folder", tmp_path)
+    grey = np.asarray(data.samples[0].load())[..., 0]
+    assert np.abs(grey - values / 257).max() <= 0.5
+    with pytest.raises(ImageError, match=r"a_1\.png: 3000×1 pixels is a strip"):
+        data.samples[1].load()
 
 
 # -------------------------------------------------------------------------------------------------------- digits

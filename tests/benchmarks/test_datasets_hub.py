@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from apm.benchmarks.datasets import DATASETS, Dataset, open_dataset
-from apm.benchmarks.datasets.hub import parse_source
-from apm.errors import ImageError, UsageError
+from apm.benchmarks.datasets.hub import _Rows, parse_source
+from apm.errors import ApmError, ImageError, UsageError
 from apm.labels import imagenet_subset, imagenet_wnids
 
 WNIDS = imagenet_wnids()
@@ -146,6 +146,40 @@ def test_damaged_row_is_its_own_error(tmp_path: Path) -> None:
     assert data.samples[0].load()
     with pytest.raises(ImageError, match="row 1"):
         data.samples[1].load()
+
+
+def test_a_stream_that_breaks_off_is_no_fault_of_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path, [0, 1, 0], names=["a", "b"])
+    data = open_dataset("folder", source=f"hf:{tmp_path}")
+    keep = _Rows._keep
+
+    def fail_at_the_second(rows: _Rows, row: dict[str, object]) -> None:
+        if rows._spans:
+            raise ConnectionError("the line is dead")
+        keep(rows, row)
+
+    monkeypatch.setattr(_Rows, "_keep", fail_at_the_second)
+    assert data.samples[0].load().size == (16, 12)
+    for sample in data.samples[1:]:
+        with pytest.raises(ApmError, match="broke off at row") as caught:
+            sample.load()
+        assert not isinstance(caught.value, ImageError)  # which would be recorded as the image's own
+
+
+def test_damaged_files_of_a_stream_are_an_error_for_people(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "tar", [0] * 30)
+    (tmp_path / "tar" / "classnames.txt").write_text("cat\ndog\n")
+    path = tmp_path / "tar" / "test-0000.tar"
+    with tarfile.open(path) as tar:
+        inside = tar.getmember("s0020.jpg").offset_data + 10
+    path.write_bytes(path.read_bytes()[:inside])
+    write_parquet(tmp_path / "table", [0] * 30, names=["a", "b"])
+    path = next((tmp_path / "table").glob("*.parquet"))
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + bytes(len(content) // 2) + content[8 + len(content) // 2 :])
+    for name in ("tar", "table"):
+        with pytest.raises(UsageError, match="cannot be"):
+            open_dataset("folder", source=f"hf:{tmp_path / name}")
 
 
 def test_wrong_sources_are_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from apm.benchmarks import records
+from apm.benchmarks import durable
 from apm.benchmarks.records import ROW_SCHEMA, Records, Row, RunFolder, describe_differences, differences
 from apm.errors import ApmError, UsageError
 
@@ -26,7 +26,19 @@ def rows(start: int = 0, n: int = 3) -> list[Row]:
 
 
 def minimal_run(**changes: object) -> dict[str, object]:
-    return {"schema": 1, "config": {"methods": {"m": {}}}, "cells": {"digits": {"images": 3}}, **changes}
+    return {
+        "schema": 1,
+        "config": {"methods": {"m": {}}},
+        "teacher": {},
+        "stream_order": {},
+        "cells": {"digits": {"images": 3}},
+        "label_sets": {},
+        "prompt_sets": {},
+        "sessions": [],
+        "counts": {},
+        "wall_seconds": 0.0,
+        **changes,
+    }
 
 
 def test_rows_come_back_as_written(tmp_path: Path) -> None:
@@ -77,7 +89,7 @@ def test_a_full_disk_leaves_whole_rows_and_a_sentence(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if step == "write":
-        monkeypatch.setattr(records, "open", _open_full, raising=False)
+        monkeypatch.setattr(durable, "open", _open_full, raising=False)
     else:
         monkeypatch.setattr(os, step, full)
     with pytest.raises(ApmError, match=r"disk is full .*All rows written so far are whole: free some space and run"):
@@ -107,11 +119,13 @@ class _open_full:
 def test_leftovers_of_a_dead_run_are_removed_and_not_read(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.append("digits", rows())
-    leftover = tmp_path / "shards" / "digits" / "00000003-x.part"
-    leftover.write_bytes(b"half a shard")
+    leftovers = [tmp_path / "shards" / "digits" / "00000003-0123456789ab.part", tmp_path / "run.json.89abcdef.part"]
+    others = [tmp_path / "film.part", tmp_path / "shards" / "digits" / "film.part"]  # a download of the user's
+    for path in (*leftovers, *others):
+        path.write_bytes(b"half a shard")
     assert len(folder.read("digits")) == 3
     folder.remove_leftovers()
-    assert not leftover.exists()
+    assert [path.exists() for path in (*leftovers, *others)] == [False, False, True, True]
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
@@ -120,6 +134,19 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UsageError, match=f"{path.name} is damaged"):
         folder.read("digits")
+
+
+def test_a_flipped_bit_in_a_column_is_found(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    path = folder.append("digits", rows(n=50))
+    content = path.read_bytes()
+    group = pq.read_metadata(path).row_group(0)
+    for column in map(group.column, range(group.num_columns)):
+        first = column.data_page_offset if column.dictionary_page_offset is None else column.dictionary_page_offset
+        place = first + column.total_compressed_size - 2  # near the end of the column's last page
+        path.write_bytes(content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :])
+        with pytest.raises(UsageError, match="is damaged"):
+            folder.read("digits")
 
 
 def test_the_lock_is_for_one_process_and_dies_with_it(tmp_path: Path) -> None:
@@ -145,15 +172,41 @@ def test_clear_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     folder.append("digits", rows())
     (tmp_path / "shards" / "digits" / "notes.txt").write_text("mine")
     (tmp_path / "table.md").write_text("mine")
+    data = tmp_path / "shards" / "train" / "0000.parquet"  # a data set's own, in a folder of the same name
+    data.parent.mkdir()
+    data.write_bytes(b"mine")
     folder.clear()
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["notes.txt", "table.md"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["0000.parquet", "notes.txt", "table.md"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"no": "schema"}', "7"])
-def test_a_damaged_run_file_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "run.json").write_text(text)
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"no": "schema"}', b"7", b'{"schema": "\xff"}'])
+def test_a_damaged_run_file_is_named(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(text)
     with pytest.raises(UsageError, match=r"run\.json is not a run record"):
         Records.open(tmp_path)
+
+
+def test_a_run_file_of_which_parts_are_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "config": {}, "cells": {}}))
+    with pytest.raises(UsageError, match=r"run\.json lacks teacher, stream_order, label_sets"):
+        Records.open(tmp_path)
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*arguments: object, **settings: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(UsageError, match=r"Cannot lock .*Permission denied.*--out"):
+        RunFolder(tmp_path).lock()
+
+
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="No run at"):
+        Records.open(tmp_path / "file")
+    with pytest.raises(UsageError, match="Cannot write to"):
+        RunFolder(tmp_path / "file").lock()
 
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:

@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 import torch
 
+from apm.benchmarks.lanes import stream_order
 from apm.benchmarks.methods import create_method
 from apm.benchmarks.methods.base import Batch, Prediction
 from apm.benchmarks.records import Records, RunFolder
-from apm.benchmarks.runner import NOT_FINITE, RunOptions, run, stream_order
+from apm.benchmarks.run_record import RunOptions
+from apm.benchmarks.runner import run
+from apm.benchmarks.scoring import NOT_FINITE
 from apm.errors import ApmError, UsageError
 from apm.zeroshot import ZeroShotHead
 from tests.benchmarks.runs import Interrupting, Plain, Stream, make_dataset, make_run, picture
@@ -275,6 +278,44 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_later(
     make_run(tmp_path / "parts")
     make_run(tmp_path / "whole")
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_damaged_shard_can_be_removed_and_its_images_are_answered_anew(tmp_path: Path) -> None:
+    methods = [Plain(), Stream()]
+    make_run(tmp_path / "whole", methods)
+    make_run(tmp_path / "parts", methods, flush_seconds=0.0)
+    shards = RunFolder(tmp_path / "parts").shards("digits")
+    assert len(shards) >= 3
+    shards[1].write_bytes(shards[1].read_bytes()[:-20])
+    with pytest.raises(UsageError, match=r"is damaged.*Remove this file and run again"):
+        make_run(tmp_path / "parts", methods)
+    shards[1].unlink()
+    make_run(tmp_path / "parts", methods)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_images_whose_folder_has_gone_are_no_errors_of_theirs(tmp_path: Path) -> None:
+    place = tmp_path / "drive"
+    place.mkdir()
+    dataset = make_dataset(source=str(place))
+
+    def answer_then_unplug(*arguments: Any) -> None:
+        if place.is_dir():
+            place.rmdir()
+
+    with pytest.raises(ApmError, match="is no longer there"):
+        run(
+            tmp_path / "run",
+            [lambda: dataset],
+            [Plain()],
+            FakeTeacher(),
+            RunOptions(batch_size=2),
+            on_progress=answer_then_unplug,
+        )
+    assert len(answers(tmp_path / "run")) == 1
+    place.mkdir()
+    make_run(tmp_path / "run", dataset=dataset, batch_size=2)
+    assert [row[-1] for row in answers(tmp_path / "run")] == [None] * 12
 
 
 def test_a_run_refuses_a_folder_in_use(tmp_path: Path) -> None:

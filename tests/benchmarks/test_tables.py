@@ -19,6 +19,7 @@ from apm.benchmarks.table_formats import CSV_COLUMNS, FORMATS
 from apm.benchmarks.tables import MARKS, Table, TableRow, make_tables, published_rows
 from tests.benchmarks.make_table_golden import GOLDEN, RUNS, SUFFIXES
 from tests.benchmarks.runs import Plain, make_dataset, make_run
+from tests.fakes import FakeTeacher
 
 
 @pytest.fixture
@@ -171,11 +172,40 @@ def test_runs_of_one_method_come_together_and_other_settings_are_told_apart(tmp_
     assert names == {"plain (turn=3.0)": ["imagenet", "imagenet-a"], "plain (turn=5.0)": ["imagenet-a"]}
 
 
+def test_seeds_and_weights_make_rows_of_their_own_and_other_images_are_said(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [Plain()], make_dataset(name="imagenet"))
+    make_run(tmp_path / "b", [Plain()], make_dataset(name="imagenet-a"), seed=1)
+    make_run(tmp_path / "c", [Plain()], make_dataset(15, name="imagenet-a"))
+    run = json.loads((tmp_path / "c" / "run.json").read_text())
+    run["teacher"]["identity"] = run["config"]["teacher"] = "fake@other"
+    (tmp_path / "c" / "run.json").write_text(json.dumps(run))
+    (table,) = make_tables([Records.open(tmp_path / name) for name in "abc"], published=False)
+    names = {row.method: sorted(row.cells) for row in table.rows}
+    own = FakeTeacher().identity
+    assert names == {
+        f"plain (seed=0, teacher={own})": ["imagenet"],
+        f"plain (seed=1, teacher={own})": ["imagenet-a"],
+        "plain (seed=0, teacher=fake@other)": ["imagenet-a"],
+    }
+    assert "imagenet-a: not all rows are of the same images; compare them with care." in table.notes
+    assert not any(note.startswith("imagenet: not all") for note in table.notes)
+
+
 def test_the_same_cell_twice_makes_two_rows_that_name_their_runs(tmp_path: Path) -> None:
     for name in "ab":
         make_run(tmp_path / name, [Plain()], make_dataset())
     (table,) = make_tables([Records.open(tmp_path / name) for name in "ab"])
     assert [row.source for row in table.rows] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_a_run_with_a_cell_that_is_there_already_keeps_its_cells_together(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [Plain()], make_dataset(name="dtd"))
+    make_run(tmp_path / "b", [Plain()], [make_dataset(name="dtd"), make_dataset(name="pets")])
+    (table,) = make_tables([Records.open(tmp_path / name) for name in "ab"], published=False)
+    assert {row.source: sorted(row.cells) for row in table.rows} == {
+        str(tmp_path / "a"): ["dtd"],
+        str(tmp_path / "b"): ["dtd", "pets"],
+    }
 
 
 def test_a_run_that_is_not_finished_is_marked(tmp_path: Path) -> None:
@@ -198,9 +228,12 @@ def test_folders_are_told_apart_by_their_path(tmp_path: Path) -> None:
 
 
 def test_names_cannot_break_the_markup(tmp_path: Path) -> None:
-    make_run(tmp_path, [Plain("a|b_&%{}")], make_dataset())
+    make_run(tmp_path, [Plain("a|b_&%{}\\|<i>\n>")], make_dataset(notes=("<b>\nx",)))
     tables = make_tables([Records.open(tmp_path)])
     markdown, latex = FORMATS["markdown"](tables), FORMATS["latex"](tables)
     rows = [line for line in markdown.splitlines() if line.startswith("| a")]
-    assert all(line.startswith(r"| a\|b_&%{} |") for line in rows)
-    assert r"a|b\_\&\%\{\} &" in latex
+    assert len(rows) == 2
+    assert all(line.startswith(r"| a\|b_&%{}\\\|&lt;i> > |") for line in rows)
+    assert "- digits: &lt;b> x" in markdown.splitlines()
+    assert r"a\textbar{}b\_\&\%\{\}\textbackslash{}\textbar{}$<$i$>$ $>$ &" in latex
+    assert next(csv.DictReader(io.StringIO(FORMATS["csv"](tables))))["method"] == "a|b_&%{}\\|<i>\n>"

@@ -1,0 +1,145 @@
+"""Checkpoints of self-supervised training: one safetensors file, read and written whole.
+
+Tensors: ``model.<name>``, and until training is finished ``exp_avg.<name>`` and ``exp_avg_sq.<name>``: moments.
+Metadata, entry ``apm``: a JSON record with ``format``, ``student`` (sizes), ``settings`` (all that decides the
+weights), ``step`` and ``finished``. Order of the images and learning rate are functions of settings and step: no state
+of a random generator has to be kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from apm.errors import UsageError
+from apm.files import write_atomically
+from apm.model import APMConfig, parameter_shapes
+from apm.paths import printable
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A student on its way, or arrived.
+
+    Attributes:
+        student: its sizes.
+        settings: all else that decides its weights: plain JSON values, flat.
+        step: optimiser steps made.
+        weights: parameters by name.
+        moments: ``exp_avg.<name>`` and ``exp_avg_sq.<name>``; empty when training is finished.
+    """
+
+    student: APMConfig
+    settings: dict[str, Any]
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return not self.moments
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The metadata, without the format."""
+        return {
+            "student": {**asdict(self.student), "hidden": list(self.student.hidden)},
+            "settings": self.settings,
+            "step": self.step,
+            "finished": self.finished,
+        }
+
+
+def write_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint in one step.
+
+    Args:
+        path: the file.
+        checkpoint: what to write.
+        dtype: of the weights in the file, such as float16 for a finished student of half the size; None: as they are.
+    """
+    tensors = {f"model.{name}": tensor.detach().cpu().to(dtype) for name, tensor in checkpoint.weights.items()}
+    tensors |= {name: tensor.detach().cpu() for name, tensor in checkpoint.moments.items()}
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    record = json.dumps({"format": _FORMAT, **checkpoint.record})
+    data = save(content, metadata={"apm": record})
+    write_atomically(path, lambda file: file.write(data))
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        UsageError: no such file, not a checkpoint of a student, or a damaged one.
+    """
+    path = Path(path)
+    shown = printable(path)
+    if not path.exists():
+        raise UsageError(f"{shown}: no such checkpoint; `apm pretrain` makes one.")
+    if path.is_dir():
+        raise UsageError(f"{shown} is a folder; a checkpoint is one .safetensors file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{shown} is no safetensors file, or a damaged one ({error}).") from error
+    try:
+        record = json.loads(metadata["apm"])
+        sizes = {**record["student"], "hidden": tuple(record["student"]["hidden"])}
+        student = APMConfig(**sizes)
+        settings, step, form = dict(record["settings"]), int(record["step"]), record["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{shown} is no checkpoint of `apm pretrain`: it does not say how it was made.") from error
+    if form != _FORMAT:
+        raise UsageError(f"{shown} has format {form}; this version of apm reads format {_FORMAT}.")
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
+    _check(shown, student, weights, moments)
+    return Checkpoint(student, settings, step, weights, moments)
+
+
+def check_settings(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, student: APMConfig, settings: Mapping[str, Any]
+) -> None:
+    """Compare a checkpoint with what it is to be continued with, as far as `settings` says.
+
+    Raises:
+        UsageError: they differ; every difference is named.
+    """
+    mine = {**asdict(student), **settings}
+    theirs = {**asdict(checkpoint.student), **checkpoint.settings}
+    named = [f"{name}: {theirs.get(name)} there, {mine[name]} here" for name in mine if theirs.get(name) != mine[name]]
+    if named:
+        raise UsageError(
+            f"{printable(path)} was made with other settings. {'; '.join(named)}. Continue it with its own, or give "
+            "another --out."
+        )
+
+
+def _check(shown: str, student: APMConfig, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+    shapes = parameter_shapes(student)
+    expected = dict(shapes)
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if moments:
+        expected |= {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+        found |= {name: tuple(tensor.shape) for name, tensor in moments.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise UsageError(
+            f"{shown} is damaged: {wrong[0]} is {found.get(wrong[0])} and should be {expected.get(wrong[0])}."
+        )
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+        raise UsageError(f"{shown} holds weights that are not finite.")

@@ -1,0 +1,75 @@
+"""Images of a run, decoded in threads a bounded number ahead of whoever answers them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from apm.errors import ApmError, ImageError
+from apm.paths import printable
+
+if TYPE_CHECKING:
+    from .datasets import Sample
+
+
+@dataclass(frozen=True)
+class Readable:
+    """An image ready to be answered."""
+
+    position: int
+    sample: Sample
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be decoded, and why."""
+
+    position: int
+    sample: Sample
+    error: str
+
+
+def decoded(
+    todo: Iterator[tuple[int, Sample]], *, ahead: int, workers: int
+) -> Generator[Readable | Unreadable, None, None]:
+    """Decode samples in threads, in their order.
+
+    Args:
+        todo: position and sample, drawn from as images are taken.
+        ahead: how many are decoded before whoever takes them needs them; bounds the memory.
+        workers: number of threads.
+
+    Raises:
+        ApmError: not the image is at fault but where it comes from, such as a stream that broke off.
+    """
+    waiting: deque[tuple[int, Sample, Future[Image.Image]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        try:
+            for position, sample in todo:
+                waiting.append((position, sample, pool.submit(sample.load)))
+                if len(waiting) > ahead:
+                    yield _loaded(*waiting.popleft())
+            while waiting:
+                yield _loaded(*waiting.popleft())
+        finally:
+            for _, _, future in waiting:
+                future.cancel()
+
+
+def _loaded(position: int, sample: Sample, future: Future[Image.Image]) -> Readable | Unreadable:
+    try:
+        return Readable(position, sample, future.result())
+    except MemoryError:
+        raise
+    except ApmError as error:
+        if not isinstance(error, ImageError):
+            raise
+        return Unreadable(position, sample, printable(" ".join(str(error).split())))
+    except Exception as error:  # decoders raise all kinds; the image is at fault, not the run
+        return Unreadable(position, sample, printable(" ".join(str(error).split())) or type(error).__name__)

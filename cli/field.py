@@ -1,0 +1,78 @@
+"""`apm field`: what a trained student answers about one image, at any locations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apm.errors import UsageError, unknown
+from apm.paths import printable
+
+from .options import Debug
+from .render import notice
+
+ORDERS = ("reading", "random")
+
+
+def field(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph; its central square is looked at.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="What `apm pretrain` made.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the arrays (npz) and the picture (png).")],
+    size: Annotated[
+        int | None, typer.Option(help="A query for each pixel of a picture of this side. Default: 224.")
+    ] = None,
+    locations: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="Query these instead: columns y and x, from 0 to 1 over the square."),
+    ] = None,
+    order: Annotated[str, typer.Option(help="Of the queries: reading or random. Changes no answer.")] = "reading",
+    seed: Annotated[int, typer.Option(help="Of the random order.")] = 0,
+    chunk: Annotated[int, typer.Option(help="Queries at once: less needs less memory.")] = 4096,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Query a trained student's field of one image: one pass, any resolution, any order, bounded memory.
+
+    Writes rows, cols (in grid cells), features and colours of all queries, and a picture. Prints the files' names.
+    """
+    if size is not None and locations is not None:
+        raise UsageError("--size and --locations exclude each other; give one of them.")
+    if order not in ORDERS:
+        raise unknown("order", order, ORDERS)
+    if chunk < 1:
+        raise UsageError(f"--chunk must be 1 or more, not {chunk}.")
+    side = 224 if size is None else size
+    from apm.benchmarks import figures
+
+    figures.require_matplotlib()
+    from apm.benchmarks.unfolding import LIMIT, read_locations, write_field
+    from apm.classifier import pick_device
+    from apm.field import Student
+    from apm.images import MAX_PIXELS, load_image
+
+    if not 1 <= side <= LIMIT:
+        raise UsageError(f"--size must be from 1 to {LIMIT}, not {side}.")
+    student = Student.load(checkpoint, device=pick_device(device))
+    places = None if locations is None else read_locations(locations, student.config.grid)
+    loaded = load_image(image, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
+    for note in loaded.notes:
+        notice(note)
+    queries = f"{side}×{side} queries" if places is None else f"{len(places[0])} queries"
+    files = write_field(
+        student,
+        loaded.image,
+        out / figures.output_stem(image),
+        settings=f"apm field {printable(image.name)} · {student.describe()} · {queries}, {order} order",
+        size=side,
+        locations=places,
+        order=order,
+        seed=seed,
+        chunk=chunk,
+    )
+    for file in files:
+        typer.echo(printable(file))

@@ -1,0 +1,62 @@
+"""`apm interpolate`: walk from one image to another between their trigger columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apm.errors import UsageError
+from apm.paths import printable
+
+from .options import Debug
+from .render import notice
+
+
+def interpolate(
+    first: Annotated[Path, typer.Argument(metavar="A", help="The photograph to start from.")],
+    last: Annotated[Path, typer.Argument(metavar="B", help="The photograph to arrive at.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="What `apm pretrain` made.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for walk.npz, walk.gif and walk.png.")],
+    frames: Annotated[int, typer.Option(help="Frames, both ends included.")] = 9,
+    size: Annotated[int, typer.Option(help="Side of a frame in pixels, one query each.")] = 112,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Interpolate linearly between the trigger columns of two photographs, and unfold each column on the way.
+
+    The two ends are the student's direct reconstructions. Prints the files' names.
+    """
+    if not 2 <= frames <= 1000:
+        raise UsageError(f"--frames must be from 2 (the two ends) to 1000, not {frames}.")
+    if not 1 <= size <= 1024:
+        raise UsageError(f"--size must be from 1 to 1024, not {size}.")
+    from apm.benchmarks import figures
+
+    figures.require_matplotlib()
+    from apm.benchmarks.unfolding import write_walk
+    from apm.classifier import pick_device
+    from apm.field import Student
+    from apm.images import MAX_PIXELS, load_image
+
+    student = Student.load(checkpoint, device=pick_device(device))
+    loaded = [load_image(path, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels) for path in (first, last)]
+    for one in loaded:
+        for note in one.notes:
+            notice(note)
+    files = write_walk(
+        student,
+        [one.image for one in loaded],
+        out,
+        frames=frames,
+        size=size,
+        settings=f"apm interpolate {printable(first.name)} {printable(last.name)} --frames {frames} · "
+        f"{student.describe()} · columns interpolated linearly, share of the second above each frame",
+        names=[printable(first.stem), printable(last.stem)],
+    )
+    for file in files:
+        typer.echo(printable(file))

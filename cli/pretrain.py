@@ -1,0 +1,247 @@
+"""`apm pretrain`: train one student on many images, against the grids of a teacher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apm.errors import UsageError, unknown
+from apm.paths import printable
+
+from .options import Debug
+from .render import failure, notice, progress_on_terminal
+
+if TYPE_CHECKING:
+    from apm.benchmarks.distributed import Group
+
+STUDENT, TRAINING, FILES = "The student", "Training", "Files"
+_SAY_EVERY = 20.0  # seconds between lines where stderr is no terminal
+
+
+def pretrain(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Images in and below it, or Parquet files with a column image.", metavar="FOLDER"),
+    ],
+    teacher_grid: Annotated[
+        str, typer.Option(help="Teacher that gives the grids: any of `apm teachers`, or timm:NAME.", metavar="NAME")
+    ],
+    out: Annotated[Path, typer.Option(help="The checkpoint; continued when it is there.", metavar="CKPT")],
+    preset: Annotated[str, typer.Option(help="Size: paper or small.", rich_help_panel=STUDENT)] = "small",
+    grid_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels at which the teacher sees an image. Default: its own.",
+            rich_help_panel=STUDENT,
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)] = 3000,
+    batch_size: Annotated[int, typer.Option(help="Images a step, over all processes.", rich_help_panel=TRAINING)] = 32,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=TRAINING)] = 2e-3,
+    warmup: Annotated[int, typer.Option(help="Steps until it is reached.", rich_help_panel=TRAINING)] = 100,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.01,
+    locations: Annotated[
+        int | None,
+        typer.Option(help="Random locations to train at in each step. Default: all.", rich_help_panel=TRAINING),
+    ] = None,
+    rgb_weight: Annotated[float, typer.Option(help="Of the colours' loss.", rich_help_panel=TRAINING)] = 1.0,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the images to measure on, never trained on.", rich_help_panel=TRAINING)
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of weights, split and order.", rich_help_panel=TRAINING)] = 0,
+    precision: Annotated[
+        str, typer.Option(help="Of the two middle layers: auto, fp32 or bf16.", rich_help_panel=TRAINING)
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)] = "auto",
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps between measurements on held-out images.", rich_help_panel=FILES)
+    ] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=FILES)] = 200,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Where inputs and grids are kept. Default: CKPT.cache.", rich_help_panel=FILES),
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Skip larger images (width × height). Default: 89478485.", rich_help_panel=FILES)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=FILES)] = False,
+    debug: Debug = False,
+) -> None:
+    """Train one student on a folder of images: its field against a teacher's grid, its colours against the image.
+
+    No labels. Progress goes to stderr, the curves to CKPT.log.jsonl. The same command after a kill goes on exactly
+    where the last checkpoint was. Started by torchrun, the processes share each batch.
+
+    Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
+    """
+    _check(out, evaluate_every, save_every, max_pixels)
+    from dataclasses import asdict
+    from typing import get_args
+
+    from apm.model import PRESETS
+    from apm.precision import Precision
+
+    for kind, name, known in (("preset", preset, PRESETS), ("precision", precision, get_args(Precision))):
+        if name not in known:
+            raise unknown(kind, name, known)
+    from apm.benchmarks.distributed import join, local_rank
+    from apm.pretrain_config import PretrainConfig
+    from apm.pretrain_images import open_images
+
+    config = PretrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        locations=locations,
+        rgb_weight=rgb_weight,
+        held_out=held_out,
+        seed=seed,
+    )
+    source = open_images(folder)
+    from apm.classifier import pick_device
+    from apm.images import MAX_PIXELS
+    from apm.model import APMConfig
+    from apm.pretrain import Pretrainer
+    from apm.pretrain_cache import build_cache
+    from apm.pretrain_checkpoint import check_settings, read_checkpoint
+    from apm.teachers import load_grid_teacher
+
+    place = pick_device(device)
+    if place.type == "cuda" and place.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        place = pick_device(f"cuda:{local_rank()}")  # under torchrun: a GPU for each process
+    teacher = load_grid_teacher(teacher_grid, device=place)
+    student = APMConfig.preset(preset, dim=teacher.dim, readout="mean")
+    size = teacher.grid_size if grid_size is None else grid_size
+    data = {"data": source.fingerprint, "teacher": teacher.identity, "grid_size": size}
+    if out.exists():  # told now, and not after the grids of many images
+        check_settings(out, read_checkpoint(out), student, {**data, **asdict(config)})
+    with join() as group:
+        talks = group.first and not quiet
+        if group.first:
+            for note in teacher.notes:
+                notice(note)
+
+        def cached(count: int, wanted: bool) -> Any:
+            with _Progress(count, "grids", wanted=wanted) as progress:
+                return build_cache(
+                    source,
+                    teacher,
+                    cache or out.with_name(out.name + ".cache"),
+                    size=student.image_size,
+                    grid_size=size,
+                    max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+                    on_image=progress.image,
+                )
+
+        # the first process computes the grids; the others find them there
+        if group.first:
+            images = cached(len(source), talks)
+        group.barrier()
+        if not group.first:
+            images = cached(len(source), False)
+        trainer = Pretrainer(
+            out,
+            images,
+            student,
+            config,
+            data=data,
+            precision=precision,  # type: ignore[arg-type]
+            device=place,
+            processes=group,
+        )
+        _train(trainer, group, evaluate_every, save_every, talks)
+        if group.first:
+            for _, error in images.skipped:
+                failure(f"{error}: skipped")
+            _summary(trainer, out)
+        if images.skipped and group.first:
+            raise typer.Exit(1)
+
+
+def _check(out: Path, evaluate_every: int, save_every: int, max_pixels: int | None) -> None:
+    if out.is_dir():
+        raise UsageError(
+            f"{printable(out)} is a folder; --out names the checkpoint's file, such as student.safetensors."
+        )
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{printable(out)}: a checkpoint's name ends in .safetensors.")
+    for name, value in (("--evaluate-every", evaluate_every), ("--save-every", save_every)):
+        if value < 1:
+            raise UsageError(f"{name} must be 1 or more, not {value}.")
+    if max_pixels is not None and max_pixels < 1:
+        raise UsageError(f"--max-pixels must be 1 or more, not {max_pixels}.")
+
+
+def _train(trainer: Any, group: Group, evaluate_every: int, save_every: int, talks: bool) -> None:
+    if talks and trainer.step > 0:
+        state = "finished: nothing left to train" if trainer.finished else f"goes on from step {trainer.step:,}"
+        notice(f"{printable(trainer.path)} {state}.")
+    total = trainer.config.steps
+    try:
+        with _Progress(total, "train", wanted=talks, done=trainer.step) as progress:
+            trainer.run(evaluate_every=evaluate_every, save_every=save_every, on_step=progress.step)
+    except KeyboardInterrupt:
+        if group.first:
+            typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+
+
+def _summary(trainer: Any, out: Path) -> None:
+    grid, rgb = trainer.held_out_losses()
+    typer.echo(
+        f"{printable(out)}: {trainer.step:,} steps on {len(trainer.train):,} images; held-out mean squared error on "
+        f"{len(trainer.held_out):,}: grid {grid:.5f}, colours {rgb:.5f}"
+    )
+
+
+class _Progress:
+    """A bar where stderr is a terminal, else a line now and then; nothing where it is not wanted."""
+
+    def __init__(self, total: int, doing: str, *, wanted: bool, done: int = 0) -> None:
+        self.total, self.doing, self.wanted, self.done = total, doing, wanted, done
+        self._bar = progress_on_terminal(total, wanted=wanted, doing=doing)
+        self._said = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        self._rich = self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def image(self, error: str | None) -> None:
+        """One image more."""
+        self._advance(self.done + 1, f"{self.done + 1:,} of {self.total:,} images")
+
+    def step(self, step: int, losses: dict[str, float]) -> None:
+        """Another step, or a measurement on held-out images."""
+        if "held_out_grid" in losses:
+            trained = f", trained {losses['grid']:.5f}" if "grid" in losses else ""
+            self._say(
+                f"step {step:,} of {self.total:,}: grid held out {losses['held_out_grid']:.5f}{trained}; "
+                f"colours {losses['held_out_rgb']:.5f}"
+            )
+        else:
+            self._advance(step, f"step {step:,} of {self.total:,}: grid {losses['grid']:.5f}")
+
+    def _advance(self, done: int, text: str) -> None:
+        self.done = done
+        if self._rich is not None:
+            self._rich.update(self._rich.task_ids[0], completed=done)
+        elif time.monotonic() - self._said > _SAY_EVERY:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        if self._rich is not None:
+            self._rich.console.print(text)
+        elif self.wanted:
+            print(f"{self.doing}: {text}", file=sys.stderr, flush=True)

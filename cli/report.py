@@ -1,0 +1,43 @@
+"""`apm report`: one HTML page from run folders, for people to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Debug
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders of apm bench.")],
+    out: Annotated[Path, typer.Option(help="Folder for index.html; an earlier report in it is replaced.")],
+    flips: Annotated[int, typer.Option(min=0, help="Flipped images shown for each cell; the others are counted.")] = 12,
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="Show them, where the recorded data source is found.")
+    ] = True,
+    published: Annotated[
+        bool, typer.Option("--published/--no-published", help="With the published rows, marked as such.")
+    ] = True,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="With the best step chosen by peeking at labels, marked.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page from the records of runs.
+
+    Tables as those of apm table, accuracy by corruption and level, flips with the images that flipped, adaptation,
+    calibration, speed, and the settings of each run. The page loads nothing from anywhere: it can be opened from a
+    disk, sent, or kept. It holds the paths, commands and (unless --no-images) small pictures of what was run.
+
+    Prints the page's path.
+    """
+    from apm.benchmarks.report import Options, write_report
+
+    from .table import warn
+
+    options = Options(published=published, oracle=oracle, flips=flips, pictures=images)
+    page, tables = write_report(runs, out, options)
+    warn(tables)
+    typer.echo(page)

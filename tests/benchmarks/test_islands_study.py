@@ -1,0 +1,87 @@
+"""The study of islands: conditions that differ as they should, and a page made from its records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from apm import islands
+from apm.adapt import AdaptConfig
+from apm.benchmarks import islands as study
+from tests.benchmarks.test_pointing import TINY, ColourTeacher
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ADAPT = AdaptConfig(steps=120, lr=1e-4, precision="fp32")
+
+
+def quarters(row: int, col: int, *colours: str) -> Image.Image:
+    """An image of 64 × 64 cut into four at a row and a column."""
+    image = Image.new("RGB", (64, 64), colours[0])
+    for colour, box in zip(colours[1:], ((col, 0, 64, row), (0, row, col, 64), (col, row, 64, 64)), strict=True):
+        image.paste(colour, box)
+    return image
+
+
+IMAGES = [quarters(32, 32, "red", "blue", "lime", "white"), quarters(16, 48, "lime", "white", "blue", "red")]
+
+
+@pytest.fixture(scope="module")
+def subject() -> study.Subject:
+    return study.prepare(*IMAGES, ColourTeacher(), TINY, parts=4, seed=0)  # type: ignore[arg-type]
+
+
+def test_controls_differ_from_the_image_where_they_should(subject: study.Subject) -> None:
+    pixels, token, grid = subject.inputs["image"]
+    assert pixels.shape == (1, 3, 32, 32) and token.shape == (1, 16) and grid.shape == (1, 64, 16)
+    assert set(subject.inputs) | {"no steps"} == set(study.CONDITIONS)
+    drawn = subject.inputs["random target"]
+    assert torch.equal(drawn[0], pixels)
+    torch.testing.assert_close(drawn[2].norm(dim=-1), grid.norm(dim=-1))
+    torch.testing.assert_close(drawn[1].norm(), token.norm())
+    assert torch.cosine_similarity(drawn[2], grid, dim=-1).mean() < 0.5
+    other = subject.inputs["other target"]
+    assert torch.equal(other[0], pixels) and not torch.allclose(other[2], grid)
+    assert not torch.equal(subject.inputs["shuffled image"][0], pixels)
+    torch.testing.assert_close(subject.inputs["shuffled image"][0].mean(), pixels.mean(), atol=0.05, rtol=0)
+    assert islands.agreement(subject.superpixels, np.kron([[0, 1], [2, 3]], np.ones((4, 4)))) == pytest.approx(1)
+
+
+def test_the_field_is_kept_with_its_loss(subject: study.Subject) -> None:
+    trainer = study.trainers(TINY, replace(ADAPT, steps=5))["grid"]
+    run = study.watch(trainer, subject.inputs["image"], (0, 2, 5))
+    assert list(run.fields) == list(run.losses) == [0, 2, 5]
+    assert run.last.shape == (8, 8, 16) and run.last is run.fields[5]
+    grid = subject.inputs["image"][2].reshape(8, 8, 16).numpy()
+    for step, field in run.fields.items():
+        assert run.losses[step] == pytest.approx(float(((field - grid) ** 2).mean()), rel=1e-3)
+
+
+def test_a_student_of_the_grid_follows_the_image_and_one_of_the_token_does_not() -> None:
+    found = study.study(IMAGES, ColourTeacher(), TINY, ADAPT, parts=4, grid_lr=1e-2)  # type: ignore[arg-type]
+    grid, token = (found["conditions"][target] for target in ("grid", "cls"))
+    assert grid["image"]["AMI image"][0] > 0.8
+    assert grid["image"]["contrast image"][0] > grid["image"]["contrast other image"][0] + 0.2  # cut elsewhere
+    assert grid["other target"]["contrast other image"][0] > grid["other target"]["contrast image"][0] + 0.2
+    for control in ("random target", "other target", "no steps"):
+        assert found["differences"]["grid"][control]["contrast image"][0] > 0.2
+    for measure in ("AMI", "contrast"):
+        against = {target: found["image_against_other"][target][measure][0] for target in study.TARGETS}
+        assert against["grid"] > 0.2 > abs(against["cls"]), measure
+    assert found["same_regions"]["grid"][0] < found["same_regions"]["cls"][0]
+    assert found["references"]["teacher's grid"][0] == pytest.approx(1)
+    assert token["image"]["AMI image"][0] == pytest.approx(
+        token["no steps"]["AMI image"][0] + found["differences"]["cls"]["no steps"]["AMI image"][0]
+    )
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_page_is_made_from_the_records() -> None:
+    records = [json.loads((ROOT / "benchmarks" / "results" / "islands-small.json").read_text())]
+    text = (ROOT / "docs" / "islands.md").read_text()
+    assert text.partition("<!-- islands -->\n")[2].partition("<!-- end -->")[0].strip() == study.tables(records)

@@ -1,5 +1,6 @@
-# make        lint, types and tests          make demo   classify a few photographs
-# make fix    let ruff repair what it can    make clean  remove everything that was made
+# make        lint, types and tests          make demo      classify a few photographs
+# make fix    let ruff repair what it can    make gallery   make the pictures of the README
+# make clean  remove everything that was made
 PYTHON ?= python3
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
@@ -9,6 +10,9 @@ all: lint types test
 
 demo: $(RUNTIME)
 	$(BIN)/python -m apm.cli.demo
+
+gallery: $(DEV)
+	$(BIN)/python -m apm.cli.gallery
 
 test: $(DEV)
 	$(BIN)/python -m pytest
@@ -46,4 +50,4 @@ $(DEV): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(RUNTIME) $@
 
-.PHONY: all demo test lint types fix bench-speed clean
+.PHONY: all demo gallery test lint types fix bench-speed clean

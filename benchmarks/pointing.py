@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apm.adapt import AdaptConfig, TestTimeTrainer
+from apm.adapt import AdaptConfig, AdaptResult, TestTimeTrainer
 from apm.explain import LR, STEPS, dense_locations, field_maps, label_maps, peak
 from apm.grids import resample
 from apm.images import student_input
@@ -145,7 +145,7 @@ class Mapper:
         token = self.teacher.encode_image(self.teacher.preprocess(image)[None].to(self.teacher.device))
         grid = self.teacher.encode_grid(image)  # (h, w, D)
         targets = resample(grid[None], self.grid)  # (1, N, D)
-        results = {}
+        results: dict[str, AdaptResult] = {}
         for source, trainer in self.trainers.items():
             pixels = student_input(image, trainer.model.image_size)[None]
             by_grid = trainer.config.distil != "cls"
@@ -162,7 +162,7 @@ class Maps:
     """(1, D) of the teacher."""
     grid: Tensor
     """(h, w, D) of the teacher."""
-    results: dict[str, Any]
+    results: dict[str, AdaptResult]
 
     def of(self, label: int) -> dict[str, Tensor]:
         """Maps (size, size) by source; log odds of the label, or attention. Random and centre have none."""
@@ -171,9 +171,11 @@ class Maps:
         maps = {"teacher's grid": label_maps(smooth, mapper.head, [label]).log_odds[0]}
         rows, cols = dense_locations(mapper.grid, size)
         for source, result in self.results.items():
-            maps[source] = field_maps(
-                lambda r, c, result=result: result.features(r, c)[0], mapper.grid, size, mapper.head, [label]
-            ).log_odds[0]
+
+            def field(rows: Tensor, cols: Tensor, of: AdaptResult = result) -> Tensor:
+                return of.features(rows, cols)[0]
+
+            maps[source] = field_maps(field, mapper.grid, size, mapper.head, [label]).log_odds[0]
             if source != "field, grid":  # whose object query is not trained
                 attention = result.attention(rows, cols)[0].mean(dim=0)
                 maps[source.replace("field", "attention")] = attention.reshape(size, size)

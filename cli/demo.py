@@ -18,17 +18,21 @@ PHOTOGRAPHS = {
 LABELS = "cat,dog,horse,cup of coffee,teapot,banana,mushroom,astronaut,rocket,car,ship,tractor"
 
 
-def main() -> int:
-    """Run `apm classify` in a folder where each photograph lies under a plain name; returns its exit code."""
+def photographs() -> dict[str, Path]:
+    """Plain name → file of each photograph."""
     package = importlib.util.find_spec("skimage")
     if package is None or not package.submodule_search_locations:
-        print("error: scikit-image is not installed, and the photographs are in it.", file=sys.stderr)
-        return 2
-    photographs = Path(package.submodule_search_locations[0]) / "data"
+        raise SystemExit("error: scikit-image is not installed, and the photographs are in it.")
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    return {plain: folder / name for plain, name in PHOTOGRAPHS.items()}
+
+
+def main() -> int:
+    """Run `apm classify` in a folder where each photograph lies under a plain name; returns its exit code."""
     command = ["classify", "--teacher", "embedded", "--labels", LABELS, "--top-k", "3", *PHOTOGRAPHS, *sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
-        for plain, name in PHOTOGRAPHS.items():
-            os.symlink(photographs / name, Path(folder, plain))
+        for plain, path in photographs().items():
+            os.symlink(path, Path(folder, plain))
         print(f'$ apm {" ".join(command[:3])} --labels "{LABELS}" {" ".join(command[5:])}', flush=True)
         return subprocess.run([sys.executable, "-m", "apm", *command], cwd=folder, check=False).returncode
 

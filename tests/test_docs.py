@@ -1,0 +1,39 @@
+"""The documents: links lead somewhere, pictures of the gallery are those that `make gallery` makes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from apm.cli import gallery
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "apm/teachers/embedded_weights/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file(document: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    local = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
+    assert [link for link in local if not (document.parent / link).exists()] == []
+
+
+def test_the_gallery_of_the_readme_is_what_make_gallery_makes() -> None:
+    shown = re.findall(r"!\[[^]]+\]\(docs/gallery/(\w+)\.png\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert shown == list(gallery.PICTURES)
+    assert sorted(path.stem for path in gallery.GALLERY.iterdir()) == sorted(shown)
+    assert gallery.CHECKPOINT.is_file()
+
+
+def test_the_gallery_stops_where_a_command_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "GALLERY", tmp_path)
+    monkeypatch.setattr(gallery, "PICTURES", {"nothing": (["clasify"], "*.png"), "later": (["--version"], "*.png")})
+    assert gallery.main() == 2
+    assert list(tmp_path.iterdir()) == []

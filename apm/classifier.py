@@ -151,6 +151,7 @@ class Classifier:
         distil: what the student is overfit to: "cls", the teacher's token; "grid", its grid of patch features at the
             student's own locations; "both".
         rgb_weight: of a loss towards the image's own colours, added to that; 0: none.
+        queries: locations drawn afresh for each step, instead of all: faster, and an approximation. None: all.
         top_k: how many labels an answer ranks.
         max_pixels: largest width × height of a file that is decoded.
 
@@ -177,6 +178,7 @@ class Classifier:
         seed: int = 0,
         distil: str = "cls",
         rgb_weight: float = 0.0,
+        queries: int | None = None,
         top_k: int = 5,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -200,6 +202,7 @@ class Classifier:
             seed=seed,
             distil=distil,  # type: ignore[arg-type]
             rgb_weight=rgb_weight,
+            queries=queries,
             **chosen,  # type: ignore[arg-type]
         )
         readout = readout or default_readout(distil)

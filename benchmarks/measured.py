@@ -6,16 +6,20 @@ to the other.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apm.errors import UsageError
+
 from . import choose_target
-from .records import MethodRows, Records
+from .records import MethodRows, Records, Row, RunFolder
 from .stats import mcnemar, standard_error
 from .table_formats import markdown
 from .tables import Table, make_tables
@@ -117,8 +121,8 @@ def parts(results: Path = RESULTS) -> Iterator[tuple[str, str]]:
     small, others = [Records.open(results / name) for name in TINY], Records.open(results / CROSS)
     (tiny,), (cross,) = make_tables(small, published=False), make_tables([others], published=False)
     methods = [row.method for row in tiny.rows]
-    yield "tiny", f"{commands(*small)}\n\n{markdown([tiny])}"
-    yield "cross", f"{commands(others)}\n\n{markdown([cross])}"
+    yield "tiny", f"{commands(*small)}\n\n{markdown([tiny])}".replace(f"{results}/", "results/")
+    yield "cross", f"{commands(others)}\n\n{markdown([cross])}".replace(f"{results}/", "results/")
     yield "helps", paired(tiny, cross, "zero-shot", [name for name in methods if name != "zero-shot"])
     yield "targets", paired(tiny, cross, PAPER_TARGET, [name for name in methods if name.startswith("apm[")])
     yield "student", student(tiny, cross, PAPER_TARGET)
@@ -131,8 +135,25 @@ def filled(document: str, texts: Mapping[str, str]) -> str:
     return _MARKER.sub(lambda match: f"{match[1]}{texts[match[2]].rstrip()}\n{match[3]}", document)
 
 
+def collect(run: Path, results: Path = RESULTS) -> None:
+    """Copy a finished run among the records: the same rows, sorted, in one shard for each cell instead of hundreds."""
+    source, target = RunFolder(run), RunFolder(results / run.name)
+    record = source.read_run()
+    if record is None:
+        raise UsageError(f'No run at "{run}".')
+    shutil.rmtree(target.path, ignore_errors=True)
+    for cell in record["cells"]:
+        rows = source.read(cell).sort_by([("position", "ascending"), ("method", "ascending")])
+        target.append(cell, [Row(**row) for row in rows.to_pylist()])
+    target.write_run(record)
+
+
 def main() -> None:
-    """Write the document anew."""
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.measured", description=__doc__)
+    parser.add_argument("--collect", type=Path, nargs="+", default=[], metavar="RUN", help="first take these runs in")
+    for run in parser.parse_args().collect:
+        collect(run)
     DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8"), dict(parts())), encoding="utf-8")
 
 

@@ -77,6 +77,13 @@ def classify(
     rgb_weight: Annotated[
         float, typer.Option(help="Of a loss towards the image's own colours, added to it.", rich_help_panel=STUDENT)
     ] = 0.0,
+    queries: Annotated[
+        int | None,
+        typer.Option(
+            help="Locations drawn afresh for each step, an approximation. Default: all of them.",
+            rich_help_panel=STUDENT,
+        ),
+    ] = None,
     readout: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +163,7 @@ def classify(
         seed=seed,
         distil=distil,
         rgb_weight=rgb_weight,
+        queries=queries,
         top_k=top_k,
         max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
     )

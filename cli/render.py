@@ -125,6 +125,7 @@ def answer_record(answer: Answer, classifier: Classifier) -> dict[str, Any]:
             "readout": classifier.student_config.readout,
             "distil": classifier.adapt_config.distil,
             "rgb_weight": classifier.adapt_config.rgb_weight,
+            "queries": classifier.adapt_config.queries,
             "lr": classifier.adapt_config.lr,
             "seed": classifier.adapt_config.seed,
             "device": str(classifier.device),

@@ -342,11 +342,18 @@ def test_distil_is_done_and_said(distil: str, readout: str, picture: Path, fake_
     assert "read as" not in classify("--distil", distil, "--readout", "mean", picture).stderr
 
 
+def test_fewer_queries_are_used_and_said(picture: Path, fake_teacher: FakeTeacher) -> None:
+    few, every = (records(classify("--json", *more, picture))[0]["adaptation"] for more in (("--queries", "9"), ()))
+    assert (few["queries"], every["queries"]) == (9, None)
+    assert few["losses"] != every["losses"]
+
+
 def test_wrong_distil_is_refused(picture: Path) -> None:
     for arguments, words in (
         (("--distil", "grids"), 'Unknown distil "grids"'),
         (("--distil", "grid", "--readout", "query"), 'choose readout="mean"'),
         (("--rgb-weight", "-1"), "rgb_weight must be 0 or a positive number"),
+        (("--queries", "257"), "queries must not exceed the 256 locations"),
     ):
         result = classify(*arguments, picture)
         assert result.exit_code == 2 and words in result.stderr

@@ -69,7 +69,7 @@ TARGETS: dict[str, TargetPolicy] = {
 """The targets that have a name. ``cls`` is the paper's (Modi & Rawat 2024) and the default everywhere."""
 
 TARGETS["best"] = TARGETS["mta"]
-"""The target that was not worse than ``cls`` anywhere it was measured; the evidence is in benchmarks/README.md."""
+"""Better than ``cls`` on clean images, and nowhere measurably worse; the evidence is in benchmarks/README.md."""
 
 
 def policy(target: str) -> TargetPolicy:

@@ -121,7 +121,7 @@ def test_readme_names_only_options_that_exist() -> None:
 
     from apm.cli.main import app
 
-    shown = CliRunner().invoke(app, ["classify", "--help"]).stdout
+    shown = "".join(CliRunner().invoke(app, [name, "--help"]).stdout for name in ("classify", "bench"))
     for option in set(re.findall(r"`(--[a-z-]+)", (ROOT / "README.md").read_text())):
         assert option in shown, option
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from apm.zeroshot import ZeroShotHead
 from .corruptions import CORRUPTIONS
 from .datasets import Dataset, open_dataset
 from .datasets.dataset import balanced_subset
-from .environment import describe
+from .environment import describe, write_record
 from .stats import mcnemar
 
 VIEWS = (16, 64)
@@ -171,9 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         images=options.images,
         seed=options.seed,
     )
-    text = json.dumps(record, indent=1) + "\n"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text, encoding="utf-8")
+    write_record(record, options.out)
     print(table(record))
 
 

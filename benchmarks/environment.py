@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from apm.files import write_atomically
 
 _DISTRIBUTIONS = (
     "apm",
@@ -77,3 +81,12 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def write_record(record: Mapping[str, Any], out: Path | None) -> None:
+    """Put a measurement's record into a file, whole or not at all; without one, print it."""
+    text = json.dumps(record, indent=1) + "\n"
+    if out is None:
+        print(text, end="")
+    else:
+        write_atomically(out, lambda file: file.write(text.encode()))

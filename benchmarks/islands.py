@@ -33,7 +33,7 @@ from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 
 from .datasets import open_dataset
-from .environment import describe
+from .environment import describe, write_record
 
 Field = NDArray[np.float32]
 
@@ -431,12 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
         "environment": describe(options.device),
         **found,
     }
-    text = json.dumps(record, indent=1) + "\n"
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    write_record(record, options.out)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from apm.errors import UsageError
 from apm.field import Student
-from apm.files import write_atomically
 from apm.images import central_square, student_input
 from apm.model import APM
 from apm.position import grid_locations, position_code
@@ -37,7 +36,7 @@ from apm.pretrain import pooled_colours
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 
-from .environment import describe
+from .environment import describe, write_record
 from .pretraining import command
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -212,9 +211,8 @@ def main(arguments: list[str] | None = None) -> None:
         "probes": probes,
         "environment": describe(),
     }
-    text = (json.dumps(record, indent=1) + "\n").encode()
     if options.out:
-        write_atomically(options.out, lambda file: file.write(text))
+        write_record(record, options.out)
     print(table(record))
 
 

@@ -32,7 +32,7 @@ from apm.teachers.base import Teacher
 from apm.zeroshot import ZeroShotHead
 
 from .datasets import open_dataset
-from .environment import describe
+from .environment import describe, write_record
 from .islands import square_of
 from .stats import mcnemar, standard_error
 
@@ -336,12 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
         "seconds": time.perf_counter() - began,
         "environment": describe(options.device),
     }
-    text = json.dumps(record, indent=1) + "\n"
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    write_record(record, options.out)
 
 
 if __name__ == "__main__":

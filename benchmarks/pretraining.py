@@ -28,7 +28,6 @@ from torch import Tensor
 
 from apm.errors import UsageError
 from apm.field import Student
-from apm.files import write_atomically
 from apm.grids import resample
 from apm.images import central_square, load_image
 from apm.position import grid_locations
@@ -40,7 +39,7 @@ from apm.teachers import load_grid_teacher
 from apm.teachers.base import GridTeacher
 
 from . import figures
-from .environment import describe
+from .environment import describe, write_record
 
 _BATCH = 64
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -335,8 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
             for image, error in zip(options.images, found, strict=True):
                 print(f"{image.name}: {error:.4f}", file=sys.stderr)
     if options.out:
-        text = (json.dumps(record, indent=1) + "\n").encode()
-        write_atomically(options.out, lambda file: file.write(text))
+        write_record(record, options.out)
     if options.figure:
         draw_curves(record, options.figure)
     if options.table:

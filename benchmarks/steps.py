@@ -25,7 +25,7 @@ from apm.teachers import load_teacher
 from apm.zeroshot import ZeroShotHead
 
 from .datasets import open_dataset
-from .environment import describe
+from .environment import describe, write_record
 
 SHOWN = (1, 5, 10, 15, 20, 25, 30, 40, 50, 60, 75, 100)
 """Steps that a table shows."""
@@ -150,12 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         seed=options.seed,
         device=options.device,
     )
-    text = json.dumps(record, indent=1) + "\n"
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    write_record(record, options.out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apm.errors import UsageError
 from apm.field import CHUNK, Student, picture_locations, walk
+from apm.files import write_atomically
 from apm.images import central_square
 from apm.paths import printable
 from apm.position import grid_locations
@@ -142,7 +143,7 @@ def write_field(
                         _header(member, shapes[name])
                         shutil.copyfileobj(source, member, 1 << 20)
 
-        arrays = figures.write_atomically(stem.with_name(stem.name + ".npz"), write)
+        arrays = write_atomically(stem.with_name(stem.name + ".npz"), write)
     picture = stem.with_name(stem.name + ".png")
     if locations is None:
         _draw_field(student, image, seen.reshape(size, size, 3), shown.reshape(size, size, 3), picture, settings)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -111,14 +109,6 @@ def test_a_file_in_the_folders_place(picture: Path) -> None:
     assert result.exit_code == 2 and "is a file" in result.stderr
 
 
-def test_without_matplotlib(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_without_matplotlib(picture: Path, tmp_path: Path, no_matplotlib: None) -> None:
     result = explain(tmp_path / "out", picture)
     assert result.exit_code == 2 and "pip install 'apm[viz]'" in result.stderr and result.stdout == ""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -92,14 +90,6 @@ def test_wrong_usage(arguments: list[str], told: str, picture: Path, tmp_path: P
     assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_without_matplotlib(picture: Path, tmp_path: Path, no_matplotlib: None) -> None:
     result = islands(tmp_path / "out", picture)
     assert result.exit_code == 2 and "pip install 'apm[viz]'" in result.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import re
 from pathlib import Path
@@ -20,18 +19,6 @@ def small_figure() -> Any:
     figure = figures.new_figure(2, 1)
     figure.subplots().set_title("costs $5 and $\\frac{1}$ 猫")  # no formula, and no glyphs for the last
     return figure
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
 
 
 def test_a_figure_is_written_whole_with_its_settings(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 # make        lint, types and tests          make demo      classify a few photographs
-# make fix    let ruff repair what it can    make gallery   make the pictures of the README
-# make clean  remove everything that was made
+# make quick  the tests that are fast        make gallery   make the pictures of the README
+# make fix    let ruff repair what it can    make clean     remove everything that was made
 PYTHON ?= python3
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
@@ -16,6 +16,9 @@ gallery: $(DEV)
 
 test: $(DEV)
 	$(BIN)/python -m pytest
+
+quick: $(DEV)
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .
@@ -50,4 +53,4 @@ $(DEV): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(RUNTIME) $@
 
-.PHONY: all demo gallery test lint types fix bench-speed clean
+.PHONY: all demo gallery test quick lint types fix bench-speed clean

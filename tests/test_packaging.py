@@ -18,7 +18,7 @@ FOLDERS = {"apm": "apm", "cli": "apm/cli", "benchmarks": "apm/benchmarks"}
 RECORDS = ROOT / "benchmarks" / "results"  # evidence for the repository's own figures: of no use to an installation
 WEIGHTS = ROOT / "apm" / "teachers" / "embedded_weights" / "open_clip_model.safetensors"
 
-pytestmark = pytest.mark.packaging
+pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, cwd: Path) -> str:

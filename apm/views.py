@@ -1,7 +1,8 @@
 """Augmented views of one image, as test-time augmentation uses them: random resized crops and horizontal flips.
 
-View 0 is the image as the teacher itself prepares it; the others follow Shu et al. 2022 (TPT): a crop of random area
-and aspect ratio, resized to the teacher's input, flipped with probability one half. View i depends on (seed, sample
+View 0 is the image as the teacher itself prepares it; the others follow Shu et al. 2022 (TPT), whose crops MTA and ZERO
+use too: torchvision's RandomResizedCrop (a crop of random area and aspect ratio, resized to the teacher's input,
+bilinear), flipped with probability one half. View i depends on (seed, sample
 id, i) alone, so 33 views are the first 33 of 64, and no view depends on other images, threads or the order of work.
 """
 
@@ -28,7 +29,7 @@ MIN_AREA = 0.08
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 """Range of a crop's width over height."""
 CROP_ATTEMPTS = 10
-"""Draws of area and ratio before a crop that does not fit into a narrow image is replaced by its largest square."""
+"""Draws of area and ratio before a narrow image gets the largest central crop of an allowed ratio instead."""
 
 
 def view_generator(seed: int, sample_id: str, index: int) -> np.random.Generator:
@@ -38,7 +39,11 @@ def view_generator(seed: int, sample_id: str, index: int) -> np.random.Generator
 
 
 def crop_box(width: int, height: int, generator: np.random.Generator, min_area: float) -> tuple[int, int, int, int]:
-    """Draw a crop of an image of `width` × `height` pixels: (left, top, right, bottom), in pixels."""
+    """Draw a crop of an image of `width` × `height` pixels, with the distribution of torchvision's RandomResizedCrop.
+
+    Returns:
+        (left, top, right, bottom), in pixels.
+    """
     low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
     for _ in range(CROP_ATTEMPTS):
         area = width * height * generator.uniform(min_area, 1.0)
@@ -47,9 +52,9 @@ def crop_box(width: int, height: int, generator: np.random.Generator, min_area: 
         if 0 < w <= width and 0 < h <= height:
             left, top = int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1))
             return left, top, left + w, top + h
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+    w, h = min(width, round(height * ASPECT_RATIOS[1])), min(height, round(width / ASPECT_RATIOS[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def augmented_view(
@@ -80,8 +85,8 @@ def augmented_view(
     """
     generator = view_generator(seed, sample_id, index)
     box = crop_box(*image.size, generator, min_area)
-    # The reducing gap first shrinks large photographs by whole factors: many times faster, hardly another picture.
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    # Cut first: with `box`, resize would mix pixels from outside the crop into its edges.
+    view = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
     if generator.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(view, dtype=np.float32) / 255  # (size, size, 3)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp  # type: ignore[import-untyped, unused-ignore]
+from torchvision.transforms import RandomResizedCrop
 
 from apm.errors import UsageError
 from apm.views import ASPECT_RATIOS, augmented_view, crop_box, view_generator, views
@@ -53,6 +55,42 @@ def test_crops_lie_inside_and_keep_area_and_ratio() -> None:
         assert ASPECT_RATIOS[0] * 0.98 < (right - left) / (bottom - top) < ASPECT_RATIOS[1] * 1.02
     assert 0.24 < min(areas) < 0.27
     assert max(areas) > 0.9
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (37, 61), (1000, 50), (50, 1000), (201, 10), (3, 5)])
+def test_a_view_is_torchvisions_random_resized_crop(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    theirs = RandomResizedCrop(32)  # bilinear by default
+    for index in range(1, 20):
+        generator = view_generator(0, "a", index)
+        left, top, right, bottom = crop_box(width, height, generator, 0.08)
+        flipped = generator.random() < 0.5
+        monkeypatch.setattr(theirs, "get_params", lambda *_, box=(top, left, bottom - top, right - left): box)
+        expected = np.asarray(theirs(image))
+        ours = augmented_view(image, index, seed=0, sample_id="a", size=32, mean=(0,) * 3, std=(1,) * 3)
+        pixels = np.rint(ours.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        np.testing.assert_array_equal(pixels, expected[:, ::-1] if flipped else expected)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 50), (50, 1000), (201, 3), (3, 202)])
+def test_the_crop_of_an_image_too_narrow_for_any_draw_is_torchvisions(width: int, height: int) -> None:
+    # Crops of the whole area fit only where the ratio of the image itself is allowed.
+    top, left, h, w = RandomResizedCrop.get_params(Image.new("RGB", (width, height)), [1.0, 1.0], list(ASPECT_RATIOS))
+    box = crop_box(width, height, np.random.default_rng(0), 1.0)
+    assert box == (left, top, left + w, top + h)
+
+
+def test_crops_are_drawn_as_torchvision_draws_them() -> None:
+    image = Image.new("RGB", (123, 77))
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], list(ASPECT_RATIOS)) for _ in range(4000)])
+    generator = np.random.default_rng(0)
+    boxes = np.array([crop_box(123, 77, generator, 0.08) for _ in range(4000)])
+    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1)
+    for one, other in zip(ours.T, theirs.T, strict=True):  # top, left, height, width
+        assert ks_2samp(one, other).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 2), (2, 1000), (1, 1)])

@@ -48,7 +48,7 @@ CROP = 224
 """Side of the pictures that ImageNet-C holds, in pixels."""
 RESIZE = 256
 """Short side that ImageNet-C's pictures were resized to before the crop, in pixels."""
-VERSION = 1
+VERSION = 2
 """Raised whenever a corruption's pixels change; stands in records and in written trees."""
 MARK = "generated: not comparable with the official files"
 SETTINGS_FILE = "apm-corrupt.json"
@@ -95,13 +95,14 @@ def check_level(level: int) -> None:
 def centre_crop(image: Image.Image, *, resize: int = RESIZE, crop: int = CROP) -> Image.Image:
     """Resize the short side to `resize` (bilinear, antialiased) and cut the central `crop`×`crop` square.
 
-    ImageNet-C's pictures were made with 256 and 224. With `resize` = `crop` only the ends of the long side are lost.
+    Pixel by pixel what torchvision's Resize and CenterCrop give, which made ImageNet-C's pictures with 256 and 224: the
+    long side is truncated to whole pixels, and half a pixel of margin goes to the even neighbour. With `resize` = `crop`
+    only the ends of the long side are lost.
     """
-    width, height = image.size
-    scale = resize / min(width, height)
-    width, height = max(resize, round(width * scale)), max(resize, round(height * scale))
+    short = min(image.size)
+    width, height = (int(resize * side / short) for side in image.size)
     resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - crop) // 2, (height - crop) // 2
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
     return resized.crop((left, top, left + crop, top + crop))
 
 

@@ -67,10 +67,10 @@ def glass_blur(image: NDArray[np.float32], level: int, rng: np.random.Generator)
     return _gaussian(moved / np.float32(255), sigma)
 
 
-def motion_kernel(radius: int, sigma: float, degrees: float) -> NDArray[np.float32]:
+def motion_kernel(radius: int, sigma: float, degrees: float) -> NDArray[np.float64]:
     """The trace of a moving point: a half Gaussian of 2·radius + 1 steps from the centre in one direction.
 
-    This follows the description of ImageMagick's motion blur: weights exp(−i²/2σ²), offsets rounded to whole pixels.
+    As ImageMagick's motion blur: weights exp(−i²/2σ²), offsets rounded to whole pixels, halves downward.
 
     Args:
         radius: half the number of steps, in pixels.
@@ -82,28 +82,34 @@ def motion_kernel(radius: int, sigma: float, degrees: float) -> NDArray[np.float
     """
     steps = 2 * radius + 1
     weights = np.exp(-(np.arange(steps) ** 2) / (2 * sigma**2))
-    angle = math.radians(degrees)
-    kernel = np.zeros((2 * steps + 1, 2 * steps + 1), dtype=np.float32)
+    along, down = steps * math.cos(math.radians(degrees)), steps * math.sin(math.radians(degrees))
+    kernel = np.zeros((2 * steps + 1, 2 * steps + 1))
     for step, weight in enumerate(weights / weights.sum()):
-        dx, dy = (math.ceil(step * part - 0.5) for part in (math.cos(angle), math.sin(angle)))
+        dx, dy = (math.ceil(step * part / math.hypot(along, down) - 0.5) for part in (along, down))
         kernel[steps + dy, steps + dx] += weight
     return kernel
 
 
-def blur_along(image: NDArray[np.float32], radius: int, sigma: float, degrees: float) -> NDArray[np.float32]:
+def blur_along(image: NDArray[np.float32], radius: int, sigma: float, degrees: float) -> NDArray[np.float64]:
     """Convolve (H, W) or (H, W, 3) with `motion_kernel`, the edge pixel repeated."""
     kernel = motion_kernel(radius, sigma, degrees)
-    return np.asarray(cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REPLICATE), dtype=np.float32)
+    return np.asarray(cv2.filter2D(image, cv2.CV_64F, kernel, borderType=cv2.BORDER_REPLICATE), dtype=np.float64)
+
+
+def blur_levels_along(image: NDArray[np.float32], radius: int, sigma: float, degrees: float) -> NDArray[np.float64]:
+    """`blur_along` of a picture of 8 bits, in [0, 1], with ImageMagick's grey levels.
+
+    The published code hands pictures of 8 bits to ImageMagick, which rounds its sums to 16 bits and truncates those to
+    the 8 of the picture that it hands back.
+    """
+    sixteen = np.floor(blur_along(np.rint(image * 255), radius, sigma, degrees) * 257 + 0.5)
+    return np.floor(sixteen / 257) / 255
 
 
 def motion_blur(image: NDArray[np.float32], level: int, rng: np.random.Generator) -> NDArray[Any]:
-    """Move the camera along a straight line, at an angle drawn evenly from −45° to 45°.
-
-    The published pictures went through ImageMagick; this is its method computed with OpenCV in float32, so single grey
-    levels may differ.
-    """
+    """Move the camera along a straight line, at an angle drawn evenly from −45° to 45°."""
     radius, sigma = _MOTION[level - 1]
-    return blur_along(image, radius, sigma, rng.uniform(-45, 45))
+    return blur_levels_along(image, radius, sigma, rng.uniform(-45, 45))
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
-from .blur import blur_along, clipped_zoom
+from .blur import blur_along, blur_levels_along, clipped_zoom
 
 _SNOW = (  # mean, sd, zoom, threshold, blur radius, blur σ, share of the image
     (0.1, 0.3, 3.0, 0.5, 10, 4.0, 0.8),
@@ -30,7 +30,7 @@ def snow(image: NDArray[np.float32], level: int, rng: np.random.Generator) -> ND
     flakes = clipped_zoom(flakes, zoom)
     flakes[flakes < threshold] = 0
     flakes = np.floor(np.clip(flakes, 0, 1) * 255) / np.float32(255)  # the published layer passes through 8 bits
-    flakes = blur_along(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
+    flakes = blur_levels_along(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     whitened = mix * image + (1 - mix) * np.maximum(image, grey * 1.5 + 0.5)
     return whitened + flakes + np.rot90(flakes, 2)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from skimage import color, transform
+from torchvision.transforms import CenterCrop, Compose, Resize
 
 from apm.benchmarks.corruptions import CORRUPTIONS, centre_crop, corrupt, corrupt_image
-from apm.benchmarks.corruptions.blur import clipped_zoom, motion_kernel
+from apm.benchmarks.corruptions.blur import _MOTION, blur_levels_along, clipped_zoom, motion_kernel
 from apm.benchmarks.corruptions.digital import brightness, displace, elastic_transform
 from apm.benchmarks.corruptions.weather import frost_texture, plasma
 from apm.errors import UsageError
@@ -22,6 +23,8 @@ from apm.errors import UsageError
 GOLDEN = Path(
     os.environ.get("APM_CORRUPTIONS_GOLDEN") or Path(__file__).parent.parent / "golden" / "corruptions_cat.npz"
 )
+MAGICK = Path(__file__).parent.parent / "golden" / "motion_blur_magick.npz"
+"""What ImageMagick gives; written by tests/benchmarks/make_motion_golden.py."""
 FIXED = ("brightness", "contrast", "defocus_blur", "jpeg_compression", "pixelate", "zoom_blur")
 RANDOM = ("gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow", "fog")
 DRAWS = 24  # as many as the golden file's figures were made of
@@ -67,8 +70,9 @@ def test_random_corruption_has_the_figures_of_the_reference(name: str, golden: d
         assert_agree(figures(pictures, image), expected, f"{name} level {level}")
 
 
-def test_elastic_displacement_has_the_figures_of_the_reference(golden: dict[str, NDArray[np.uint8]]) -> None:
-    # The file's figures fit the displacement of the imagecorruptions package, which has no affine map; its parameters:
+def test_elastic_displacement_has_the_figures_of_its_other_variant(golden: dict[str, NDArray[np.uint8]]) -> None:
+    # The file's figures of elastic_transform are of the variant in the imagecorruptions package: no affine map, and the
+    # parameters below. Ours is ImageNet-C's own (`test_elastic_transform_is_…`); both share the displacement.
     image = golden["image"]
     for alpha, expected in zip((12.5, 16.25, 21.25, 25.0, 30.0), golden["elastic_transform_stats"], strict=True):
         rng = np.random.Generator(np.random.PCG64(3))
@@ -151,6 +155,16 @@ def test_motion_kernel_is_one_sided_and_sums_to_one() -> None:
     assert np.count_nonzero(motion_kernel(10, 3.0, 90.0).sum(axis=0)) == 1
 
 
+def test_motion_blur_equals_imagemagicks() -> None:
+    with np.load(MAGICK) as arrays:
+        image, angles, pictures = arrays["image"], arrays["angles"], arrays["pictures"]
+    for (radius, sigma), row in zip(_MOTION, pictures, strict=True):
+        for degrees, expected in zip(angles, row, strict=True):
+            ours = blur_levels_along(image.astype(np.float32) / np.float32(255), radius, sigma, float(degrees)) * 255
+            off = np.abs(np.rint(ours) - expected)
+            assert off.max() <= 1 and np.count_nonzero(off) <= 1, f"{radius}x{sigma}, {degrees} degrees"  # order of sums
+
+
 def test_plasma_spans_zero_to_one_and_gets_smoother_with_decay() -> None:
     rough, smooth = (plasma(64, decay, np.random.default_rng(0)) for decay in (1.4, 2.0))
     assert rough.min() == smooth.min() == 0 and rough.max() == smooth.max() == 1
@@ -207,6 +221,15 @@ def test_wrong_names_levels_and_images_are_refused() -> None:
     for bad in (image[..., 0], image.astype(float), image[:20]):
         with pytest.raises(UsageError, match="Expected an image"):
             corrupt(bad, "fog", 1, seed=0, image_id="x")
+
+
+@pytest.mark.parametrize("resize", [256, 224])
+def test_centre_crop_equals_torchvisions(resize: int) -> None:
+    rng = np.random.default_rng(resize)
+    theirs = Compose([Resize(resize), CenterCrop(224)])  # bilinear and antialiased by default
+    for width, height in rng.integers(40, 520, size=(200, 2)).tolist():
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        np.testing.assert_array_equal(centre_crop(image, resize=resize), theirs(image), f"{width}×{height}")
 
 
 def test_centre_crop_keeps_the_middle() -> None:

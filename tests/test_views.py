@@ -58,9 +58,7 @@ def test_crops_lie_inside_and_keep_area_and_ratio() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(400, 300), (37, 61), (1000, 50), (50, 1000), (201, 10), (3, 5)])
-def test_a_view_is_torchvisions_random_resized_crop(
-    width: int, height: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_view_is_torchvisions_random_resized_crop(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
     theirs = RandomResizedCrop(32)  # bilinear by default
     for index in range(1, 20):

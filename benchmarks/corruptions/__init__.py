@@ -95,9 +95,9 @@ def check_level(level: int) -> None:
 def centre_crop(image: Image.Image, *, resize: int = RESIZE, crop: int = CROP) -> Image.Image:
     """Resize the short side to `resize` (bilinear, antialiased) and cut the central `crop`×`crop` square.
 
-    Pixel by pixel what torchvision's Resize and CenterCrop give, which made ImageNet-C's pictures with 256 and 224: the
-    long side is truncated to whole pixels, and half a pixel of margin goes to the even neighbour. With `resize` = `crop`
-    only the ends of the long side are lost.
+    Pixel by pixel what torchvision's Resize and CenterCrop give, which made ImageNet-C's pictures with 256 and 224:
+    the long side is truncated to whole pixels, and half a pixel of margin goes to the even neighbour. With `resize` =
+    `crop` only the ends of the long side are lost.
     """
     short = min(image.size)
     width, height = (int(resize * side / short) for side in image.size)

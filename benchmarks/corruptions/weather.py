@@ -26,7 +26,7 @@ _FOG = ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4))  # strength,
 def snow(image: NDArray[np.float32], level: int, rng: np.random.Generator) -> NDArray[Any]:
     """Whiten the scene and add flakes: zoomed noise, cut below a threshold, blurred downward, and its half-turn."""
     mean, sd, zoom, threshold, radius, sigma, mix = _SNOW[level - 1]
-    flakes = rng.normal(mean, sd, size=image.shape[:2]).astype(np.float32)
+    flakes: NDArray[Any] = rng.normal(mean, sd, size=image.shape[:2]).astype(np.float32)
     flakes = clipped_zoom(flakes, zoom)
     flakes[flakes < threshold] = 0
     flakes = np.floor(np.clip(flakes, 0, 1) * 255) / np.float32(255)  # the published layer passes through 8 bits

@@ -162,7 +162,8 @@ def test_motion_blur_equals_imagemagicks() -> None:
         for degrees, expected in zip(angles, row, strict=True):
             ours = blur_levels_along(image.astype(np.float32) / np.float32(255), radius, sigma, float(degrees)) * 255
             off = np.abs(np.rint(ours) - expected)
-            assert off.max() <= 1 and np.count_nonzero(off) <= 1, f"{radius}x{sigma}, {degrees} degrees"  # order of sums
+            # One value may fall the other way: sums in another order differ in their last bit.
+            assert off.max() <= 1 and np.count_nonzero(off) <= 1, f"{radius}x{sigma}, {degrees} degrees"
 
 
 def test_plasma_spans_zero_to_one_and_gets_smoother_with_decay() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ KINDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the record, print its table; returns the exit code."""
     given = parser().parse_args(arguments)
+    progress, log = logging.StreamHandler(), logging.getLogger(__package__)  # to stderr
+    log.addHandler(progress)
+    log.setLevel(logging.INFO)
     try:
         if given.kind == "report":
             from .report import write_report
@@ -57,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ApmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        log.removeHandler(progress)
     return 0
 
 
@@ -111,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--preset", default="paper", help="size of the student: paper or small")
     top.add_argument("--dim", type=int, default=512, help="D, the token's width, where no teacher gives it")
     top.add_argument("--readout", default="query", choices=("query", "mean"))
-    top.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    top.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="only this one is measured")
     top.add_argument("--device", default="auto", help="auto, cpu or cuda")
     top.add_argument("--rounds", type=int, help="repetitions (default: 9; 3 where each takes long)")
     top.add_argument("--published-rounds", type=int, default=2, help="rounds of the published loop; 0: leave it out")

@@ -42,6 +42,13 @@ class Options:
     def chosen_precision(self) -> Literal["fp32", "bf16"]:
         return measured_precision(self.device) if self.precision == "auto" else self.precision
 
+    @property
+    def precisions(self) -> tuple[Literal["fp32", "bf16"], ...]:
+        """What a comparison of precisions measures: the one asked for; else fp32, and bf16 where it is worth having."""
+        if self.precision != "auto":
+            return (self.precision,)
+        return ("fp32", "bf16") if self.chosen_precision == "bf16" else ("fp32",)
+
     def record(self, **more: Any) -> dict[str, Any]:
         """Settings as they stand in a record."""
         config = self.config

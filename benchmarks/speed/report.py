@@ -83,16 +83,17 @@ def _title(record: Record) -> str:
 
 
 def _step(record: Record) -> str:
-    rows, summary = record["rows"], record["summary"]
+    summary, settings = record["summary"], record["settings"]
     lines = [
         (
-            row["name"],
+            STEP_FORMS[row["name"]],
             row["precision"],
             _time(row["seconds"]),
             f"{row['flops'] / 1e9:,.1f}" if row["flops"] else "–",
             _ratio(row["ratio_to_floor"]) if "ratio_to_floor" in row else "–",
         )
-        for row in rows
+        for row in record["rows"]
+        if row["name"] in STEP_FORMS
     ]
     table = _table(("one step of one student", "products in", "time", "GFLOP", "× floor"), lines)
     machine = [
@@ -104,10 +105,10 @@ def _step(record: Record) -> str:
             _time(values["floor"]["memory"]),
             f"{values['optimiser_share']['median']:.0%}",
             _ratio(values["plain_over_engine"]),
-            _ratio(values["published_over_engine"]) if "published_over_engine" in values else "–",
+            _ratio(values["published_ratio"]) if "published_ratio" in values else "–",
         )
         for precision in ("fp32", "bf16")
-        for values in (summary[precision],)
+        if (values := summary.get(precision))
     ]
     titles = (
         "products in",
@@ -119,13 +120,32 @@ def _step(record: Record) -> str:
         "plain form ÷ engine",
         "published loop ÷ engine",
     )
+    auto = summary["auto_precision"]
+    towers, texts = settings.get("published_towers"), settings.get("published_texts")
     return (
         f"{table}\n{_table(titles, machine)}\n"
         f"Middle layers: {summary['middle_flops'] / 1e9:.1f} GFLOP a step. "
         f"Adam: {summary['adam_bytes'] / 1e6:,.0f} MB a step, at {summary['bandwidth']['median'] / 1e9:.1f} GB/s. "
-        f"`auto` chooses {summary['auto_precision']} here. Students side by side: {record['settings']['batch']}. "
+        + (f"`auto` chooses {auto} here. " if auto else "")
+        + f"Students side by side: {settings['batch']}. "
         "*six products*: the bare products of the middle layers, forward and backward, with the engine's layouts.\n"
+        + (PUBLISHED.format(towers=towers, texts=texts) if towers else "")
     )
+
+
+STEP_FORMS = {
+    "six products": "six products",
+    "engine": "engine",
+    "optimiser": "optimiser",
+    "plain form": "plain form",
+    "published": "published loop",  # records before this one have a shorter loop under another name: not shown
+}
+PUBLISHED = (
+    "\n*published loop*: the same step as the published experiments make it. 8 copies of the image × all locations "
+    "are laid out as rows, 16 rows at a time go through the network, the results are joined to the earlier ones after "
+    "every chunk, and the teacher's towers ({towers}, random weights, one image and {texts} texts) run again at every "
+    "step.\n"
+)
 
 
 def _steps(record: Record) -> str:

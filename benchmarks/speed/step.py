@@ -8,16 +8,21 @@ import torch
 import torch.nn.functional as F
 
 from apm.model import APM
-from apm.precision import measured_precision
 
-from ..profile import ADAM_BYTES, middle_flops, plain_flops, published_flops, step_flops, trained_parameters
+from ..profile import (
+    ADAM_BYTES,
+    measured_flops,
+    middle_flops,
+    plain_flops,
+    published_flops,
+    step_flops,
+    trained_parameters,
+)
 from .machine import floor, rate_probe, six_products, stream_probe
 from .options import Options, images_and_targets, loaded_engine
-from .published_loop import PublishedLoop
+from .published_loop import TEXTS, TOWERS, PublishedLoop, random_towers
 from .record import Recorder
 from .timing import Work, interleaved, spread
-
-PRECISIONS = ("fp32", "bf16")
 
 
 def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, Any]:
@@ -29,22 +34,32 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
         published_rounds: rounds that the published loop takes part in (0: none); it is slow.
     """
     config, device, batch = options.config, options.device, options.batch
-    recorder = Recorder("step", options.record(batch=batch, published_rounds=published_rounds), device)
+    settings = {"batch": batch, "published_rounds": published_rounds, "precisions": list(options.precisions)}
+    recorder = Recorder("step", options.record(**settings), device)
     works: dict[str, Work] = {}
     operations: dict[str, int] = {}
-    for precision in PRECISIONS:
+    flops = {
+        "six products": middle_flops(config),
+        "engine": sum(step_flops(config).values()),
+        "optimiser": 0,
+        "plain form": sum(plain_flops(config).values()),
+    }
+    for precision in options.precisions:
         run, operations[precision] = rate_probe(config, precision, batch, device)
         works[f"rate {precision}"] = Work(run, options.rounds)
         works[f"six products {precision}"] = Work(six_products(config, precision, batch, device), options.rounds)
-        engine = loaded_engine(config, precision, device, batch=batch)  # type: ignore[arg-type]
+        engine = loaded_engine(config, precision, device, batch=batch)
         works[f"engine {precision}"] = Work(engine.advance, options.rounds)
         works[f"optimiser {precision}"] = Work(engine.update, options.rounds)
     run, traffic = stream_probe(config, batch, device)
     works["memory"] = Work(run, options.rounds)
     works["plain form fp32"] = Work(_plain(options), options.rounds)
     if published_rounds:
-        published = PublishedLoop(config, *images_and_targets(config, 1, device))
-        works["published loop fp32"] = Work(published.step, published_rounds)
+        towers = None if options.quick else random_towers(device)
+        published = PublishedLoop(config, *images_and_targets(config, 1, device), towers=towers)
+        works["published fp32"] = Work(published.step, published_rounds)
+        flops["published"] = sum(published_flops(config).values()) + (measured_flops(towers) if towers else 0)
+        recorder.settings |= {"published_towers": TOWERS, "published_texts": TEXTS} if towers else {}
     times = interleaved(works, device)
 
     floors = {
@@ -52,35 +67,25 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
             floor(config, rate=operations[precision] / rate, bandwidth=traffic / memory)
             for rate, memory in zip(times[f"rate {precision}"], times["memory"], strict=True)
         ]
-        for precision in PRECISIONS
+        for precision in options.precisions
     }
     rows = []
     for name, values in times.items():
         kind, _, precision = name.rpartition(" ")
-        if kind not in COUNTS:
+        if kind not in flops:
             continue
-        students = 1 if kind in ("plain form", "published loop") else batch
+        students = 1 if kind in ("plain form", "published") else batch
         row: dict[str, Any] = {
             "name": kind,
             "precision": precision,
             "seconds": spread([value / students for value in values]),
-            "flops": COUNTS[kind](config),
+            "flops": flops[kind],
         }
-        least = [one["seconds"] for one in floors[precision]]
-        if kind != "optimiser":
+        if kind != "optimiser" and precision in floors:
+            least = [one["seconds"] for one in floors[precision]]
             row["ratio_to_floor"] = spread([a / students / b for a, b in zip(values, least, strict=False)])
         rows.append(row)
     return recorder.finish(rows, _summary(options, times, operations, traffic, floors))
-
-
-COUNTS = {
-    "six products": middle_flops,
-    "engine": lambda config: sum(step_flops(config).values()),
-    "optimiser": lambda _: 0,
-    "plain form": lambda config: sum(plain_flops(config).values()),
-    "published loop": lambda config: sum(published_flops(config).values()),
-}
-"""Floating-point operations of one step of one student, by row."""
 
 
 def _summary(
@@ -98,9 +103,9 @@ def _summary(
         "middle_flops": middle_flops(options.config),
         "adam_bytes": ADAM_BYTES * trained_parameters(options.config),
         "bandwidth": spread([traffic / seconds for seconds in times["memory"]]),
-        "auto_precision": measured_precision(options.device),
+        "auto_precision": options.chosen_precision if options.precision == "auto" else None,
     }
-    for precision in PRECISIONS:
+    for precision in options.precisions:
         result[precision] = {
             "rate": spread([operations[precision] / seconds for seconds in times[f"rate {precision}"]]),
             "floor": {
@@ -109,10 +114,8 @@ def _summary(
             "optimiser_share": ratio(f"optimiser {precision}", f"engine {precision}"),
             "plain_over_engine": ratio("plain form fp32", f"engine {precision}", options.batch),
         }
-        if "published loop fp32" in times:
-            result[precision]["published_over_engine"] = ratio(
-                "published loop fp32", f"engine {precision}", options.batch
-            )
+        if "published fp32" in times:
+            result[precision]["published_ratio"] = ratio("published fp32", f"engine {precision}", options.batch)
     return result
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
+
+LONG = 3.0
+"""A call that took so many seconds in the warm-up is announced in every round."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,21 @@ def interleaved(works: Mapping[str, Work], device: torch.device, *, warmup: int 
     Returns:
         Seconds of every call, by name; the i-th is of round i.
     """
-    for work in works.values():
+    names, rounds = list(works), max(work.rounds for work in works.values())
+    expected = dict.fromkeys(names, 0.0)
+    for name in names:
+        if warmup:
+            log.info("warm-up: %s", name)
         for _ in range(warmup):
-            work.run()
+            expected[name] = seconds(works[name].run, device)
     times: dict[str, list[float]] = {name: [] for name in works}
-    names = list(works)
-    for turn in range(max(work.rounds for work in works.values())):
+    for turn in range(rounds):
+        log.info("round %d of %d", turn + 1, rounds)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if turn < works[name].rounds:
+                if expected[name] >= LONG:
+                    log.info("round %d of %d: %s, about %.0f s", turn + 1, rounds, name, expected[name])
                 times[name].append(seconds(works[name].run, device))
     return times
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import apm.benchmarks
 import apm.classifier
 from apm.benchmarks.datasets import Dataset, Sample
 from apm.benchmarks.profile import ADAM_BYTES, middle_flops, trained_parameters
 from apm.benchmarks.speed import __main__ as command
-from apm.benchmarks.speed import pipeline, record, report, scaling, startup, step, timing
+from apm.benchmarks.speed import options, pipeline, plots, record, report, scaling, startup, step, timing
 from apm.benchmarks.speed.fewer_queries import sweep_queries
 from apm.benchmarks.speed.machine import floor, rate_probe, stream_probe
 from apm.benchmarks.speed.options import TINY, Options, images_and_targets
@@ -86,42 +90,110 @@ def test_probes_do_what_they_say(precision: str) -> None:
     assert float(run().sum()) == trained_parameters(TINY)  # type: ignore[attr-defined]
 
 
-def test_the_published_loop_computes_the_plain_step() -> None:
-    config = replace(TINY, image_size=48)  # 36 locations: not a multiple of the chunk
+class Joins(TorchDispatchMode):
+    """Notes the shape that every joining of tensors leads to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_the_published_loop_computes_the_plain_step_row_by_row() -> None:
+    config = replace(TINY, image_size=40)  # 8 copies of 25 locations: no multiple of 16 rows
     image, target = (values.double() for values in images_and_targets(config, 1, CPU))
-    loop = PublishedLoop(config, image, target, lr=1e-3)
+    towers = iter(range(3))  # run out unless they are called once a step
+    loop = PublishedLoop(config, image, target, lr=1e-3, towers=lambda: next(towers))
     loop.model.double()  # Adam makes much of a gradient that is rounding: float64 leaves none of it but the keys' bias
     model = APM(config).double()
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    sizes: list[int] = []
+    loop.model.mlp.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
     for _ in range(3):
         adam.zero_grad()
         loss = F.mse_loss(model(image), target)
         loss.backward()
         adam.step()
-        assert loop.step() == pytest.approx(loss.item(), rel=1e-9)
+        sizes.clear()
+        with Joins() as joins:
+            assert loop.step() == pytest.approx(loss.item(), rel=1e-9)
+        assert sizes == [16] * 12 + [8]  # 8 copies x 25 locations, row by row
+        so_far = [min(16 * chunk, 200) for chunk in range(1, 14)]
+        for width in (config.dim, 3):  # features and colours: joined again after every chunk (and before the backward)
+            assert [rows for rows, *rest in joins.shapes if rest == [width]][:13] == so_far
+    assert next(towers, None) is None
     for name, value in model.named_parameters():
         if not name.endswith("in_proj_bias"):
             assert torch.allclose(loop.model.get_parameter(name), value, rtol=0, atol=1e-7), name
 
 
+def test_the_published_loop_runs_with_either_readout() -> None:
+    config = replace(TINY, readout="mean")
+    loop = PublishedLoop(config, *images_and_targets(config, 1, CPU))
+    assert loop.step() > loop.step()
+
+
 # -- records
 
 
-def test_step(tmp_path: Path) -> None:
-    made = step.measure_step(replace(QUICK, rounds=3, batch=2), published_rounds=1)
+def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(options, "measured_precision", lambda _: "bf16")
+    caplog.set_level("INFO")
+    made = step.measure_step(replace(QUICK, rounds=3, batch=2, precision="auto"), published_rounds=1)
     rows = {(row["name"], row["precision"]): row for row in check(made, "step", tmp_path)}
     assert set(rows) == {
         *((name, precision) for name in ("six products", "engine", "optimiser") for precision in ("fp32", "bf16")),
         ("plain form", "fp32"),
-        ("published loop", "fp32"),
+        ("published", "fp32"),
     }
-    assert rows["engine", "fp32"]["seconds"]["n"] == 3 and rows["published loop", "fp32"]["seconds"]["n"] == 1
+    assert rows["engine", "fp32"]["seconds"]["n"] == 3 and rows["published", "fp32"]["seconds"]["n"] == 1
     summary = made["summary"]
-    assert summary["middle_flops"] == middle_flops(TINY)
+    assert summary["middle_flops"] == middle_flops(TINY) and summary["auto_precision"] == "bf16"
     for precision in ("fp32", "bf16"):
         values = summary[precision]
         assert values["floor"]["compute"]["min"] <= middle_flops(TINY) / values["rate"]["median"]
-        assert values["published_over_engine"]["n"] == 1 and values["plain_over_engine"]["n"] == 3
+        assert values["published_ratio"]["n"] == 1 and values["plain_over_engine"]["n"] == 3
+    said = [message.getMessage() for message in caplog.records]
+    assert "warm-up: engine bf16" in said and "warm-up: published fp32" in said and "round 3 of 3" in said
+
+
+class Types(TorchDispatchMode):
+    """Notes the types of all tensors that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {value.dtype for value in tree_leaves(result) if isinstance(value, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("chosen", ["fp32", "auto"])
+def test_a_step_in_float32_touches_no_bfloat16(
+    chosen: Literal["fp32", "auto"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where bfloat16 is emulated, one step in it would take minutes."""
+    monkeypatch.setattr(options, "measured_precision", lambda _: "fp32")
+    with Types() as types:
+        made = step.measure_step(replace(QUICK, precision=chosen), published_rounds=1)
+    assert torch.float32 in types.seen and torch.bfloat16 not in types.seen
+    assert {row["precision"] for row in check(made, "step", tmp_path)} == {"fp32"}
+    made["file"] = record.file_name(made)
+    assert plots.plot(made, tmp_path) is not None
+
+
+def test_bf16_alone_can_be_asked_for(tmp_path: Path) -> None:
+    made = step.measure_step(replace(QUICK, precision="bf16"), published_rounds=0)
+    rows = {(row["name"], row["precision"]): row for row in check(made, "step", tmp_path)}
+    assert ("engine", "bf16") in rows and ("engine", "fp32") not in rows
+    assert "ratio_to_floor" not in rows["plain form", "fp32"]  # its floor was not measured
 
 
 def test_step_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,10 +210,11 @@ def test_step_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
         "optimiser bf16": 0.9,
         "memory": 1e-9,
         "plain form fp32": 6.0,
-        "published loop fp32": 180.0,
+        "published fp32": 180.0,
     }
+    monkeypatch.setattr(options, "measured_precision", lambda _: "bf16")
     monkeypatch.setattr(step, "interleaved", lambda works, _: {name: [known[name]] * 2 for name in works})
-    made = step.measure_step(replace(QUICK, batch=batch), published_rounds=1)
+    made = step.measure_step(replace(QUICK, batch=batch, precision="auto"), published_rounds=1)
     rows = {(row["name"], row["precision"]): row for row in made["rows"]}
     # the probe is a third of a step of two students: the floor of one is 1.5 s in fp32 and 0.75 s in bf16
     assert made["summary"]["fp32"]["floor"]["seconds"]["median"] == pytest.approx(1.5)
@@ -151,7 +224,7 @@ def test_step_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["engine", "bf16"]["ratio_to_floor"]["median"] == pytest.approx(2.0)
     assert rows["plain form", "fp32"]["ratio_to_floor"]["median"] == pytest.approx(4.0)
     assert made["summary"]["fp32"]["optimiser_share"]["median"] == pytest.approx(0.2)
-    assert made["summary"]["fp32"]["published_over_engine"]["median"] == pytest.approx(80.0)
+    assert made["summary"]["fp32"]["published_ratio"]["median"] == pytest.approx(80.0)
     assert "ratio_to_floor" not in rows["optimiser", "fp32"]
 
 
@@ -298,6 +371,32 @@ def test_the_page_says_nothing_of_missing_gpus_once_one_was_measured() -> None:
     assert record.file_name(made) == made["file"]
     page = report.page_of([made])
     assert "tiny student, GPU" in page and "Not measured" not in page
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("speed-*.json")), ids=lambda p: p.stem)
+def test_plots_are_legible(path: Path) -> None:
+    """Labels along the axes stand apart, sizes that cannot be halved are not, and no curve lies on the frame."""
+    made = json.loads(path.read_text(encoding="utf-8"))
+    if made["kind"] not in report.PLOTTED:
+        pytest.skip("this kind is a table only")
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    plots.DRAWN[made["kind"]](figure, made)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        shown = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+        boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+        if axes.get_xlabel() in ("processes", "locations a step", "students side by side"):
+            assert all(label.get_text().replace(",", "").isdecimal() for label in shown)
+        frame = axes.get_window_extent()
+        for line in axes.get_lines():
+            if line.get_transform() == axes.transData:  # not one from edge to edge
+                x, y = axes.transData.transform(line.get_xydata()).T
+                assert x.min() > frame.x0 + 2 and x.max() < frame.x1 - 2, made["kind"]
+                assert y.min() > frame.y0 + 2 and y.max() < frame.y1 - 2, made["kind"]
+        legend = axes.get_legend()
+        points = [axes.transData.transform(line.get_xydata()) for line in axes.get_lines()]
+        assert legend is None or not any(legend.get_window_extent().count_contains(each) for each in points)
 
 
 @pytest.mark.parametrize(

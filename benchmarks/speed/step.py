@@ -62,7 +62,7 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
         recorder.settings |= {"published_towers": TOWERS, "published_texts": TEXTS} if towers else {}
     times = interleaved(works, device)
 
-    floors = {
+    floors: dict[str, list[dict[str, float]]] = {
         precision: [
             floor(config, rate=operations[precision] / rate, bandwidth=traffic / memory)
             for rate, memory in zip(times[f"rate {precision}"], times["memory"], strict=True)
@@ -71,18 +71,18 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
     }
     rows = []
     for name, values in times.items():
-        kind, _, precision = name.rpartition(" ")
+        kind, _, products = name.rpartition(" ")
         if kind not in flops:
             continue
         students = 1 if kind in ("plain form", "published") else batch
         row: dict[str, Any] = {
             "name": kind,
-            "precision": precision,
+            "precision": products,
             "seconds": spread([value / students for value in values]),
             "flops": flops[kind],
         }
-        if kind != "optimiser" and precision in floors:
-            least = [one["seconds"] for one in floors[precision]]
+        if kind != "optimiser" and products in floors:
+            least = [one["seconds"] for one in floors[products]]
             row["ratio_to_floor"] = spread([a / students / b for a, b in zip(values, least, strict=False)])
         rows.append(row)
     return recorder.finish(rows, _summary(options, times, operations, traffic, floors))

@@ -30,7 +30,7 @@ class ImageError(ApmError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``' Did you mean "x" or "y"?'`` for the names nearest to `name`, or an empty string."""
-    by_folded = {candidate.casefold(): candidate for candidate in known}
+    by_folded = {candidate.casefold(): candidate for candidate in known if candidate != name}
     near = [by_folded[hit] for hit in difflib.get_close_matches(name.casefold(), by_folded, n=3, cutoff=0.6)]
     if not near:
         return ""

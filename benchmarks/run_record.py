@@ -55,7 +55,7 @@ def prompted(dataset: Dataset, options: RunOptions) -> Dataset:
 
 def _title(dataset: Dataset) -> str:
     """What tables call it: for a folder of the user's its own name, with the folder above where that says more."""
-    return dataset.name if dataset.name != "folder" else "/".join(Path(dataset.source).resolve().parts[-2:])
+    return dataset.title if dataset.name != "folder" else "/".join(Path(dataset.source).resolve().parts[-2:])
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -84,6 +84,7 @@ def describe_cells(
             },
             "dataset": dataset.name,
             "title": _title(dataset),
+            "variant": dataset.variant,
             "corruption": dataset.corruption,
             "level": dataset.level,
             "generated": dataset.generated,
@@ -98,6 +99,7 @@ def describe_cells(
             "images": len(dataset.samples),
             "total": dataset.total,
             "notes": list(dataset.notes),
+            "warnings": list(dataset.warnings),
         }
     return headers, sets
 

@@ -90,6 +90,7 @@ def run(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_note: Callable[[str], None] = logger.info,
     on_failure: Callable[[str], None] = logger.warning,
+    on_warning: Callable[[str], None] = logger.warning,
 ) -> Summary:
     """Run or continue `methods` on `cells` in the run folder `path`.
 
@@ -104,6 +105,7 @@ def run(
         on_progress: called after every batch.
         on_note: called with a sentence for people: what is continued.
         on_failure: called with a sentence for each image without an answer.
+        on_warning: called with each warning of a data set, before anything is computed.
 
     Raises:
         UsageError: the folder is in use, or holds a run of another configuration (the differing fields are named).
@@ -130,6 +132,9 @@ def run(
             raise refusal
         assert record is not None
         check_same_data(record["config"], config, group)
+        for cell, header in headers.items() if group.first else ():
+            for warning in header["warnings"]:
+                on_warning(f"{cell}: {warning}")
         work = _Work(folder, methods, teacher, options, group, record, started, on_progress, on_note, on_failure)
         try:
             work.plan(headers)

@@ -248,7 +248,8 @@ def _own_rows(layout: _Layout, runs: Sequence[Records], *, oracle: bool) -> tupl
         notes.append(f"Stream methods see the images in the order of seed {', '.join(orders)}.")
     if oracle and not any(row.kind == "oracle" for row in table_rows) and table_rows:
         notes.append("No ORACLE row: no run of this table recorded per-step predictions (--record-steps).")
-    return table_rows, notes, _chance_warnings(layout, table_rows, found.values())
+    warnings = [*_data_warnings(layout, found.values()), *_chance_warnings(layout, table_rows, found.values())]
+    return table_rows, notes, warnings
 
 
 def _settings(run: Records, method: str) -> dict[str, Any]:
@@ -407,6 +408,14 @@ def _other_images(layout: _Layout, rows: Iterable[Mapping[str, Answers]]) -> Ite
     for column in layout.columns:
         if len({entries[column].cell["fingerprint"] for entries in rows if column in entries}) > 1:
             yield f"{column}: not all rows are of the same images; compare them with care."
+
+
+def _data_warnings(layout: _Layout, rows: Iterable[Mapping[str, Answers]]) -> Iterator[str]:
+    """What the data sets' records warn of: pictures that are not what the column says."""
+    entries = list(rows)
+    for column in layout.columns:
+        told = (entry[column].cell.get("warnings", ()) for entry in entries if column in entry)
+        yield from dict.fromkeys(f"{column}: {warning}" for warnings in told for warning in warnings)
 
 
 def _chance_warnings(layout: _Layout, rows: Sequence[TableRow], entries: Iterable[Mapping[str, Answers]]) -> list[str]:

@@ -17,7 +17,7 @@ from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
 
 from .options import Debug
-from .render import failure, notice, progress_on_terminal
+from .render import failure, notice, progress_on_terminal, warning
 from .table import as_text, show
 
 if TYPE_CHECKING:
@@ -232,6 +232,7 @@ def bench(
                     on_progress=report,
                     on_note=(lambda text: None) if quiet else notice,
                     on_failure=failure,
+                    on_warning=warning,
                 )
             except KeyboardInterrupt:
                 again = shlex.join(argument for argument in options.command if argument != "--fresh")

@@ -31,6 +31,11 @@ def failure(text: str) -> None:
     typer.echo(f"error: {' '.join(text.splitlines())}", err=True)  # a file's name may hold several blanks
 
 
+def warning(text: str) -> None:
+    """Say on stderr what must not be overlooked."""
+    typer.secho(f"WARNING: {text}", err=True, bold=True, fg="red")
+
+
 def data_console() -> Console:
     """Return the console for stdout; its lines are wide and plain where stdout is no terminal."""
     from rich.console import Console

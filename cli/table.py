@@ -12,6 +12,7 @@ import typer
 from apm.errors import UsageError, unknown
 
 from .options import Debug
+from .render import warning
 
 if TYPE_CHECKING:
     from apm.benchmarks.tables import Table
@@ -74,8 +75,8 @@ def show(tables: Sequence[Table]) -> None:
 def warn(tables: Sequence[Table]) -> None:
     """Say on stderr what must not be overlooked."""
     for one in tables:
-        for warning in one.warnings:
-            typer.secho(f"WARNING: {warning}", err=True, bold=True, fg="red")
+        for text in one.warnings:
+            warning(text)
 
 
 def as_text(

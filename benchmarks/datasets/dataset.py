@@ -17,9 +17,9 @@ from apm.errors import UsageError, unknown
 from ..corruptions import CORRUPTIONS, CROP, MARK, RESIZE, SETTINGS_FILE, check_level, corrupt_image
 from . import readers
 from .hub import read_hub
-from .layouts import Found, data_root, find_layout, require_layout
+from .layouts import UNKNOWN_VARIANT, Found, corruption_named, data_root, find_layout, require_layout, variant_of
 from .readers import Listing, Sample
-from .specs import DatasetSpec, spec_of
+from .specs import DATASETS, DatasetSpec, spec_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,10 @@ class Dataset:
     """What a reader of the numbers must know."""
     total: int
     """Samples before `limit`."""
+    warnings: tuple[str, ...] = ()
+    """What makes the numbers something else than their name says: for stderr, records and tables."""
+    variant: str | None = None
+    """Which of the set's variants this is, or `UNKNOWN_VARIANT`; None where a set has none."""
     limit: int | None = None
     corruption: str | None = None
     level: int | None = None
@@ -50,9 +54,15 @@ class Dataset:
     """Whether the corruption was made here; such numbers are not comparable with those on the official files."""
 
     @property
+    def title(self) -> str:
+        """What tables call the data set: its name, with the variant unless that is the one of published numbers."""
+        usual = DATASETS[self.name].variants[:1] if self.variant else ()
+        return self.name if self.variant is None or self.variant in usual else f"{self.name}-{self.variant}"
+
+    @property
     def cell(self) -> str:
-        """Name of the cell in a table: ``dtd``, ``imagenet-c/fog/5``."""
-        return self.name if self.corruption is None else f"{self.name}/{self.corruption}/{self.level}"
+        """Name of the cell in a table: ``dtd``, ``imagenet-v2-top-images``, ``imagenet-c/fog/5``."""
+        return self.title if self.corruption is None else f"{self.title}/{self.corruption}/{self.level}"
 
 
 def find(name: str, root: str | Path | None) -> Found | None:
@@ -123,7 +133,12 @@ def open_dataset(
     listing, layout, place = _read(clean, data_root(root), corruption or "", level, source, label_set)
     notes = [*listing.notes, *_name_notes(listing.class_names)]
     if spec.images and len(listing.samples) != spec.images:
-        notes.append(f"{len(listing.samples):,} images; {name} has {spec.images:,}: compare with care.")
+        which = " (the usual subset of 5,000)" if spec.reader == "corrupted" and len(listing.samples) == 5000 else ""
+        notes.append(f"{len(listing.samples):,} images{which}; {name} has {spec.images:,}: compare with care.")
+    variant = variant_of(spec, place)
+    if variant is not None and len(listing.samples) > spec.images:
+        variant = UNKNOWN_VARIANT  # several in one tree
+    warnings = [*_variant_warnings(spec, variant, place), *_corrupted_warnings(clean, place, source)]
     if not generated and spec.reader in ("corrupted", "folder") and source is None and _was_generated(place):
         generated = True
         notes.append(f"The corrupted images were {MARK}.")
@@ -149,6 +164,8 @@ def open_dataset(
         split=listing.split,
         fingerprint=fingerprint(samples),
         notes=tuple(notes),
+        warnings=tuple(warnings),
+        variant=variant,
         total=len(listing.samples),
         limit=limit if limited else None,
         corruption=corruption,
@@ -182,6 +199,35 @@ def _name_notes(class_names: Sequence[str]) -> list[str]:
     if not twice:
         return []
     return [f"Class names that occur more than once cannot be told apart: {', '.join(twice)}."]
+
+
+def _variant_warnings(spec: DatasetSpec, variant: str | None, place: str) -> list[str]:
+    if variant is None or variant == spec.variants[0]:
+        return []
+    usual = spec.variants[0]
+    if variant == UNKNOWN_VARIANT:
+        return [
+            f"Which variant of {spec.name} {place} holds ({', '.join(spec.variants)}) cannot be told from its name and "
+            f"its number of pictures. Published numbers are on {usual}: where it is that one, have {usual} in the "
+            f"folder's name. Here it is called {spec.name}-{variant}."
+        ]
+    return [
+        f"{place} holds the variant {variant}. Published numbers of {spec.name} are on {usual} and do not compare. "
+        f"Here it is called {spec.name}-{variant}."
+    ]
+
+
+def _corrupted_warnings(spec: DatasetSpec, place: str, source: str | None) -> list[str]:
+    """Warn where pictures that stand for clean ones lie in a folder of corrupted ones."""
+    named = corruption_named(Path(place)) if source is None and spec.needs_root else None
+    if named is None or spec.reader == "corrupted":
+        return []
+    corruption, level = named
+    right = f" Corrupted ImageNet is: apm bench imagenet-c --corruption {corruption} --level {level}."
+    return [
+        f"By its name, {place} holds pictures corrupted by {corruption} at level {level}, not clean ones: do not "
+        f"report them as clean {spec.name}." + (right if spec.label_space and corruption in CORRUPTIONS else "")
+    ]
 
 
 def _was_generated(place: str) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from apm.errors import ImageError, UsageError
+from apm.paths import EXTENSIONS
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"})
 _WNID = re.compile(r"n\d{8}")
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found", "System Volume Information", "$RECYCLE.BIN"})
 """What archives, network drives and file systems put among the classes."""
@@ -45,15 +45,29 @@ def class_folders(folder: Path) -> list[str]:
 def image_names(folder: Path) -> list[str]:
     """Return the names of the picture files right in a folder, sorted; hidden files (also macOS's ``._``) are skipped.
 
+    Links that lead nowhere are among them: a picture that ought to be there must not be missed without a word.
+
     Raises:
         UsageError: the folder cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
-            names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
+            names = [e.name for e in entries if not e.name.startswith(".") and (e.is_file() or _is_dead(e))]
     except OSError as error:
         raise UsageError(f"Cannot read the folder {folder}: {error.strerror}.") from error
-    return sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+    return sorted(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
+
+
+def _is_dead(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry)
+
+
+def dead_links(folder: Path) -> list[str]:
+    """Return the names in a folder that are links to what is not there, sorted; hidden ones are skipped."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not e.name.startswith(".") and _is_dead(e))
 
 
 def class_images(folder: Path) -> list[str]:
@@ -75,6 +89,16 @@ def beside(folder: Path, name: str) -> Path:
     """
     here = Path(os.path.abspath(folder)).parent / name
     return here if here.exists() else folder.resolve().parent / name
+
+
+def split_json(folder: Path, name: str) -> Path:
+    """Return where the split json of a folder of images lies: beside it, or in ``data_splits`` there or one higher.
+
+    The last two are for trees made for TPT. Where there is none, the first place is returned.
+    """
+    parent = Path(os.path.abspath(folder)).parent
+    places = (beside(folder, name), parent / "data_splits" / name, parent.parent / "data_splits" / name)
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def stable_id(path: str) -> str:
@@ -99,7 +123,8 @@ def read_rgb(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: too many pixels ({error}).") from error
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: the file is not there.") from error
+        cause = "a link to a file that" if os.path.islink(path) else "the file"
+        raise ImageError(f"{path}: {cause} is not there.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageError(f"{path}: cannot be read as an image ({error}).") from error
 

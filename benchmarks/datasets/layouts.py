@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from apm.errors import UsageError
 from apm.labels import imagenet_subset, imagenet_wnids
 
-from .files import beside, class_folders, class_images, image_names, is_integer, is_wnid
-from .specs import DatasetSpec
+from .files import beside, class_folders, class_images, image_names, is_integer, is_wnid, split_json
+from .specs import CORRUPTION_GROUPS, DatasetSpec
 
 AIRCRAFT_NAMES, AIRCRAFT_TEST = "variants.txt", "images_variant_test.txt"
 _ENDS = {
@@ -23,6 +25,10 @@ _ENDS = {
     "folder": "/<class>/",
     "digits": "",
 }
+
+
+UNKNOWN_VARIANT = "variant-unknown"
+_GROUP_OF = {corruption: group for group, members in CORRUPTION_GROUPS.items() for corruption in members}
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,46 @@ def data_root(root: str | Path | None) -> Path | None:
     return Path(chosen).expanduser() if chosen else None
 
 
+def variant_of(spec: DatasetSpec, place: str | Path) -> str | None:
+    """Return which variant of a set a folder or repository holds, by the names on its path.
+
+    Returns:
+        One of `DatasetSpec.variants`, `UNKNOWN_VARIANT` where no name tells, None for a set without variants.
+    """
+    if not spec.variants:
+        return None
+    if any(str(place).startswith(f"hf:{hub.partition(':')[0]}") for hub in spec.hub):
+        return spec.variants[0]
+    parts = str(place).split("/") if str(place).startswith("hf:") else Path(place).resolve().parts
+    for part in reversed(parts[-3:]):
+        for variant in spec.variants:
+            if _squeezed(variant) in _squeezed(part):  # threshold0.7, top-images and topimages are all in the field
+                return variant
+    return UNKNOWN_VARIANT
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def corruption_named(folder: Path) -> tuple[str, int] | None:
+    """Return the corruption and level that a folder's path names (``…/fog/5``), as written or where links lead."""
+    for path in (Path(os.path.abspath(folder)), folder.resolve()):
+        for name, level in pairwise(path.parts[-4:]):
+            if name.lower() in _GROUP_OF and level in {"1", "2", "3", "4", "5"}:
+                return name.lower(), int(level)
+    return None
+
+
 def find_layout(spec: DatasetSpec, root: Path | None, *, corruption: str = "", level: int = 5) -> Found | None:
     """Return the first layout of `spec` that fits below `root`, or None. Looks at folder names only: quick."""
     if root is None or not root.is_dir():
         return None
     for layout, folder in _candidates(spec, root, corruption, level):
         if folder.is_dir() and _fits(spec, folder):
-            return Found(folder, layout + _ENDS[spec.reader])
+            variant = variant_of(spec, folder)
+            said = "" if variant is None else f" ({variant})"
+            return Found(folder, layout + _ENDS[spec.reader] + said)
     return None
 
 
@@ -68,7 +107,7 @@ def require_layout(spec: DatasetSpec, root: Path | None, *, corruption: str = ""
 
 
 def _accepted(spec: DatasetSpec) -> str:
-    named = (layout.format(corruption="<corruption>", level="<1-5>") for layout in spec.layouts)
+    named = (layout.format(corruption="<corruption>", level="<1-5>", group="<group>") for layout in spec.layouts)
     shapes = ", ".join(layout + _ENDS[spec.reader] for layout in named)
     shapes = f"{shapes}; or the path of the data set's own folder" if shapes else "ROOT/<class>/ or ROOT/<wnid>/"
     if spec.split_file:
@@ -79,7 +118,8 @@ def _accepted(spec: DatasetSpec) -> str:
 
 def _candidates(spec: DatasetSpec, root: Path, corruption: str, level: int) -> Iterator[tuple[str, Path]]:
     """Whole layouts first, in their order; then the root taken as a folder on the way; then as the last folder."""
-    shapes = [layout.format(corruption=corruption, level=level) for layout in spec.layouts]
+    group = _GROUP_OF.get(corruption, "")
+    shapes = [layout.format(corruption=corruption, level=level, group=group) for layout in spec.layouts]
     for shape in shapes:
         yield shape, root / shape
     if spec.reader == "corrupted":
@@ -104,15 +144,20 @@ def _rests(shape: str) -> Iterator[str]:
 
 def _fits(spec: DatasetSpec, folder: Path) -> bool:
     if spec.reader == "split-json":
-        return beside(folder, spec.split_file).is_file()
+        return split_json(folder, spec.split_file).is_file()
     if spec.reader == "aircraft":
         return all(beside(folder, name).is_file() for name in (AIRCRAFT_NAMES, AIRCRAFT_TEST))
     names = _folders(folder)
     if spec.reader == "folder":
         return any(class_images(folder / name) for name in names)
     if spec.reader == "integer":
-        return any(is_integer(name) for name in names) or any(map(is_wnid, names))
+        return any(is_integer(name) or is_wnid(name) for name in names) and not _is_corrupted_tree(folder, names)
     return any(map(is_wnid, names))
+
+
+def _is_corrupted_tree(folder: Path, names: list[str]) -> bool:
+    """Whether a folder is ImageNet-C's, or that of one of its archives or corruptions."""
+    return folder.resolve().name.lower() in _GROUP_OF or any(name.lower() in _GROUP_OF for name in names)
 
 
 def _folders(folder: Path) -> list[str]:
@@ -130,9 +175,15 @@ def _likely_mistake(spec: DatasetSpec, root: Path, corruption: str, level: int) 
             return mistake
     below = [place / name for place in places for name in _folders(place)[:100]]
     deeper = [folder / name for folder in below if folder.parent == root for name in _folders(folder)[:100]]
+    instead = None
     for place in (*below, *deeper):
-        if spec.reader != "corrupted" and _fits(spec, place) and _plausible(spec, place):
-            return f"{root} is not the data set's folder. Did you mean {place}?"
+        if spec.reader != "corrupted" and place.resolve() != root.resolve() and _fits(spec, place):
+            wrong = _why_not(spec, place)
+            if wrong is None:
+                return f"{root} is not the data set's folder. Did you mean {place}?"
+            instead = instead or wrong
+    if instead:
+        return f"nothing that fits under {root}: {instead}"
     if spec.reader == "corrupted":
         return (
             f"no folder {corruption}/{level} with class folders under {root}. The pictures can be made from clean"
@@ -141,32 +192,52 @@ def _likely_mistake(spec: DatasetSpec, root: Path, corruption: str, level: int) 
     return None
 
 
-def _plausible(spec: DatasetSpec, folder: Path) -> bool:
-    """Whether the class folders could be this set's: ImageNet-A's are not suggested for ImageNet-R."""
-    if spec.reader != "wnid":
-        return True
-    wnids = imagenet_wnids()
-    return set(_folders(folder)) <= {wnids[index] for index in imagenet_subset(spec.label_space)}
+def _why_not(spec: DatasetSpec, folder: Path) -> str | None:
+    """Why a folder of the right form must not be suggested, None where it may be this set's."""
+    if is_training(folder):
+        return f"{folder} is the training part; the validation part is wanted."
+    if spec.label_space and (named := corruption_named(folder)):
+        return f"{folder} holds pictures corrupted by {named[0]}, level {named[1]}."
+    variant = variant_of(spec, folder)
+    if variant in spec.variants[1:]:
+        return f"{folder} is another variant, {variant}; published numbers are on {spec.variants[0]}."
+    if spec.reader == "wnid":
+        wnids = imagenet_wnids()
+        if not set(_folders(folder)) <= {wnids[index] for index in imagenet_subset(spec.label_space)}:
+            return f"the classes of {folder} are not all its own."
+    return None
+
+
+def is_training(folder: Path) -> bool:
+    """Whether a folder is a training part, by its name."""
+    return "train" in (Path(os.path.abspath(folder)).name.lower(), folder.resolve().name.lower())
 
 
 def _mistake_at(spec: DatasetSpec, place: Path) -> str | None:
     folders = _folders(place)
     if spec.reader == "split-json":
-        if (place / spec.split_file).is_file():
+        if (place / spec.split_file).is_file() and not split_json(place, spec.split_file).is_file():
             wanted = spec.layouts[0].split("/")[-1]
             return f"{place / spec.split_file} is there, but the folder of images {place / wanted} is not."
         is_images = place.resolve().name == spec.layouts[0].split("/")[-1]
-        return f"{place} is there, but {beside(place, spec.split_file)} is not." if is_images else None
+        return f"{place} is there, but {split_json(place, spec.split_file)} is not." if is_images else None
     if spec.reader == "aircraft":
         missing = [name for name in (AIRCRAFT_NAMES, AIRCRAFT_TEST) if not beside(place, name).is_file()]
         is_images = place.resolve().name == "images"
         return f"{place} is there, but beside it is no {' and no '.join(missing)}." if is_images else None
+    if spec.reader in ("wnid", "integer") and folders and _is_corrupted_tree(place, folders):
+        return f"{place} is a part of ImageNet-C: name the data set imagenet-c, with --corruption and --level."
     flat = image_names(place)
     if flat and not folders:
         if flat[0].startswith("ILSVRC2012_val_"):
             return (
                 f"{place} holds {len(flat):,} files ILSVRC2012_val_*.JPEG without class folders: without them there"
-                " are no labels. Sort them into <wnid>/ folders first."
+                " are no labels. Sort them into <wnid>/ folders first: the script valprep.sh, which many guides use,"
+                " does it, and Kaggle's LOC_val_solution.csv says which picture belongs where."
+            )
+        if is_wnid(place.resolve().name):
+            return (
+                f"{place} is the folder of one class. Give the folder that holds all classes: {place.resolve().parent}"
             )
         return f"{place} holds {len(flat):,} pictures but no class folders."
     if spec.reader == "wnid" and folders and all(map(is_integer, folders)):

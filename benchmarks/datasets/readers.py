@@ -17,8 +17,18 @@ from apm.errors import UsageError
 from apm.labels import IMAGENET_SUBSETS, imagenet_subset, imagenet_wnids, label_set
 from apm.teachers.digits import digit_image, digits_split
 
-from .files import beside, class_folders, class_images, is_integer, is_wnid, read_rgb, stable_id
-from .layouts import AIRCRAFT_NAMES, AIRCRAFT_TEST
+from .files import (
+    beside,
+    class_folders,
+    class_images,
+    dead_links,
+    is_integer,
+    is_wnid,
+    read_rgb,
+    split_json,
+    stable_id,
+)
+from .layouts import AIRCRAFT_NAMES, AIRCRAFT_TEST, is_training
 from .specs import DatasetSpec
 
 
@@ -55,8 +65,10 @@ def read_class_tree(spec: DatasetSpec, folder: Path) -> Listing:
     Raises:
         UsageError: a folder's name is no class of the set (named, with a guess which set it is), or no images.
     """
-    if folder.resolve().name == "train":
-        raise UsageError(f"{spec.name}: {folder} is the training part; give the validation part.")
+    if is_training(folder):
+        beside_it = Path(os.path.abspath(folder)).parent / "val"
+        where = f": {beside_it}" if beside_it.is_dir() else ", which is not beside it"
+        raise UsageError(f"{spec.name}: {folder} is the training part; give the validation part{where}.")
     names = class_folders(folder)
     wnids = subset_wnids(spec.label_space)
     if spec.reader == "integer" and all(map(is_integer, names)):
@@ -64,7 +76,7 @@ def read_class_tree(spec: DatasetSpec, folder: Path) -> Listing:
     else:
         labels = _wnid_labels(spec, folder, names, wnids)
     samples, empty = _tree_samples(folder, labels)
-    notes = list(_empty_notes(empty))
+    notes = [*_empty_notes(empty), *_dead_notes(folder, samples)]
     if len(names) < len(wnids):
         notes.append(f"{len(names):,} of {len(wnids):,} classes are present; logits are over all {len(wnids):,}.")
         for other in ("imagenet-a", "imagenet-r"):
@@ -122,6 +134,23 @@ def _empty_notes(empty: Sequence[str]) -> Iterable[str]:
         yield f"{len(empty)} class folder(s) hold no pictures: {_few(empty)}."
 
 
+def _dead_notes(folder: Path, samples: Sequence[Sample]) -> Iterable[str]:
+    """Say which links lead nowhere: those of pictures, which become error rows, and those of whole classes.
+
+    Raises:
+        UsageError: all pictures are such links.
+    """
+    places = sorted({os.path.dirname(sample.id) for sample in samples})
+    links = {stable_id(f"{place}/{name}") for place in places for name in dead_links(folder / place)}
+    dead = [sample.id for sample in samples if sample.id in links]
+    if len(dead) == len(samples):
+        raise UsageError(f"All {len(dead):,} pictures of {folder} are links to files that are not there: {_few(dead)}.")
+    if dead:
+        yield f"{len(dead):,} picture(s) are links to files that are not there, recorded as errors: {_few(dead)}."
+    if lost := dead_links(folder):
+        yield f"{len(lost):,} link(s) beside the class folders lead nowhere, their pictures are missing: {_few(lost)}."
+
+
 def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = None) -> Listing:
     """Read any tree of class folders.
 
@@ -166,7 +195,7 @@ def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = Non
             f"Of the {len(folders)} folders of {folder} only {full} holds pictures: nothing can be told apart. "
             "A wrong parent folder? Give the folder of the classes; --label-set NAME if there is but one class."
         )
-    return Listing(samples, class_names, "all", (*notes, *_empty_notes(empty)))
+    return Listing(samples, class_names, "all", (*notes, *_empty_notes(empty), *_dead_notes(folder, samples)))
 
 
 def _labels_in(
@@ -194,7 +223,7 @@ def read_split_json(spec: DatasetSpec, folder: Path) -> Listing:
     Raises:
         UsageError: the json is damaged or of another form, its test split is empty, or every image is absent.
     """
-    path = beside(folder, spec.split_file)
+    path = split_json(folder, spec.split_file)
     splits = _load_splits(path)
     names: dict[int, str] = {}
     for entry in (entry for split in splits.values() for entry in split):

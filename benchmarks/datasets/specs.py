@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from apm.errors import unknown
+from apm.errors import UsageError, unknown
 
 SINGLE_PROMPT = "a photo of a {}."
 Reader = Literal["wnid", "integer", "corrupted", "split-json", "aircraft", "folder", "digits"]
@@ -32,7 +32,9 @@ class DatasetSpec:
     label_space: str = ""
     """Set of ImageNet classes that labels and names come from (`apm.labels.imagenet_subset`); empty: from the data."""
     split_file: str = ""
-    """Name of the split json, beside the last folder of a layout."""
+    """Name of the split json, beside the last folder of a layout or in a folder ``data_splits`` near it."""
+    variants: tuple[str, ...] = ()
+    """Names of collections of one form, of which a folder may hold any; published numbers are on the first."""
     template: str = SINGLE_PROMPT
     prompts_name: str = "single"
     hub: tuple[str, ...] = ()
@@ -44,6 +46,15 @@ class DatasetSpec:
         return self.reader != "digits"
 
 
+CORRUPTION_GROUPS = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    "extra": ("speckle_noise", "gaussian_blur", "spatter", "saturate"),
+}
+"""The archives of ImageNet-C, and the corruptions that each holds; those of the last are no part of its 15."""
+
 _COOP = "the split json of CoOp (github.com/KaiyangZhou/CoOp, DATASETS.md)"
 
 _SPECS = (
@@ -54,7 +65,11 @@ _SPECS = (
         label_space="imagenet",
         images=50_000,
         classes=1000,
-        layouts=("imagenet/images/val", "ImageNet/val", "imagenet/val", "imagenet2012/val"),
+        layouts=(
+            *("imagenet/images/val", "ImageNet/val", "imagenet/val", "imagenet2012/val", "ILSVRC2012/val"),
+            *("imagenet-1k/val", "imagenet1k/val", "ILSVRC/Data/CLS-LOC/val", "ILSVRC2012/Data/CLS-LOC/val"),
+            *("imagenet/ILSVRC/Data/CLS-LOC/val", "ImageNet/ILSVRC/Data/CLS-LOC/val"),
+        ),
         origin="image-net.org (registration), ILSVRC2012_img_val.tar sorted into class folders",
         hub=("ILSVRC/imagenet-1k:validation", "clip-benchmark/wds_imagenet1k:test"),
     ),
@@ -65,7 +80,7 @@ _SPECS = (
         label_space="imagenet-a",
         images=7_500,
         classes=200,
-        layouts=("imagenet-adversarial/imagenet-a", "imagenet-a"),
+        layouts=("imagenet-adversarial/imagenet-a", "imagenet-a", "ImageNet-A"),
         origin="github.com/hendrycks/natural-adv-examples, imagenet-a.tar",
         hub=("barkermrl/imagenet-a:train", "clip-benchmark/wds_imagenet-a:test"),
     ),
@@ -80,8 +95,11 @@ _SPECS = (
             "imagenetv2/imagenetv2-matched-frequency-format-val",
             "imagenetv2-matched-frequency-format-val",
             "imagenet-v2/imagenetv2-matched-frequency-format-val",
+            "ImageNetV2/imagenetv2-matched-frequency-format-val",
+            "ImageNetV2-matched-frequency",
             "imagenet-v2",
         ),
+        variants=("matched-frequency", "threshold-0.7", "top-images"),
         origin="github.com/modestyachts/ImageNetV2, imagenetv2-matched-frequency.tar.gz",
         hub=("clip-benchmark/wds_imagenetv2:test",),
     ),
@@ -92,7 +110,7 @@ _SPECS = (
         label_space="imagenet-r",
         images=30_000,
         classes=200,
-        layouts=("imagenet-rendition/imagenet-r", "imagenet-r"),
+        layouts=("imagenet-rendition/imagenet-r", "imagenet-r", "ImageNet-R"),
         origin="github.com/hendrycks/imagenet-r, imagenet-r.tar",
         hub=("axiong/imagenet-r:test", "clip-benchmark/wds_imagenet-r:test"),
     ),
@@ -103,7 +121,10 @@ _SPECS = (
         label_space="imagenet",
         images=50_889,
         classes=1000,
-        layouts=("imagenet-sketch/images", "ImageNet-Sketch/sketch", "ImageNet-Sketch", "imagenet-sketch"),
+        layouts=(
+            *("imagenet-sketch/images", "ImageNet-Sketch/sketch", "imagenet-sketch/sketch"),
+            *("ImageNet-Sketch", "imagenet-sketch"),
+        ),
         origin="github.com/HaohanWang/ImageNet-Sketch",
         hub=("clip-benchmark/wds_imagenet_sketch:test",),
     ),
@@ -118,6 +139,9 @@ _SPECS = (
             "ImageNet-C/{corruption}/{level}",
             "imagenet-c/{corruption}/{level}",
             "{corruption}/{level}",
+            "ImageNet-C/{group}/{corruption}/{level}",
+            "imagenet-c/{group}/{corruption}/{level}",
+            "{group}/{corruption}/{level}",
         ),
         origin="zenodo.org/records/2235448 (ImageNet-C; Hendrycks & Dietterich 2019), or generated from clean ImageNet",
     ),
@@ -127,7 +151,7 @@ _SPECS = (
         reader="split-json",
         images=2_463,
         classes=102,
-        layouts=("oxford_flowers/jpg",),
+        layouts=("oxford_flowers/jpg", "Flower102/jpg"),
         split_file="split_zhou_OxfordFlowers.json",
         template="a photo of a {}, a type of flower.",
         prompts_name="coop",
@@ -140,7 +164,7 @@ _SPECS = (
         reader="split-json",
         images=1_692,
         classes=47,
-        layouts=("dtd/images",),
+        layouts=("dtd/images", "DTD/images"),
         split_file="split_zhou_DescribableTextures.json",
         template="{} texture.",
         prompts_name="coop",
@@ -153,7 +177,7 @@ _SPECS = (
         reader="split-json",
         images=3_669,
         classes=37,
-        layouts=("oxford_pets/images",),
+        layouts=("oxford_pets/images", "OxfordPets/images", "OxfordPets"),
         split_file="split_zhou_OxfordPets.json",
         template="a photo of a {}, a type of pet.",
         prompts_name="coop",
@@ -166,7 +190,7 @@ _SPECS = (
         reader="split-json",
         images=3_783,
         classes=101,
-        layouts=("ucf101/UCF-101-midframes",),
+        layouts=("ucf101/UCF-101-midframes", "UCF101/UCF-101-midframes", "UCF101"),
         split_file="split_zhou_UCF101.json",
         template="a photo of a person doing {}.",
         prompts_name="coop",
@@ -178,7 +202,7 @@ _SPECS = (
         reader="split-json",
         images=2_465,
         classes=100,
-        layouts=("caltech-101/101_ObjectCategories",),
+        layouts=("caltech-101/101_ObjectCategories", "Caltech101/101_ObjectCategories", "Caltech101"),
         split_file="split_zhou_Caltech101.json",
         prompts_name="single",
         origin=f"data.caltech.edu/records/mzrjq-6wc02 and {_COOP}",
@@ -190,7 +214,7 @@ _SPECS = (
         reader="split-json",
         images=30_300,
         classes=101,
-        layouts=("food-101/images",),
+        layouts=("food-101/images", "Food101/images"),
         split_file="split_zhou_Food101.json",
         template="a photo of {}, a type of food.",
         prompts_name="coop",
@@ -203,7 +227,7 @@ _SPECS = (
         reader="split-json",
         images=19_850,
         classes=397,
-        layouts=("sun397/SUN397",),
+        layouts=("sun397/SUN397", "SUN397/SUN397", "SUN397"),
         split_file="split_zhou_SUN397.json",
         origin=f"vision.princeton.edu/projects/2010/SUN and {_COOP}",
         hub=("clip-benchmark/wds_sun397:test",),
@@ -226,7 +250,7 @@ _SPECS = (
         reader="split-json",
         images=8_100,
         classes=10,
-        layouts=("eurosat/2750",),
+        layouts=("eurosat/2750", "eurosat"),
         split_file="split_zhou_EuroSAT.json",
         template="a centered satellite photo of {}.",
         prompts_name="coop",
@@ -266,8 +290,10 @@ def spec_of(name: str) -> DatasetSpec:
     """Return the entry of a data set.
 
     Raises:
-        UsageError: unknown name; the nearest are suggested.
+        UsageError: unknown name (the nearest are suggested), or that of a suite.
     """
+    if name in SUITES:
+        raise UsageError(f"{name} is a suite; name one of its data sets: {', '.join(SUITES[name])}.")
     if name not in DATASETS:
         raise unknown("data set", name, [*DATASETS, *SUITES])
     return DATASETS[name]

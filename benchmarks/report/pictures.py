@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from apm.errors import ApmError
+from apm.paths import EXTENSIONS
 
 from ..corruptions import CROP, RESIZE, VERSION, corrupt_image
-from ..datasets.files import IMAGE_SUFFIXES, read_rgb
+from ..datasets.files import read_rgb
 from ..datasets.readers import Sample, read_digits
 from ..datasets.specs import spec_of
 from ..tables import Answers
@@ -72,7 +73,7 @@ def _load(source: str, identity: str) -> Image.Image | None:
     spelt = _ESCAPE.sub(lambda byte: bytes.fromhex(byte[1].decode()), identity.encode("utf-8", "surrogateescape"))
     for name in (identity, spelt.decode("utf-8", "surrogateescape")):
         inside = PurePosixPath(name)
-        if inside.is_absolute() or ".." in inside.parts or inside.suffix.lower() not in IMAGE_SUFFIXES:
+        if inside.is_absolute() or ".." in inside.parts or inside.suffix.lower() not in EXTENSIONS:
             continue
         path = Path(source, name)
         if path.is_file():

@@ -7,6 +7,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from PIL import Image
 
 from apm.benchmarks.corruptions import CORRUPTIONS
 from apm.benchmarks.datasets import DATASETS, SUITES, DatasetSpec, Sample, balanced_subset, expand, find, open_dataset
-from apm.errors import ImageError, UsageError
+from apm.benchmarks.datasets.specs import CORRUPTION_GROUPS
+from apm.errors import ImageError, UsageError, did_you_mean
 from apm.labels import imagenet_names, imagenet_subset, imagenet_wnids
 from apm.teachers.digits import digits_split
 
@@ -92,7 +94,52 @@ def test_v2_folders_are_numbers_not_text(layout: str, tmp_path: Path) -> None:
     tree(tmp_path / layout, ["0", "2", "10", "100", "999"], images=1)
     data = open_dataset("imagenet-v2", tmp_path)
     assert [sample.label for sample in data.samples] == [0, 2, 10, 100, 999]
-    assert data.layout == f"{layout}/<0..999>/"
+    named = "matched-frequency" if "matched-frequency" in layout else "variant-unknown"
+    assert data.layout == f"{layout}/<0..999>/ ({named})" and data.variant == named
+
+
+V2_FOLDERS = {
+    "matched-frequency": ("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency"),
+    "threshold-0.7": ("imagenetv2-threshold0.7-format-val", "imagenetv2-threshold-0.7", "ImageNetV2-threshold0.7"),
+    "top-images": ("imagenetv2-top-images-format-val", "imagenetv2-topimages", "ImageNetV2-topimages"),
+    "variant-unknown": ("v2",),
+}
+
+
+@pytest.mark.parametrize(("variant", "folder"), [(v, folder) for v, names in V2_FOLDERS.items() for folder in names])
+def test_v2_variants_are_told_by_the_folders_name(variant: str, folder: str, tmp_path: Path) -> None:
+    tree(tmp_path / folder, ["0", "1"])
+    data = open_dataset("imagenet-v2", tmp_path / folder)
+    assert data.variant == variant
+    if variant == "matched-frequency":
+        assert data.title == data.cell == "imagenet-v2" and not data.warnings
+        return
+    assert data.title == data.cell == f"imagenet-v2-{variant}"
+    assert len(data.warnings) == 1 and "Published numbers" in data.warnings[0] and variant in data.warnings[0]
+    linked = tmp_path / "imagenetv2-matched-frequency-format-val"
+    linked.symlink_to(tmp_path / folder)  # the name of what is meant counts, unless it tells nothing
+    assert open_dataset("imagenet-v2", tmp_path).variant == variant
+
+
+def test_v2_with_more_pictures_than_a_variant_has_is_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path / "imagenetv2-matched-frequency-format-val", ["0", "1"], images=3)
+    monkeypatch.setitem(DATASETS, "imagenet-v2", replace(DATASETS["imagenet-v2"], images=6))
+    assert open_dataset("imagenet-v2", tmp_path).title == "imagenet-v2"
+    monkeypatch.setitem(DATASETS, "imagenet-v2", replace(DATASETS["imagenet-v2"], images=5))
+    data = open_dataset("imagenet-v2", tmp_path)
+    assert data.title == "imagenet-v2-variant-unknown" and "its number of pictures" in data.warnings[0]
+
+
+def test_another_variant_of_v2_is_never_suggested(tmp_path: Path) -> None:
+    tree(tmp_path / "x" / "imagenetv2-top-images-format-val", ["0", "1"])
+    with pytest.raises(UsageError, match="another variant, top-images; published numbers are on matched") as caught:
+        open_dataset("imagenet-v2", tmp_path)
+    assert "Did you mean" not in str(caught.value)
+    tree(tmp_path / "y" / "imagenetv2-matched-frequency-format-val", ["0", "1"])
+    with pytest.raises(UsageError, match=r"Did you mean .*y/imagenetv2-matched-frequency-format-val"):
+        open_dataset("imagenet-v2", tmp_path)
 
 
 @pytest.mark.parametrize(("folders", "words"), [(["0", "1000"], "outside"), (["1", "01"], "twice")])
@@ -129,6 +176,20 @@ def test_coop_split(spec: DatasetSpec, tmp_path: Path) -> None:
         assert data.class_names == ("face", "wild cat", "not tested")
         assert data.templates == (spec.template,) and data.split == "test"
     assert open_dataset(spec.name, tmp_path).layout == f"{spec.layouts[0]} (split json beside it)"
+
+
+@pytest.mark.parametrize("spec", COOP, ids=lambda spec: spec.name)
+def test_coop_splits_in_every_layout_and_in_tpts_place(spec: DatasetSpec, tmp_path: Path) -> None:
+    for number, layout in enumerate(spec.layouts):
+        root = tmp_path / str(number)
+        write(root / layout / "a" / "1.jpg")
+        write(root / layout / "b" / "2.jpg")
+        split_json(root / "data_splits" / spec.split_file, [["b/2.jpg", 1, "cat"], ["a/1.jpg", 0, "face"]])
+        data = open_dataset(spec.name, root)
+        assert data.layout.startswith(f"{layout} ") and data.samples[0].load().size == (40, 36)
+        own = (root / layout).parent / spec.split_file  # goes before the shared one
+        split_json(own, [["b/2.jpg", 0, "other"]])
+        assert open_dataset(spec.name, root).class_names == ("other",)
 
 
 def test_the_split_json_is_found_from_inside_the_folder_of_images(
@@ -323,6 +384,29 @@ def doubled(root: Path) -> None:
     tree(root / "imagenet" / "val" / "val", wnids_of("imagenet"))
 
 
+def only_train(root: Path) -> None:
+    tree(root / "imagenet" / "train", wnids_of("imagenet"))
+
+
+def train_and_val(root: Path) -> None:
+    only_train(root)
+    tree(root / "imagenet" / "val", wnids_of("imagenet"))
+
+
+def kaggle(root: Path) -> None:
+    write(root / "ILSVRC" / "Data" / "CLS-LOC" / "val" / "ILSVRC2012_val_00000001.JPEG")
+    tree(root / "ILSVRC" / "Data" / "CLS-LOC" / "train", wnids_of("imagenet"))
+
+
+def fog(root: Path) -> None:
+    tree(root / "ImageNet-C" / "fog" / "5", wnids_of("imagenet"))
+
+
+def loop(root: Path) -> None:
+    (root / "sub").mkdir()
+    (root / "sub" / "imagenet").symlink_to(root)
+
+
 def nothing(root: Path) -> None:
     (root / "something").mkdir()
 
@@ -336,7 +420,18 @@ def nothing(root: Path) -> None:
         ("imagenet", "", too_high, "Did you mean .*x/y"),
         ("imagenet", "", doubled, "Did you mean .*imagenet/val/val"),
         ("imagenet", "", integers, "imagenet-v2"),
-        ("imagenet", "train", train, "training part"),
+        ("imagenet", "train", train, "training part; give the validation part, which is not beside it"),
+        ("imagenet", "imagenet/train", train_and_val, "training part; give the validation part: .*imagenet/val"),
+        ("imagenet", "", only_train, "imagenet/train is the training part; the validation part is wanted"),
+        ("imagenet", "", kaggle, r"CLS-LOC/val holds 1 files ILSVRC2012_val_.*LOC_val_solution\.csv"),
+        ("imagenet", "ILSVRC", kaggle, "without class folders"),
+        ("imagenet", f"imagenet/val/{WNIDS[0]}", train_and_val, "folder of one class.*all classes: .*imagenet/val"),
+        ("imagenet", "", fog, "nothing that fits"),
+        ("imagenet", "ImageNet-C", fog, "is a part of ImageNet-C: name the data set imagenet-c"),
+        ("imagenet", "ImageNet-C/fog", fog, "is a part of ImageNet-C: name the data set imagenet-c"),
+        ("imagenet-v2", "ImageNet-C/fog", fog, "is a part of ImageNet-C: name the data set imagenet-c"),
+        ("imagenet-a", "ImageNet-C/fog/5", fog, "class folders .* are none of its 200"),
+        ("imagenet", "", loop, "nothing that fits"),
         (
             "imagenet-a",
             "",
@@ -354,6 +449,21 @@ def test_mistakes_are_named(name: str, below: str, lay: Callable[[Path], None], 
     assert find(name, tmp_path / "absent") is None
 
 
+def test_a_train_folder_is_never_suggested(tmp_path: Path) -> None:
+    only_train(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        open_dataset("imagenet", tmp_path)
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_what_was_given_is_never_suggested(tmp_path: Path) -> None:
+    for name, names in SUITES.items():
+        with pytest.raises(UsageError, match=f"{name} is a suite.*{names[0]}") as caught:
+            open_dataset(name, tmp_path)
+        assert "Did you mean" not in str(caught.value)
+    assert did_you_mean("fog", ["fog", "frog"]) == ' Did you mean "frog"?'
+
+
 @pytest.mark.parametrize("name", [name for name, spec in DATASETS.items() if spec.layouts])
 def test_missing_data_say_layouts_and_origin(name: str, tmp_path: Path) -> None:
     spec = DATASETS[name]
@@ -362,7 +472,7 @@ def test_missing_data_say_layouts_and_origin(name: str, tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught:
             open_dataset(name, root, corruption=corruption)
         text = str(caught.value)
-        shown = [layout.format(corruption="<corruption>", level="<1-5>") for layout in spec.layouts]
+        shown = [layout.format(corruption="<corruption>", level="<1-5>", group="<group>") for layout in spec.layouts]
         assert all(layout in text for layout in shown) and spec.origin in text and spec.split_file in text
 
 
@@ -415,6 +525,31 @@ def test_wide_grey_pictures_are_scaled_and_strips_refused(tmp_path: Path) -> Non
     assert np.abs(grey - values / 257).max() <= 0.5
     with pytest.raises(ImageError, match=r"a_1\.png: 3000×1 pixels is a strip"):
         data.samples[1].load()
+
+
+def test_dead_links_of_pictures_become_error_rows_and_are_counted(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "imagenet" / "val", wnids_of("imagenet"))
+    first, second, third, _ = wnids_of("imagenet")
+    for dead in (folder / first / "gone.JPEG", folder / second / "gone.JPEG", folder / "n99999999"):
+        dead.symlink_to(tmp_path / "unmounted" / dead.name)
+    (folder / third / "alive.png").symlink_to(folder / first / f"{first}_0.png")
+    data = open_dataset("imagenet", tmp_path)
+    assert len(data.samples) == 4 * 2 + 2 + 1
+    assert any(
+        note.startswith("2 picture(s) are links to files") and f"{first}/gone.JPEG" in note for note in data.notes
+    )
+    assert any("1 link(s)" in note and "n99999999" in note for note in data.notes)
+    gone = next(sample for sample in data.samples if sample.id == f"{second}/gone.JPEG")
+    with pytest.raises(ImageError, match=r"gone\.JPEG: a link to a file that is not there"):
+        gone.load()
+    plain = tree(tmp_path / "pets", ["cat", "dog"], images=1)
+    (plain / "cat" / "gone.png").symlink_to("nowhere.png")
+    assert any("1 picture(s) are links" in note for note in open_dataset("folder", plain).notes)
+    for picture in plain.glob("*/*_0.png"):
+        picture.unlink()
+    (plain / "dog" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UsageError, match=r"All 2 pictures .* are links to files that are not there"):
+        open_dataset("folder", plain)
 
 
 # -------------------------------------------------------------------------------------------------------- digits
@@ -496,6 +631,58 @@ def test_names_that_are_no_utf8_get_printable_ids(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- corruptions
+
+
+EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+
+
+@pytest.mark.parametrize("corruption", [*CORRUPTIONS, *EXTRA])
+@pytest.mark.parametrize("name", ["imagenet", "folder"])
+def test_a_corrupted_folder_does_not_pass_as_clean(name: str, corruption: str, tmp_path: Path) -> None:
+    folder = tree(tmp_path / "ImageNet-C" / corruption / "5", wnids_of("imagenet", 2), images=1)
+    link = tmp_path / "clean"
+    link.symlink_to(folder)
+    for root in (folder, link):
+        data = open_dataset(name, root)
+        assert len(data.warnings) == 1 and f"corrupted by {corruption} at level 5" in data.warnings[0]
+        told = f"apm bench imagenet-c --corruption {corruption}" in data.warnings[0]
+        assert told == (name == "imagenet" and corruption in CORRUPTIONS)
+    if corruption in CORRUPTIONS:
+        assert not open_dataset("imagenet-c", folder, corruption=corruption).warnings
+        twice = open_dataset("imagenet-c", folder, corruption=corruption, from_clean=True)
+        assert "not clean ones" in twice.warnings[0]
+
+
+@pytest.mark.parametrize("below", ["imagenet/val", "fog/val", "fog/6", "5/val", "fogs/5"])
+def test_clean_folders_are_not_called_corrupted(below: str, tmp_path: Path) -> None:
+    tree(tmp_path / below, wnids_of("imagenet"))
+    assert not open_dataset("imagenet", tmp_path / below).warnings
+
+
+def test_the_usual_subset_of_imagenet_c_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tree(tmp_path / "fog" / "5", wnids_of("imagenet", 2), images=1)
+    names = [f"{number}.JPEG" for number in range(2500)]
+    monkeypatch.setattr("apm.benchmarks.datasets.readers.class_images", lambda place: names)
+    notes = open_dataset("imagenet-c", folder, corruption="fog").notes
+    assert "5,000 images (the usual subset of 5,000); imagenet-c has 50,000: compare with care." in notes
+
+
+@pytest.mark.parametrize(
+    ("group", "corruption"), [(g, c) for g, all_ in CORRUPTION_GROUPS.items() for c in all_[:1]][:4]
+)
+@pytest.mark.parametrize("outer", ["ImageNet-C", "imagenet-c", "."])
+def test_imagenet_c_as_its_archives_unpack(outer: str, group: str, corruption: str, tmp_path: Path) -> None:
+    tree(tmp_path / outer / group / corruption / "5", wnids_of("imagenet"))
+    for root in (tmp_path, tmp_path / outer, tmp_path / outer / group):
+        data = open_dataset("imagenet-c", root, corruption=corruption, level=5)
+        assert data.source.endswith(f"{group}/{corruption}/5") and not data.warnings
+    assert find("imagenet-c", tmp_path) is not None
+
+
+def test_the_archives_hold_the_15_corruptions_and_4_more() -> None:
+    *usual, extra = CORRUPTION_GROUPS.values()
+    assert sorted(name for group in usual for name in group) == sorted(CORRUPTIONS)
+    assert set(extra) == set(EXTRA)
 
 
 @pytest.mark.parametrize("layout", ["ImageNet-C/{}/{}", "imagenet-c/{}/{}", "{}/{}"])

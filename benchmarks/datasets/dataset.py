@@ -17,7 +17,16 @@ from apm.errors import UsageError, unknown
 from ..corruptions import CORRUPTIONS, CROP, MARK, RESIZE, SETTINGS_FILE, check_level, corrupt_image
 from . import readers
 from .hub import read_hub
-from .layouts import UNKNOWN_VARIANT, Found, corruption_named, data_root, find_layout, require_layout, variant_of
+from .layouts import (
+    UNKNOWN_VARIANT,
+    Found,
+    corruption_named,
+    data_root,
+    find_layout,
+    other_set,
+    require_layout,
+    variant_of,
+)
 from .readers import Listing, Sample
 from .specs import DATASETS, DatasetSpec, spec_of
 
@@ -139,6 +148,8 @@ def open_dataset(
     if variant is not None and len(listing.samples) > spec.images:
         variant = UNKNOWN_VARIANT  # several in one tree
     warnings = [*_variant_warnings(spec, variant, place), *_corrupted_warnings(clean, place, source)]
+    if source is None and (other := other_set(clean, Path(place))):
+        warnings.append(f"By the names of its folders, {place} is {other}: do not report it as {clean.name}.")
     if not generated and spec.reader in ("corrupted", "folder") and source is None and _was_generated(place):
         generated = True
         notes.append(f"The corrupted images were {MARK}.")

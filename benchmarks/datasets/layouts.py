@@ -12,8 +12,8 @@ from pathlib import Path
 from apm.errors import UsageError
 from apm.labels import imagenet_subset, imagenet_wnids
 
-from .files import beside, class_folders, class_images, image_names, is_integer, is_wnid, split_json
-from .specs import CORRUPTION_GROUPS, DatasetSpec
+from .files import beside, class_folders, class_images, dead_links, image_names, is_integer, is_wnid, split_json
+from .specs import CORRUPTION_GROUPS, DATASETS, DatasetSpec
 
 AIRCRAFT_NAMES, AIRCRAFT_TEST = "variants.txt", "images_variant_test.txt"
 _ENDS = {
@@ -28,6 +28,7 @@ _ENDS = {
 
 
 UNKNOWN_VARIANT = "variant-unknown"
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".rar")
 _GROUP_OF = {corruption: group for group, members in CORRUPTION_GROUPS.items() for corruption in members}
 
 
@@ -73,6 +74,26 @@ def corruption_named(folder: Path) -> tuple[str, int] | None:
         for name, level in pairwise(path.parts[-4:]):
             if name.lower() in _GROUP_OF and level in {"1", "2", "3", "4", "5"}:
                 return name.lower(), int(level)
+    return None
+
+
+def other_set(spec: DatasetSpec, folder: Path) -> str | None:
+    """Return which other set of ImageNet's classes a folder is, by the names on its path or by its classes; or None."""
+    if not spec.label_space:
+        return None
+    path = [part.lower() for part in folder.resolve().parts]
+    others = [
+        one for one in DATASETS.values() if one.label_space and one.name != spec.name and one.name != "imagenet-c"
+    ]
+    for other in others:
+        for layout in other.layouts:
+            parts = layout.lower().split("/")
+            if path[-len(parts) :] == parts:
+                return other.name
+    names, wnids = set(_folders(folder)), imagenet_wnids()
+    for other in others:
+        if other.label_space != "imagenet" and names == {wnids[index] for index in imagenet_subset(other.label_space)}:
+            return other.name
     return None
 
 
@@ -157,7 +178,8 @@ def _fits(spec: DatasetSpec, folder: Path) -> bool:
 
 def _is_corrupted_tree(folder: Path, names: list[str]) -> bool:
     """Whether a folder is ImageNet-C's, or that of one of its archives or corruptions."""
-    return folder.resolve().name.lower() in _GROUP_OF or any(name.lower() in _GROUP_OF for name in names)
+    inside = [name for group in CORRUPTION_GROUPS if group in names for name in _folders(folder / group)]
+    return folder.resolve().name.lower() in _GROUP_OF or any(name.lower() in _GROUP_OF for name in (*names, *inside))
 
 
 def _folders(folder: Path) -> list[str]:
@@ -167,8 +189,17 @@ def _folders(folder: Path) -> list[str]:
         return []
 
 
+def _images(folder: Path) -> list[str]:
+    try:
+        return image_names(folder)
+    except UsageError:
+        return []
+
+
 def _likely_mistake(spec: DatasetSpec, root: Path, corruption: str, level: int) -> str | None:
     """Look at the folders a user may have meant, and name what is wrong with the first that says something."""
+    if not os.access(root, os.R_OK | os.X_OK):
+        return f"{root} cannot be read: permission denied."
     places = dict.fromkeys([*(folder for _, folder in _candidates(spec, root, corruption, level)), root])
     for place in places:
         if place.is_dir() and (mistake := _mistake_at(spec, place)):
@@ -184,7 +215,16 @@ def _likely_mistake(spec: DatasetSpec, root: Path, corruption: str, level: int) 
             instead = instead or wrong
     if instead:
         return f"nothing that fits under {root}: {instead}"
+    lost = [f"{root / name} is a link to what is not there. Is a drive not mounted?" for name in dead_links(root)]
+    packed = [name for name in sorted(os.listdir(root)) if name.lower().endswith(_ARCHIVES)]
+    if packed:
+        lost.append(f"nothing that fits under {root}, but archives that are not unpacked: {_few(packed)}.")
+    if lost:
+        return lost[0]
     if spec.reader == "corrupted":
+        for place in places:
+            if place.name == str(level) and (there := _folders(place.parent)) and place.parent != root.parent:
+                return f"{place.parent} holds no folder {level} with class folders, but {_few(there, 5)}."
         return (
             f"no folder {corruption}/{level} with class folders under {root}. The pictures can be made from clean"
             " ImageNet with --from-clean."
@@ -205,7 +245,8 @@ def _why_not(spec: DatasetSpec, folder: Path) -> str | None:
         wnids = imagenet_wnids()
         if not set(_folders(folder)) <= {wnids[index] for index in imagenet_subset(spec.label_space)}:
             return f"the classes of {folder} are not all its own."
-    return None
+    other = other_set(spec, folder)
+    return None if other is None else f"{folder} is {other}, another data set."
 
 
 def is_training(folder: Path) -> bool:
@@ -227,7 +268,7 @@ def _mistake_at(spec: DatasetSpec, place: Path) -> str | None:
         return f"{place} is there, but beside it is no {' and no '.join(missing)}." if is_images else None
     if spec.reader in ("wnid", "integer") and folders and _is_corrupted_tree(place, folders):
         return f"{place} is a part of ImageNet-C: name the data set imagenet-c, with --corruption and --level."
-    flat = image_names(place)
+    flat = _images(place)
     if flat and not folders:
         if flat[0].startswith("ILSVRC2012_val_"):
             return (
@@ -243,7 +284,7 @@ def _mistake_at(spec: DatasetSpec, place: Path) -> str | None:
     if spec.reader == "wnid" and folders and all(map(is_integer, folders)):
         return f"the folders of {place} are numbers, as those of imagenet-v2, not wnids."
     plain = [name for name in folders if not is_wnid(name)]
-    if spec.reader in ("wnid", "integer", "corrupted") and any(image_names(place / name) for name in plain[:20]):
+    if spec.reader in ("wnid", "integer", "corrupted") and any(_images(place / name) for name in plain[:20]):
         return (
             f"the folders of {place} are no wnids: {_few(plain)}. For plain class folders there is the data set"
             ' "folder".'

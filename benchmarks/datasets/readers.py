@@ -79,9 +79,6 @@ def read_class_tree(spec: DatasetSpec, folder: Path) -> Listing:
     notes = [*_empty_notes(empty), *_dead_notes(folder, samples)]
     if len(names) < len(wnids):
         notes.append(f"{len(names):,} of {len(wnids):,} classes are present; logits are over all {len(wnids):,}.")
-        for other in ("imagenet-a", "imagenet-r"):
-            if spec.label_space == "imagenet" and set(names) == set(subset_wnids(other)):
-                notes.append(f"These are exactly the classes of {other}: is this that data set?")
     return Listing(samples, label_set(spec.label_space), "val" if spec.name == "imagenet" else "test", tuple(notes))
 
 

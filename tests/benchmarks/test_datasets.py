@@ -407,6 +407,33 @@ def loop(root: Path) -> None:
     (root / "sub" / "imagenet").symlink_to(root)
 
 
+def archives(root: Path) -> None:
+    for name in ("ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"):
+        (root / name).write_bytes(b"packed")
+
+
+def unmounted(root: Path) -> None:
+    (root / "imagenet").symlink_to(root / "drive")
+
+
+def no_levels(root: Path) -> None:
+    tree(root / "ImageNet-C" / "fog", wnids_of("imagenet"))
+    tree(root / "fog" / "3", wnids_of("imagenet"))
+
+
+def groups(root: Path) -> None:
+    tree(root / "weather" / "fog" / "5", wnids_of("imagenet"))
+
+
+def sketch(root: Path) -> None:
+    tree(root / "ImageNet-Sketch", wnids_of("imagenet"))
+
+
+def rendition(root: Path) -> None:
+    for wnid in wnids_of("imagenet-r", 200):
+        (root / "r" / wnid).mkdir(parents=True)
+
+
 def nothing(root: Path) -> None:
     (root / "something").mkdir()
 
@@ -432,6 +459,11 @@ def nothing(root: Path) -> None:
         ("imagenet-v2", "ImageNet-C/fog", fog, "is a part of ImageNet-C: name the data set imagenet-c"),
         ("imagenet-a", "ImageNet-C/fog/5", fog, "class folders .* are none of its 200"),
         ("imagenet", "", loop, "nothing that fits"),
+        ("imagenet", "", archives, "archives that are not unpacked: ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_val"),
+        ("imagenet", "", unmounted, "imagenet is a link to what is not there"),
+        ("imagenet", "", groups, "is a part of ImageNet-C: name the data set imagenet-c"),
+        ("imagenet", "", sketch, "ImageNet-Sketch is imagenet-sketch, another data set"),
+        ("imagenet", "", rendition, "r is imagenet-r, another data set"),
         (
             "imagenet-a",
             "",
@@ -447,6 +479,34 @@ def test_mistakes_are_named(name: str, below: str, lay: Callable[[Path], None], 
     with pytest.raises(UsageError, match=words):
         open_dataset(name, tmp_path / below)
     assert find(name, tmp_path / "absent") is None
+
+
+def test_folders_that_may_not_be_read_do_not_hide_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise UsageError(f"Cannot read the folder {folder}: Permission denied.")
+
+    (tmp_path / "private").mkdir()
+    monkeypatch.setattr("apm.benchmarks.datasets.layouts.image_names", refuse)
+    with pytest.raises(UsageError, match="nothing that fits"):
+        open_dataset("imagenet", tmp_path)
+
+
+def test_an_absent_level_of_imagenet_c_says_what_is_there(tmp_path: Path) -> None:
+    no_levels(tmp_path)
+    with pytest.raises(UsageError, match=r"ImageNet-C/fog holds no folder 5 with class folders, but n\d{8}, "):
+        open_dataset("imagenet-c", tmp_path, corruption="fog", level=5)
+    with pytest.raises(UsageError, match=r"tmp.*/fog holds no folder 5 with class folders, but 3\."):
+        open_dataset("imagenet-c", tmp_path / "fog", corruption="fog", level=5)
+    assert open_dataset("imagenet-c", tmp_path, corruption="fog", level=3).layout == "fog/3/<wnid>/"
+
+
+@pytest.mark.parametrize("place", ["imagenet-sketch/images", "ImageNet-Sketch", "r"])
+def test_another_set_of_imagenets_classes_does_not_pass_as_imagenet(place: str, tmp_path: Path) -> None:
+    name = "imagenet-r" if place == "r" else "imagenet-sketch"
+    tree(tmp_path / place, wnids_of(DATASETS[name].label_space, 200 if place == "r" else 2), images=1)
+    data = open_dataset("imagenet", tmp_path / place)
+    assert [warning for warning in data.warnings if f"is {name}: do not report it as imagenet" in warning]
+    assert not open_dataset(name, tmp_path / place).warnings
 
 
 def test_a_train_folder_is_never_suggested(tmp_path: Path) -> None:

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import io
+import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from apm.labels import imagenet_names, prompt_templates
 from apm.teachers import train_embedded
 from apm.teachers.export_embedded import calibrate, export
 from apm.teachers.muon import orthogonalise
 from apm.teachers.openclip import load_folder
-from apm.teachers.train_data import CIFAR_START, CONCEPTS, DIGIT_START, Source, augment
-from apm.teachers.train_embedded import Recipe, candidates, draw, rate_at, size_at, train_images
+from apm.teachers.train_data import (
+    CIFAR_START,
+    CONCEPTS,
+    DIGIT_START,
+    MEAN,
+    STD,
+    Sharp,
+    Source,
+    augment,
+    load_sharp,
+    load_sources,
+    normalise,
+    resave,
+)
+from apm.teachers.train_embedded import (
+    Recipe,
+    candidates,
+    draw,
+    frequencies,
+    image_loss,
+    mixed_check,
+    rate_at,
+    size_at,
+    train_images,
+)
 from apm.teachers.train_text import read_lexicon, vocabulary, write_bpe
+from apm.teachers.words import draw_labels, word_loss, word_members
 
-RECIPE = Recipe(tower="test_resnet", dim=32, steps=4, batch=24, sizes=((32, 0.5), (40, 0.5)))
+RECIPE = Recipe(tower="test_resnet", dim=32, steps=4, batch=24, sizes=((32, 0.5), (40, 0.5)), image_size=32)
+TENCH, CHURCH = 0, 497
 
 
 def source(name: str, labels: torch.Tensor, share: float) -> Source:
@@ -37,30 +69,39 @@ def source(name: str, labels: torch.Tensor, share: float) -> Source:
 @pytest.fixture
 def sources() -> list[Source]:
     return [
-        source("tiny-imagenet", torch.tensor([1, 25, 281]), 0.6),
+        source("tiny-imagenet", torch.tensor([1, 25, 281]), 0.5),
+        source("imagenette", torch.tensor([TENCH, CHURCH]), 0.1),
         source("cifar10", torch.arange(CIFAR_START, DIGIT_START), 0.2),
         source("digits", torch.arange(DIGIT_START, CONCEPTS), 0.2),
     ]
 
 
+@pytest.fixture
+def sharp() -> Sharp:
+    generator = torch.Generator().manual_seed(7)
+    pictures = torch.randint(0, 256, (9, 40, 40, 3), generator=generator, dtype=torch.uint8)
+    return Sharp(pictures[:4], torch.tensor([TENCH, CHURCH, TENCH, CHURCH]), pictures[4:])
+
+
 def test_a_killed_run_ends_with_the_same_weights(
-    sources: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: list[Source], sharp: Sharp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    expected = train_images(RECIPE, sources, whole, save_every=2).state_dict()
+    expected = train_images(RECIPE, sources, sharp, whole, save_every=2).state_dict()
 
     save = train_embedded.save_atomically
 
     def save_and_die(state: dict, path: Path) -> None:
         save(state, path)
-        raise KeyboardInterrupt
+        if path.name == "image_stage.pt":
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_embedded, "save_atomically", save_and_die)
-        train_images(RECIPE, sources, killed, save_every=2)
-    resumed = train_images(RECIPE, sources, killed, save_every=2).state_dict()
+        train_images(RECIPE, sources, sharp, killed, save_every=2)
+    resumed = train_images(RECIPE, sources, sharp, killed, save_every=2).state_dict()
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, resumed[name]), name
@@ -109,6 +150,147 @@ def test_augmentation_is_drawn_from_the_generator_alone() -> None:
     assert not torch.equal(one, other)
 
 
+def blockiness(images: np.ndarray) -> float:
+    """How much larger the steps between 8×8 blocks are than those within, (n, 64, 64, 3): 1 for no JPEG."""
+    steps = np.abs(np.diff(images.astype(float), axis=2)).mean(axis=(0, 1, 3))  # (63,)
+    return float(steps[7::8].mean() / np.delete(steps, np.s_[7::8]).mean())
+
+
+def smooth_jpeg(side: int, seed: int) -> bytes:
+    """A picture of soft clouds: at 64 pixels a JPEG like Tiny ImageNet's, larger ones of higher quality."""
+    clouds = np.random.default_rng(seed).uniform(0, 255, (5, 5, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(clouds).resize((side, side), Image.Resampling.BICUBIC).save(
+        buffer, "JPEG", quality=75 if side <= 64 else 95
+    )
+    return buffer.getvalue()
+
+
+def parquet(path: Path, side: int, labels: list[int]) -> None:
+    """A training file of `len(labels)` pictures without soft targets."""
+    rows = {
+        "image": [{"bytes": smooth_jpeg(side, seed)} for seed in range(len(labels))],
+        "label": labels,
+        "soft_index": [[]] * len(labels),
+        "soft_prob": [[]] * len(labels),
+    }
+    pq.write_table(pa.table(rows), path)
+
+
+def test_no_set_is_cleaner_than_another(tmp_path: Path) -> None:
+    parquet(tmp_path / "tiny-imagenet-train.parquet", 64, [1] * 20)
+    parquet(tmp_path / "imagenette-train.parquet", 128, [TENCH] * 20)
+    parquet(tmp_path / "cifar10-train.parquet", 32, [3] * 20)
+    tiny, imagenette, cifar, digits = load_sources(tmp_path)
+    assert tiny.images.shape == imagenette.images.shape == (20, 64, 64, 3)
+    assert cifar.labels[0] == CIFAR_START + 3
+    opened = (Image.open(io.BytesIO(smooth_jpeg(128, seed))) for seed in range(20))
+    clean = np.stack([np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)) for image in opened])
+    artefacts = blockiness(tiny.images.numpy())
+    assert artefacts > 1.1 * blockiness(clean)
+    assert blockiness(imagenette.images.numpy()) == pytest.approx(artefacts, rel=0.02)
+    assert len(digits.images) > 800
+
+
+def test_sharp_photographs_are_those_that_training_never_sees(tmp_path: Path) -> None:
+    parquet(tmp_path / "imagenette-train.parquet", 128, list(range(130)))
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "photo.jpg")
+    sharp = load_sharp(tmp_path, tmp_path)
+    assert sharp.labels.tolist() == [0, 64, 128]
+    assert sharp.images.shape == (3, 128, 128, 3)
+    assert sharp.others.shape == (1, 128, 128, 3)
+    with pytest.raises(FileNotFoundError, match="nothing-here"):
+        load_sharp(tmp_path, tmp_path / "nothing-here")
+
+
+def test_resaved_images_are_jpegs_at_their_final_size() -> None:
+    clouds = torch.from_numpy(np.asarray(Image.open(io.BytesIO(smooth_jpeg(256, 0))).resize((64, 64))).copy())
+    clean = normalise(clouds.expand(40, -1, -1, -1))
+    saved = resave(clean.clone(), torch.Generator().manual_seed(0), share=1.0)
+    pixels = ((saved * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255).permute(0, 2, 3, 1)
+    assert blockiness(pixels.numpy()) > 1.1 * blockiness(clouds[None].numpy())
+    assert torch.equal(resave(clean.clone(), torch.Generator().manual_seed(0), share=0.0), clean)
+    some = resave(clean.clone(), torch.Generator().manual_seed(0), share=0.5)
+    assert 5 < int((some != clean).flatten(1).any(1).sum()) < 35
+
+
+def test_the_loss_of_an_image_is_balanced_among_its_candidates(sources: list[Source]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tiny, rows = sources[0], torch.tensor([3, 9])
+    seen = torch.unique(torch.cat([s.labels for s in sources[:2]]))
+    logits, frequency = torch.randn(2, CONCEPTS, generator=generator), frequencies(sources)
+    assert frequency.sum() == pytest.approx(1)
+    assert frequency[281] == pytest.approx(0.5 * (tiny.labels == 281).float().mean().item() / 1.0)
+    recipe = Recipe(smoothing=0.0, soft_weight=0.0)
+    expected = 0.0
+    for logit, row in zip(logits, rows, strict=True):
+        allowed = candidates("tiny-imagenet", seen)
+        weights = frequency[allowed] * logit[allowed].exp()
+        own = tiny.labels[row]
+        expected -= float((frequency[own] * logit[own].exp() / weights.sum()).log())
+    assert image_loss(logits, tiny, rows, seen, frequency, recipe).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_words_of_a_step_share_no_concept_and_leave_the_other_classes() -> None:
+    members = word_members()
+    names = list(imagenet_names())
+    dog = torch.zeros(CONCEPTS)
+    for name in read_lexicon()["dog"]:
+        dog[CIFAR_START + 5 if name == "dog" else names.index(name)] = 1
+    assert (members == dog).all(1).any()
+    seen = torch.tensor([TENCH, CHURCH, names.index("Chihuahua"), names.index("golf ball")])
+    labels = draw_labels(members, seen, 24, torch.Generator().manual_seed(0))
+    assert labels.sum(0).max() == 1
+    assert (labels.sum(0)[seen] == 1).all()
+    assert 20 < len(labels) <= 28
+    assert not torch.equal(labels, draw_labels(members, seen, 24, torch.Generator().manual_seed(1)))
+
+
+def test_the_loss_of_words_equals_a_slow_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(5, 8, generator=generator)
+    prototypes = torch.nn.functional.normalize(torch.randn(CONCEPTS, 8, generator=generator), dim=-1)
+    frequency = torch.rand(CONCEPTS, generator=generator)
+    sets = [[1, 2], [7], [10, 11, 12]]
+    labels = torch.zeros(3, CONCEPTS)
+    for row, members in enumerate(sets):
+        labels[row, members] = 1
+    concepts = torch.tensor([2, 500, 11, 7, 1])  # no label covers 500
+    expected = 0.0
+    for token, concept in zip(tokens, concepts.tolist(), strict=True):
+        if concept == 500:
+            continue
+        logits = []
+        for members in sets:
+            mean = prototypes[members].mean(0)
+            logits.append(float(token @ (mean / mean.norm())) + math.log(sum(float(frequency[m]) for m in members)))
+        own = next(number for number, members in enumerate(sets) if concept in members)
+        expected -= logits[own] - math.log(sum(math.exp(value) for value in logits))
+    assert word_loss(tokens, prototypes, concepts, labels, frequency).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_mixed_check_sees_photographs_drift(sources: list[Source], sharp: Sharp) -> None:
+    class Stage(torch.nn.Module):
+        """Calls everything a church."""
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(torch.full((len(pixels),), CHURCH), CONCEPTS).float()
+
+    assert mixed_check(Stage(), sources, sharp, 32) == {"tiny": 0.0, "sharp": 0.5, "drift": 1.0, "score": -0.25}
+
+
+def test_the_best_late_checkpoint_is_kept(
+    sources: list[Source], sharp: Sharp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([9.0, 9.0, 0.7, 0.1])  # the first two are too early to count
+    monkeypatch.setattr(train_embedded, "mixed_check", lambda *_: {"score": next(scores)})
+    recipe = replace(RECIPE, steps=10)
+    stage = train_images(recipe, sources, sharp, tmp_path, save_every=3)
+    kept = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert kept["step"] == 9
+    assert torch.equal(stage.prototypes, kept["stage"]["prototypes"])
+
+
 def test_the_cut_vocabulary_reads_its_texts_like_the_full_one(tmp_path: Path) -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -152,8 +334,8 @@ def test_calibration_finds_the_scale_that_made_the_labels() -> None:
     assert calibrate(cosines, labels) == pytest.approx(6.0, rel=0.05)
 
 
-def test_the_exported_folder_is_a_teacher(sources: list[Source], tmp_path: Path) -> None:
-    stage = train_images(RECIPE, sources, tmp_path, save_every=10)
+def test_the_exported_folder_is_a_teacher(sources: list[Source], sharp: Sharp, tmp_path: Path) -> None:
+    stage = train_images(RECIPE, sources, sharp, tmp_path, save_every=10)
     measured = export(
         stage.visual,
         stage.prototypes,
@@ -169,8 +351,8 @@ def test_the_exported_folder_is_a_teacher(sources: list[Source], tmp_path: Path)
     assert teacher.image_size == 32
     assert teacher.logit_scale == pytest.approx(measured["logit_scale"], rel=2e-3)  # float16 in the file
     assert teacher.default_labels is not None
-    assert teacher.default_labels[:3] == tuple(imagenet_names()[i] for i in (1, 25, 281))
-    assert len(teacher.default_labels) == 3 + 20
+    assert teacher.default_labels[:3] == tuple(imagenet_names()[i] for i in (TENCH, 1, 25))
+    assert len(teacher.default_labels) == 5 + 20
     assert len(set(teacher.default_labels)) == len(teacher.default_labels)
     tokens = teacher.encode_image(torch.randn(64, 3, 32, 32))
     assert tokens.shape == (64, 32)

@@ -28,7 +28,7 @@ from apm.teachers.train_data import (
 )
 from apm.teachers.train_text import Vocabulary, train_text, vocabulary, write_bpe
 
-TEXT_TOWER = {"context_length": 32, "width": 128, "heads": 4, "layers": 2}
+TEXT_TOWER = {"context_length": 32, "width": 96, "heads": 4, "layers": 2}
 TOKEN_DEVIATION = 0.4
 """Root mean square of a token's numbers after export, about that of OpenAI's CLIP: the same steps then fit both."""
 

@@ -11,10 +11,11 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from apm.labels import label_set
@@ -29,9 +30,10 @@ CONCEPTS = DIGIT_START + len(DIGIT_NAMES)
 
 HOLDOUT = 64
 """Every 64th image of a source is never trained on: it watches progress and calibrates."""
-LARGEST = 64
-"""Side to which larger images are brought. Were one set sharper than the others, sharpness alone would tell its classes
-apart, and every sharp photograph would be taken for one of them."""
+STORED_SIDE, STORED_QUALITY = 64, 75
+"""Tiny ImageNet's images are JPEGs of 64 pixels and quality 75. Every other image is brought to the same form before it
+is augmented: were one set sharper or cleaner than the others, that alone would tell its classes apart, and every clean
+photograph would be taken for one of them."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -52,11 +54,48 @@ class Source:
     flip: bool = True
 
 
+@dataclass(frozen=True)
+class Sharp:
+    """Sharp photographs, never trained on, that a checkpoint is chosen by.
+
+    `images` (n, 128, 128, 3) uint8 with `labels` (n,): imagenette's held-out images. `others` (m, 128, 128, 3):
+    photographs of none of its ten classes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    others: Tensor
+
+
+def load_sharp(folder: Path, photographs: Path) -> Sharp:
+    """Imagenette's held-out images of the Parquet file in `folder`, and all JPEGs below `photographs`.
+
+    Raises FileNotFoundError when there are none.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "imagenette-train.parquet", columns=["image", "label"]).to_pylist()[::HOLDOUT]
+    paths = sorted(photographs.rglob("*.jpg"))
+    if not paths:
+        raise FileNotFoundError(f"no .jpg below {photographs}")
+    return Sharp(
+        torch.from_numpy(np.stack([_square(io.BytesIO(row["image"]["bytes"])) for row in table])),
+        torch.tensor([row["label"] for row in table]),
+        torch.from_numpy(np.stack([_square(path) for path in paths])),
+    )
+
+
+def _square(file: Path | io.BytesIO) -> np.ndarray:
+    """The central square of a photograph at 128 pixels, (128, 128, 3) uint8."""
+    image = ImageOps.fit(Image.open(file).convert("RGB"), (128, 128), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
 def _parquet(path: Path, *, name: str, offset: int, share: float) -> Source:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    images = np.stack([_small(row["bytes"]) for row in table["image"].to_pylist()])
+    images = np.stack([_as_stored(row["bytes"]) for row in table["image"].to_pylist()])
     labels = torch.tensor(table["label"].to_pylist()) + offset
     soft_index = torch.zeros(len(labels), 10, dtype=torch.long)
     soft = torch.zeros(len(labels), 10)
@@ -69,12 +108,19 @@ def _parquet(path: Path, *, name: str, offset: int, share: float) -> Source:
     return Source(name, torch.from_numpy(images), labels, soft_index, soft, share)
 
 
-def _small(data: bytes) -> np.ndarray:
-    """Decode to at most `LARGEST` pixels a side, (side, side, 3) uint8."""
+def _as_stored(data: bytes) -> np.ndarray:
+    """Decode to at most `STORED_SIDE` pixels a side, with the traces of a JPEG of `STORED_QUALITY`: uint8 (s, s, 3)."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    if max(image.size) > LARGEST:
-        image = image.resize((LARGEST, LARGEST), Image.Resampling.BICUBIC)
+    if max(image.size) > STORED_SIDE:
+        image = image.resize((STORED_SIDE, STORED_SIDE), Image.Resampling.BICUBIC)
+        return _saved_as_jpeg(np.asarray(image), STORED_QUALITY)
     return np.asarray(image)
+
+
+def _saved_as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """What is left of an image (h, w, 3) uint8 once it was saved as JPEG of `quality` with halved colours (4:2:0)."""
+    _, data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]
 
 
 def load_sources(folder: Path) -> list[Source]:
@@ -83,7 +129,9 @@ def load_sources(folder: Path) -> list[Source]:
     Raises FileNotFoundError when a Parquet file is absent.
     """
     digits = digits_split()
-    pictures = np.stack([np.asarray(digit_image(digit, 64)) for digit in digits.train_images])
+    pictures = np.stack(
+        [_saved_as_jpeg(np.asarray(digit_image(digit, STORED_SIDE)), STORED_QUALITY) for digit in digits.train_images]
+    )
     count = len(pictures)
     return [
         _parquet(folder / "tiny-imagenet-train.parquet", name="tiny-imagenet", offset=0, share=0.80),
@@ -108,11 +156,35 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, size: int, generator: torch.Generator, *, flip: bool, scale: float = 0.35) -> Tensor:
-    """Random resized crop, flip, colour, and now and then grey, noise or blur: (B, s, s, 3) uint8 → (B, 3, size, size).
+    """Random crop, flip, colour, noise, blur, resolution and JPEG: (B, s, s, 3) uint8 → (B, 3, size, size), normalised.
 
     `scale` is the least area of a crop. Everything is drawn from `generator`, per image.
     """
-    x = normalise(images)
+    x = _cropped(normalise(images), size, generator, flip=flip, scale=scale)
+    b = len(x)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return (torch.rand(b, generator=generator) * (high - low) + low).view(b, 1, 1, 1)
+
+    def gate(probability: float) -> Tensor:
+        return (torch.rand(b, generator=generator) < probability).float().view(b, 1, 1, 1)
+
+    jitter = gate(0.5)
+    brightness = uniform(-0.8, 0.8) * jitter
+    contrast = 1 + uniform(-0.4, 0.4) * jitter
+    saturation = 1 + uniform(-0.4, 0.4) * jitter
+    saturation = saturation * (1 - gate(0.05))  # 0: a grey image
+    grey = x.mean(1, keepdim=True)
+    x = (grey + (x - grey) * saturation) * contrast + brightness
+    noisy = gate(0.1) * uniform(0, 0.8)
+    x = x + noisy * torch.randn(x.shape, generator=generator)
+    blurred = F.interpolate(F.avg_pool2d(x, 4), size=(size, size), mode="bilinear", align_corners=False)
+    x = x + gate(0.1) * uniform(0.3, 1) * (blurred - x)
+    return resave(_at_random_resolution(x, generator), generator).contiguous(memory_format=torch.channels_last)
+
+
+def _cropped(x: Tensor, size: int, generator: torch.Generator, *, flip: bool, scale: float) -> Tensor:
+    """A random crop of at least `scale` of each image's area, in half of the cases mirrored: (B, 3, size, size)."""
     b = len(x)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -125,20 +197,37 @@ def augment(images: Tensor, size: int, generator: torch.Generator, *, flip: bool
     theta[:, 0, 0], theta[:, 0, 2] = width * mirror, uniform(-1, 1) * (1 - width)
     theta[:, 1, 1], theta[:, 1, 2] = height, uniform(-1, 1) * (1 - height)
     grid = F.affine_grid(theta, [b, 3, size, size], align_corners=False)
-    x = F.grid_sample(x, grid, align_corners=False, padding_mode="reflection")
+    return F.grid_sample(x, grid, align_corners=False, padding_mode="reflection")
 
-    def gate(probability: float) -> Tensor:
-        return (torch.rand(b, generator=generator) < probability).float().view(b, 1, 1, 1)
 
-    jitter = gate(0.5)
-    brightness = uniform(-0.8, 0.8).view(b, 1, 1, 1) * jitter
-    contrast = 1 + uniform(-0.4, 0.4).view(b, 1, 1, 1) * jitter
-    saturation = 1 + uniform(-0.4, 0.4).view(b, 1, 1, 1) * jitter
-    saturation = saturation * (1 - gate(0.05))  # 0: a grey image
-    grey = x.mean(1, keepdim=True)
-    x = (grey + (x - grey) * saturation) * contrast + brightness
-    noisy = gate(0.1) * uniform(0, 0.8).view(b, 1, 1, 1)
-    x = x + noisy * torch.randn(x.shape, generator=generator)
-    blurred = F.interpolate(F.avg_pool2d(x, 4), size=(size, size), mode="bilinear", align_corners=False)
-    blur = gate(0.1) * uniform(0.3, 1).view(b, 1, 1, 1)
-    return (x + blur * (blurred - x)).contiguous(memory_format=torch.channels_last)
+def _at_random_resolution(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images (B, 3, s, s) lose detail: scaled down to between 0.4 and 0.9 of their side, and up again."""
+    factors = (0.4, 0.55, 0.7, 0.9)
+    choice = torch.randint(2 * len(factors), (len(x),), generator=generator)
+    size = x.shape[-1]
+    for number, factor in enumerate(factors):
+        chosen = choice == number
+        small = F.interpolate(x[chosen], size=(round(size * factor),) * 2, mode="bilinear", antialias=True)
+        x[chosen] = F.interpolate(small, size=(size, size), mode="bicubic", antialias=True)
+    return x
+
+
+def resave(x: Tensor, generator: torch.Generator, *, share: float = 0.6) -> Tensor:
+    """Save `share` of the images as JPEG of quality 20…100 and read them again, at the size that the network sees.
+
+    Args:
+        x: (B, 3, s, s), normalised.
+        generator: which images, and their qualities, are drawn from it.
+        share: in [0, 1].
+
+    Returns:
+        (B, 3, s, s), normalised. Images that are saved are rounded to 8 bits and cut to [0, 255] before.
+    """
+    chosen = (torch.rand(len(x), generator=generator) < share).nonzero().squeeze(1)
+    qualities = torch.randint(20, 101, (len(chosen),), generator=generator)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    pixels = ((x[chosen] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    saved = [_saved_as_jpeg(image, quality) for image, quality in zip(pixels.numpy(), qualities.tolist(), strict=True)]
+    if saved:
+        x[chosen] = normalise(torch.from_numpy(np.stack(saved)))
+    return x

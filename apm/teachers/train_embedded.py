@@ -1,10 +1,12 @@
-"""Train the embedded teacher: ``python -m apm.teachers.train_embedded --data FOLDER --out FOLDER``.
+"""Train the embedded teacher: ``python -m apm.teachers.train_embedded --data DATA --photographs FOLDER --out OUT``.
 
 Two stages, because two processor cores are slow and names are few:
 
 1. *Image stage.* The image tower (timm's, as open_clip's `TimmModel`) learns together with one unit vector for every
-   concept, its prototype: cross-entropy over the labelled concepts, and over all 1000 ImageNet classes towards the
-   soft targets of a public classifier. Images grow during training (64 to 96 pixels): early steps are cheap.
+   concept, its prototype: cross-entropy over the labelled concepts; over everyday words, each the mean of the
+   prototypes that it covers (`apm.teachers.words`); and over all 1000 ImageNet classes towards the soft targets of a
+   public classifier. Images grow during training (48 to 96 pixels): early steps are cheap. Of the checkpoints of the
+   last fifth, the one that does best on held-out images *and on sharp photographs* is kept (`mixed_check`).
 2. *Text stage* (`apm.teachers.train_text`, `apm.teachers.export_embedded`). The text tower learns to map names and
    everyday words, in any of CLIP's 80 templates or bare, to the prototypes or to the mean of several. Then the logit
    scale is calibrated on held-out images.
@@ -17,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,31 +40,36 @@ from apm.teachers.train_data import (
     DIGIT_START,
     HOLDOUT,
     IMAGENET,
+    Sharp,
     Source,
     augment,
+    load_sharp,
     load_sources,
     normalise,
 )
+from apm.teachers.words import draw_labels, word_loss, word_members
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the image stage does. `sizes` are (image side, share of the steps), in order."""
 
-    tower: str = "resnet10t"
+    tower: str = "resnet18"
     dim: int = 256
-    steps: int = 3600
-    batch: int = 256
+    steps: int = 1800
+    batch: int = 512
     lr: float = 0.06  # Muon's, for the convolutions
     momentum: float = 0.6
     lr_other: float = 2e-3  # AdamW's, for everything else
     warmup: float = 0.05
     smoothing: float = 0.1
     soft_weight: float = 0.3
+    word_weight: float = 0.5
+    words: int = 24  # everyday words that a step practises at most
     scale: float = 16.0  # multiplies cosines in the image stage
-    sizes: tuple[tuple[int, float], ...] = field(default=((64, 0.55), (80, 0.2), (96, 0.25)))
+    sizes: tuple[tuple[int, float], ...] = field(default=((48, 0.4), (64, 0.42), (80, 0.08), (96, 0.1)))
     image_size: int = 96  # of the finished teacher
-    text_steps: int = 3000
+    text_steps: int = 800
     seed: int = 0
 
 
@@ -77,10 +86,13 @@ class ImageStage(nn.Module):
         self.scale = recipe.scale
         self.to(memory_format=torch.channels_last)
 
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """(B, 3, s, s) → unit tokens (B, dim)."""
+        return F.normalize(self.visual(pixels).float(), dim=-1)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, s, s) → logits of every concept (B, CONCEPTS)."""
-        tokens = F.normalize(self.visual(pixels).float(), dim=-1)
-        return self.scale * tokens @ F.normalize(self.prototypes, dim=-1).T
+        return self.scale * self.tokens(pixels) @ F.normalize(self.prototypes, dim=-1).T
 
 
 def candidates(source: str, seen: Tensor) -> Tensor:
@@ -93,13 +105,28 @@ def candidates(source: str, seen: Tensor) -> Tensor:
     return torch.cat([seen, digits])
 
 
-def image_loss(logits: Tensor, source: Source, rows: Tensor, seen: Tensor, recipe: Recipe) -> Tensor:
-    """Summed over rows: cross-entropy among the candidates, plus cross-entropy to the soft targets over ImageNet."""
+def frequencies(sources: list[Source]) -> Tensor:
+    """How often a training image shows each concept: (CONCEPTS,), sum 1."""
+    counts = torch.zeros(CONCEPTS)
+    for source in sources:
+        counts += source.share * torch.bincount(source.labels, minlength=CONCEPTS) / len(source.labels)
+    return counts / counts.sum()
+
+
+def image_loss(logits: Tensor, source: Source, rows: Tensor, seen: Tensor, frequency: Tensor, recipe: Recipe) -> Tensor:
+    """Summed over rows: cross-entropy among the candidates, plus cross-entropy to the soft targets over ImageNet.
+
+    The logits of the candidates are raised by the logarithm of their `frequency` (balanced softmax, Ren et al. 2020),
+    so that the network has no reason to prefer classes of which it sees more images.
+    """
     allowed = candidates(source.name, seen)
     place = torch.full((CONCEPTS,), -1)
     place[allowed] = torch.arange(len(allowed))
     loss = F.cross_entropy(
-        logits[:, allowed], place[source.labels[rows]], label_smoothing=recipe.smoothing, reduction="sum"
+        logits[:, allowed] + frequency[allowed].log(),
+        place[source.labels[rows]],
+        label_smoothing=recipe.smoothing,
+        reduction="sum",
     )
     soft = source.soft[rows]
     if recipe.soft_weight and soft.any():
@@ -140,18 +167,38 @@ def rate_at(progress: float, warmup: float) -> float:
 
 
 @torch.no_grad()
-def holdout_accuracy(stage: ImageStage, source: Source, allowed: Tensor, size: int) -> float:
-    """Top-1 of the prototypes on the held-out images of `source` among `allowed` concepts, in [0, 1]."""
+def answers(stage: ImageStage, images: Tensor, allowed: Tensor, size: int) -> Tensor:
+    """The best of the `allowed` concepts for each of `images` (n, side, side, 3) uint8, seen at `size` pixels: (n,)."""
     stage.eval()
-    rows = torch.arange(0, len(source.images), HOLDOUT)
-    hits = 0
-    for part in rows.split(128):
-        pixels = F.interpolate(normalise(source.images[part]), (size, size), mode="bicubic", antialias=True)
+    best = []
+    for part in images.split(128):
+        pixels = F.interpolate(normalise(part), (size, size), mode="bicubic", antialias=True)
         with torch.autocast("cpu", torch.bfloat16):
             logits = stage(pixels.contiguous(memory_format=torch.channels_last))
-        hits += int((allowed[logits[:, allowed].argmax(1)] == source.labels[part]).sum())
+        best.append(allowed[logits[:, allowed].argmax(1)])
     stage.train()
-    return hits / len(rows)
+    return torch.cat(best)
+
+
+def mixed_check(stage: ImageStage, sources: list[Source], sharp: Sharp, size: int) -> dict[str, float]:
+    """What a checkpoint is chosen by: shares in [0, 1] on images that were never trained on.
+
+    `tiny` and `sharp`: top-1 of Tiny ImageNet's held-out images, and of imagenette's at full sharpness, among the
+    labels of both sets. `drift`: share of sharp photographs of other things that are taken for one of imagenette's ten.
+    `score` = tiny + sharp / 2 − drift / 2.
+    """
+    tiny, imagenette = (next(s for s in sources if s.name == name) for name in ("tiny-imagenet", "imagenette"))
+    seen = torch.unique(torch.cat([tiny.labels, imagenette.labels]))
+    rows = torch.arange(0, len(tiny.images), HOLDOUT)
+    right = (answers(stage, tiny.images[rows], seen, size) == tiny.labels[rows]).float().mean().item()
+    known = (answers(stage, sharp.images, seen, size) == sharp.labels).float().mean().item()
+    foreign = answers(stage, sharp.others, seen, size)
+    drift = torch.isin(foreign, torch.unique(imagenette.labels)).float().mean().item()
+    score = right + known / 2 - drift / 2
+    return {
+        name: round(value, 4)
+        for name, value in zip(("tiny", "sharp", "drift", "score"), (right, known, drift, score), strict=True)
+    }
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
@@ -161,12 +208,10 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def train_images(recipe: Recipe, sources: list[Source], out: Path, *, save_every: int) -> ImageStage:
-    """Runs the image stage, or what is left of it, and returns the trained towers. Writes `out`/image_stage.pt."""
-    stage = ImageStage(recipe)
-    convolutions = [p for p in stage.parameters() if p.ndim == 4]
+def optimisers(stage: ImageStage, recipe: Recipe) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the convolutions; AdamW for the rest, whose vectors do not decay."""
     others = [p for p in stage.parameters() if p.ndim != 4]
-    muon = Muon(convolutions, lr=recipe.lr, momentum=recipe.momentum)
+    muon = Muon((p for p in stage.parameters() if p.ndim == 4), lr=recipe.lr, momentum=recipe.momentum)
     adam = torch.optim.AdamW(
         [
             {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.05},
@@ -175,67 +220,109 @@ def train_images(recipe: Recipe, sources: list[Source], out: Path, *, save_every
         lr=recipe.lr_other,
         betas=(0.9, 0.98),
     )
-    seen = torch.unique(torch.cat([s.labels for s in sources if s.name in ("tiny-imagenet", "imagenette")]))
-    tiny = torch.unique(torch.cat([s.labels for s in sources if s.name == "tiny-imagenet"]))
-    checkpoint, first, spent = out / "image_stage.pt", 0, 0.0
+    return muon, adam
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step sees: `rows` of each source, their augmented `pixels` (B, 3, size, size), and the step's `labels`.
+
+    `labels` (L, CONCEPTS) are those of `apm.teachers.words.draw_labels`.
+    """
+
+    rows: list[Tensor]
+    pixels: Tensor
+    labels: Tensor
+
+
+class Course:
+    """What the losses of every step need to know of the training sets."""
+
+    def __init__(self, recipe: Recipe, sources: list[Source]) -> None:
+        self.recipe, self.sources = recipe, sources
+        self.counts = [max(1, round(recipe.batch * s.share)) for s in sources]
+        imagenet = [s.labels for s in sources if s.name in ("tiny-imagenet", "imagenette")]
+        self.seen = torch.unique(torch.cat(imagenet))
+        self.frequency, self.members = frequencies(sources), word_members()
+
+    def batch(self, step: int) -> Batch:
+        """Draw the batch of `step` from the recipe's seed and the step's number alone."""
+        recipe = self.recipe
+        size = size_at((step + 0.5) / recipe.steps, recipe.sizes)
+        generator = torch.Generator().manual_seed(recipe.seed * 7_919 + step)
+        rows = [draw(s, step, n, recipe.seed) for s, n in zip(self.sources, self.counts, strict=True)]
+        parts = [augment(s.images[r], size, generator, flip=s.flip) for s, r in zip(self.sources, rows, strict=True)]
+        labels = draw_labels(self.members, self.seen, recipe.words, generator)
+        return Batch(rows, torch.cat(parts).contiguous(memory_format=torch.channels_last), labels)
+
+    def loss(self, stage: ImageStage, batch: Batch) -> Tensor:
+        """The mean loss of a batch's images: their own labels, soft targets and everyday words."""
+        recipe, sources, rows = self.recipe, self.sources, batch.rows
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = recipe.scale * stage.tokens(batch.pixels)
+        prototypes = F.normalize(stage.prototypes, dim=-1)
+        losses = [
+            image_loss(part @ prototypes.T, s, r, self.seen, self.frequency, recipe)
+            for part, s, r in zip(tokens.split(self.counts), sources, rows, strict=True)
+        ]
+        concepts = torch.cat([s.labels[r] for s, r in zip(sources, rows, strict=True)])
+        words = word_loss(tokens, prototypes, concepts, batch.labels, self.frequency)
+        return torch.stack([*losses, recipe.word_weight * words]).sum() / len(tokens)
+
+
+def train_images(recipe: Recipe, sources: list[Source], sharp: Sharp, out: Path, *, save_every: int) -> ImageStage:
+    """Run the image stage, or what is left of it, and return the best checkpoint of its last fifth.
+
+    Writes `out`/image_stage.pt (to continue from) and `out`/best.pt (weights and their check) every `save_every` steps,
+    and a line of `out`/log.jsonl every 25.
+    """
+    stage = ImageStage(recipe)
+    muon, adam = optimisers(stage, recipe)
+    checkpoint, first, spent, best = out / "image_stage.pt", 0, 0.0, -math.inf
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         stage.load_state_dict(saved["stage"])
         muon.load_state_dict(saved["muon"])
         adam.load_state_dict(saved["adam"])
-        first, spent = saved["step"], saved["seconds"]
+        first, spent, best = saved["step"], saved["seconds"], saved["best"]
         print(f"continuing at step {first}", flush=True)
-    counts = [max(1, round(recipe.batch * s.share)) for s in sources]
     stage.train()
     torch.set_flush_denormal(True)  # early gradients of the deepest filters are so small that they halve the speed
     started = time.perf_counter()
+    course = Course(recipe, sources)
+    ahead = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))  # prepares the next step's images
+    pending = ahead.submit(course.batch, first)
     for step in range(first, recipe.steps):
-        progress = (step + 0.5) / recipe.steps
-        size, factor = size_at(progress, recipe.sizes), rate_at(progress, recipe.warmup)
+        factor = rate_at((step + 0.5) / recipe.steps, recipe.warmup)
         for optimiser, rate in ((muon, recipe.lr), (adam, recipe.lr_other)):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
-        generator = torch.Generator().manual_seed(recipe.seed * 7_919 + step)
-        rows = [draw(s, step, n, recipe.seed) for s, n in zip(sources, counts, strict=True)]
-        pixels = torch.cat(
-            [augment(s.images[r], size, generator, flip=s.flip) for s, r in zip(sources, rows, strict=True)]
-        )
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = stage(pixels.contiguous(memory_format=torch.channels_last))
-        losses = [
-            image_loss(part, s, r, seen, recipe) for part, s, r in zip(logits.split(counts), sources, rows, strict=True)
-        ]
-        loss = torch.stack(losses).sum() / len(pixels)
+        batch = pending.result()
+        pending = ahead.submit(course.batch, step + 1)
+        loss = course.loss(stage, batch)
         muon.zero_grad()
         adam.zero_grad()
         loss.backward()
         muon.step()
         adam.step()
         done = step + 1
-        if done % 50 == 0 or done == recipe.steps:
-            seconds = spent + time.perf_counter() - started
-            line: dict[str, Any] = {
-                "step": done,
-                "size": size,
-                "loss": round(loss.item(), 4),
-                "seconds": round(seconds),
-            }
-            if done % save_every == 0 or done == recipe.steps:
-                line["holdout_tiny"] = round(holdout_accuracy(stage, sources[0], tiny, max(size, 80)), 4)
+        saving = done % save_every == 0 or done == recipe.steps
+        line: dict[str, Any] = {"step": done, "size": batch.pixels.shape[-1], "loss": round(loss.item(), 4)}
+        line["seconds"] = round(spent + time.perf_counter() - started)
+        if saving:
+            check = mixed_check(stage, sources, sharp, recipe.image_size)
+            line |= check
+            if done > 0.8 * recipe.steps and check["score"] > best:
+                best = check["score"]
+                save_atomically({"stage": stage.state_dict(), "step": done, **check}, out / "best.pt")
+            state = {"stage": stage.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": done}
+            save_atomically(state | {"best": best, "seconds": spent + time.perf_counter() - started}, checkpoint)
+        if saving or done % 25 == 0:
             print(json.dumps(line), flush=True)
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
-        if done % save_every == 0 or done == recipe.steps:
-            save_atomically(
-                {
-                    "stage": stage.state_dict(),
-                    "muon": muon.state_dict(),
-                    "adam": adam.state_dict(),
-                    "step": done,
-                    "seconds": spent + time.perf_counter() - started,
-                },
-                checkpoint,
-            )
+    ahead.shutdown(cancel_futures=True)
+    stage.load_state_dict(torch.load(out / "best.pt", weights_only=True)["stage"])
     return stage.eval()
 
 
@@ -247,18 +334,21 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the three Parquet files")
+    parser.add_argument(
+        "--photographs", type=Path, required=True, help="folder of sharp photographs that show none of imagenette's ten"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the finished teacher")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--text-steps", type=int, default=Recipe.text_steps)
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--remark", default="", help="a sentence for the model card, on what was unusual in this run")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(steps=options.steps, text_steps=options.text_steps, seed=options.seed)
     (options.out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    sources = load_sources(options.data)
-    stage = train_images(recipe, sources, options.out, save_every=options.save_every)
+    sources, sharp = load_sources(options.data), load_sharp(options.data, options.photographs)
+    stage = train_images(recipe, sources, sharp, options.out, save_every=options.save_every)
     measured = export(
         stage.visual,
         stage.prototypes,
@@ -286,7 +376,7 @@ def _describe(options: argparse.Namespace, sources: list[Source]) -> dict[str, A
     )
     chosen = f"--steps {options.steps} --text-steps {options.text_steps} --seed {options.seed}"
     return {
-        "command": f"python -m apm.teachers.train_embedded --data DATA --out OUT {chosen}",
+        "command": f"python -m apm.teachers.train_embedded --data DATA --photographs PHOTOGRAPHS --out OUT {chosen}",
         "images": {s.name: int((torch.arange(len(s.images)) % HOLDOUT != 0).sum()) for s in sources},
         "summary": summary.strip(),
     }

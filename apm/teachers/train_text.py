@@ -96,7 +96,7 @@ def vocabulary(prototypes: Tensor, class_names: list[str], seen: set[int]) -> Vo
     return Vocabulary(words, target, targets, torch.tensor([w in frequent for w in words]))
 
 
-def write_bpe(texts: list[str], path: Path, *, common: int = 3000) -> int:
+def write_bpe(texts: list[str], path: Path, *, common: int = 2000) -> int:
     """Cuts open_clip's byte-pair merges to the `common` most frequent ones and those that `texts` need.
 
     Words of `texts` are then tokenised exactly as by the full list. Writes `path` (gzip, open_clip's form) and returns

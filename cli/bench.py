@@ -41,31 +41,42 @@ def bench(
     root: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that holds data sets, or the data set's own. Default: APM_DATA.", rich_help_panel=DATA
+            help="Folder that contains the data sets, or a data set's own folder. Default: APM_DATA.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     corruption: Annotated[
         list[str] | None,
         typer.Option(
-            help="A corruption of ImageNet-C, clean, or all (15); repeatable. Made on the fly but for imagenet-c.",
+            help="A corruption of ImageNet-C, clean, or all (the 15). Repeat for several. imagenet-c reads its files; "
+            "for other data sets the pictures are corrupted as they are read.",
             rich_help_panel=DATA,
         ),
     ] = None,
     level: Annotated[
-        list[int] | None, typer.Option(help="Severity, 1 to 5; repeatable. Default: 5.", rich_help_panel=DATA)
+        list[int] | None, typer.Option(help="Severity, 1 to 5. Repeat for several. Default: 5.", rich_help_panel=DATA)
     ] = None,
     from_clean: Annotated[
         bool,
-        typer.Option("--from-clean", help="Make imagenet-c from clean ImageNet on the fly.", rich_help_panel=DATA),
+        typer.Option(
+            "--from-clean",
+            help="Make imagenet-c from the clean ImageNet under the root instead of reading its files.",
+            rich_help_panel=DATA,
+        ),
     ] = False,
     limit: Annotated[
-        int | None, typer.Option(help="Only so many images, seeded and class-balanced.", rich_help_panel=DATA)
+        int | None,
+        typer.Option(
+            help="Use only this many images, drawn evenly from the classes by the seed.", rich_help_panel=DATA
+        ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option(help="hf:REPO[:SPLIT]: stream from the hub instead.", rich_help_panel=DATA)
+        str | None,
+        typer.Option(help="hf:REPO[:SPLIT]: stream the data set from the Hugging Face hub.", rich_help_panel=DATA),
     ] = None,
     label_set: Annotated[
-        str | None, typer.Option(help="For the data set folder: its label space.", rich_help_panel=DATA)
+        str | None,
+        typer.Option(help="For the data set folder: classify among all labels of this set.", rich_help_panel=DATA),
     ] = None,
     method: Annotated[
         list[str] | None,

@@ -12,34 +12,45 @@ from .render import failure, progress_on_terminal
 
 
 def corrupt(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of class folders: SRC/<class>/<image>.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder with one folder per class: SRC/<class>/<image>.")
+    ],
     target: Annotated[
-        Path, typer.Argument(metavar="DST", help="Folder to write DST/<corruption>/<level>/<class>/<image> to.")
+        Path, typer.Argument(metavar="DST", help="Where to write: DST/<corruption>/<level>/<class>/<image>.")
     ],
     corruption: Annotated[
-        list[str] | None, typer.Option(help="A corruption of ImageNet-C; repeatable. Default: all 15.")
+        list[str] | None,
+        typer.Option(help="A corruption of ImageNet-C, or all (the 15). Repeat for several. Default: all."),
     ] = None,
-    level: Annotated[list[int] | None, typer.Option(help="A severity, 1 to 5; repeatable. Default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Fixes all random draws, with each image's path below SRC.")] = 0,
+    level: Annotated[
+        list[int] | None, typer.Option(help="Severity, 1 to 5. Repeat for several. Default: all five.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the random draws, which also depend on each image's path below SRC.")
+    ] = 0,
     resize: Annotated[
-        int, typer.Option(help="Short side before the central 224×224 is cut. 224 keeps the whole short side.")
+        int,
+        typer.Option(
+            help="Length of the short side before the central 224×224 is cut out; 224 keeps the whole short side."
+        ),
     ] = 256,
-    format: Annotated[
-        str, typer.Option(help="jpeg (quality 85, as ImageNet-C's own files) or png (keeps the pixels).")
-    ] = "jpeg",
+    format: Annotated[str, typer.Option(help="jpeg (quality 85, as in ImageNet-C) or png (lossless).")] = "jpeg",
     jobs: Annotated[int, typer.Option(help="Number of processes.")] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write the corruptions of ImageNet-C for your own images.
+    """Write corrupted copies of your images: the 15 corruptions of ImageNet-C, each at 5 levels.
 
-    Running again continues: pictures that are there are left alone. They are generated, and not comparable with the
-    official ImageNet-C files. Images that cannot be read are named; the exit code is 1 then.
+    Copies that already exist are kept, so the same command continues an interrupted run. Results on these copies cannot
+    be compared with results on the official ImageNet-C files: the random draws and the frost pictures differ.
+
+    Images that cannot be read are named on stderr, and the exit code is then 1.
     """
     from apm.benchmarks.corruptions.tree import TreeSettings, TreeWriter
 
     settings = TreeSettings(seed=seed, resize=resize, format=format)
-    writer = TreeWriter(source, target, corruptions=corruption or (), levels=level or (), settings=settings)
+    named = () if corruption is None or "all" in corruption else corruption  # none named: all 15
+    writer = TreeWriter(source, target, corruptions=named, levels=level or (), settings=settings)
     written = skipped = failed = 0
     with progress_on_terminal(len(writer.ids), wanted=not quiet) as progress:
         if progress is not None:

@@ -194,7 +194,7 @@ _SPECS = (
         split_file="split_zhou_UCF101.json",
         template="a photo of a person doing {}.",
         prompts_name="coop",
-        origin=f"the middle frames and {_COOP}",
+        origin=f"the middle frames of UCF101's videos and {_COOP}",
     ),
     DatasetSpec(
         name="caltech101",

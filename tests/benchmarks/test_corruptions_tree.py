@@ -12,7 +12,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from apm.benchmarks.corruptions import corrupt
+from apm.benchmarks.corruptions import CORRUPTIONS, corrupt
 from apm.benchmarks.corruptions.tree import TreeSettings, TreeWriter, output_name
 from apm.benchmarks.datasets import open_dataset
 from apm.cli.corrupt import corrupt as command
@@ -169,3 +169,11 @@ def test_command_names_bad_images_and_does_the_rest(source: Path, tmp_path: Path
     (source / "n01440764" / "0.png").unlink()
     again = CliRunner().invoke(app, [*arguments, "--quiet"])
     assert again.exit_code == 0 and again.stdout == ""
+
+
+def test_all_names_the_15_corruptions(source: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    arguments = [str(source), str(tmp_path / "c"), "--level", "1", "--corruption", "all", "--quiet"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert {path.name for path in (tmp_path / "c").iterdir() if path.is_dir()} == set(CORRUPTIONS)

@@ -15,6 +15,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 # bfloat16 must be this much faster before "auto" gives up float32's digits for it
 WORTHWHILE = 1.3
 
+# Of the measurement: times each product is timed, and seconds that the largest ones may take together
+REPEATS = 5
+SECONDS = 0.1
+
 
 def _one_by_one(a: Tensor) -> bool:
     """Whether the samples of ``a`` are multiplied one after the other (see `product`) or as one batch."""
@@ -67,24 +71,52 @@ def relu_backward(gradient: Tensor, activation: Tensor) -> None:
 
 
 @cache
-def measured_precision(device: torch.device) -> Literal["fp32", "bf16"]:
-    """``bf16`` if its products are clearly faster than float32's here, else ``fp32``; measured once a process.
+def bf16_gain(device: torch.device) -> float:
+    """How many times as fast bfloat16's products are as float32's here; measured once a process, in about 0.1 s.
 
-    By the clock and not by the processor's name: what counts is the kernel that this build of torch has for it.
+    By the clock and not by the processor's name: what counts is the kernel that this build of torch has for it. A
+    processor without bfloat16 units emulates them hundreds of times slower, so the products start small and grow only
+    while that may change the decision and there is time. On one thread: several wait for each other where other
+    programs are at work, for longer than a product takes.
     """
-    fp32 = _seconds_per_product(device, torch.float32)
-    bf16 = _seconds_per_product(device, torch.bfloat16)
-    return "bf16" if fp32 >= WORTHWHILE * bf16 else "fp32"
+    size, largest = 128, 512 if device.type == "cpu" else 4096
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while True:
+            fp32, bf16 = (_seconds_per_product(device, dtype, size) for dtype in (torch.float32, torch.bfloat16))
+            hopeless, next_seconds = (
+                bf16 > 10 * fp32,
+                8 * REPEATS * (fp32 + bf16),
+            )  # twice the size: eight times the work
+            if size == largest or hopeless or next_seconds > SECONDS:
+                return fp32 / bf16
+            size *= 2
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _seconds_per_product(device: torch.device, dtype: torch.dtype) -> float:
-    """Time the shortest of a few products of a size like the method's own (smaller on a CPU: 1 GFLOP)."""
-    rows, inner, cols, repeats = (256, 2048, 1024, 5) if device.type == "cpu" else (4096, 4096, 4096, 20)
-    a = torch.ones(rows, inner, device=device, dtype=dtype)
-    b = torch.ones(inner, cols, device=device, dtype=dtype)
-    out = torch.empty(rows, cols, device=device, dtype=dtype)
+def measured_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """``bf16`` if its products are clearly faster than float32's here, else ``fp32``."""
+    return "bf16" if bf16_gain(device) >= WORTHWHILE else "fp32"
+
+
+def slowness(asked: Precision, device: torch.device) -> str | None:
+    """What to tell somebody who asked for a precision that is the slower one here; None if it is not."""
+    if asked != "bf16" or (gain := bf16_gain(device)) >= 1:
+        return None
+    return (
+        f"Products in bf16 are slower than in fp32 on this machine ({1 / gain:,.1f} times as long in a small test): "
+        "--precision auto takes the faster."
+    )
+
+
+def _seconds_per_product(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Time the shortest of a few products of two square matrices."""
+    a, b = torch.ones(2, size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
 
 from .options import Debug
-from .render import failure, notice, progress_on_terminal, warning
+from .render import failure, notice, notice_if_slow, progress_on_terminal, warning
 from .table import as_text, show
 
 if TYPE_CHECKING:
@@ -202,6 +202,8 @@ def bench(
         if not quiet and group.first:
             for note in loaded.notes:
                 notice(note)
+        if group.first:
+            notice_if_slow(precision, loaded.device)
         folder = out or default_folder(names, loaded.name)
         fresh = fresh and not restarted()
         methods = create_methods(

@@ -170,6 +170,7 @@ def classify(
     if not quiet or classifier.fell_back:  # that another teacher answers must be known in any case
         for note in classifier.teacher.notes:
             render.notice(note)
+    render.notice_if_slow(precision, classifier.device)
     if readout is None and distil == "grid" and not quiet:
         render.notice(
             "--distil grid trains no object query, so the token is read as the field's mean (--readout mean)."

@@ -14,7 +14,7 @@ from apm.errors import UsageError, unknown
 from apm.paths import printable
 
 from .options import Debug
-from .render import failure, notice, progress_on_terminal
+from .render import failure, notice, notice_if_slow, progress_on_terminal
 
 if TYPE_CHECKING:
     from apm.benchmarks.distributed import Group
@@ -128,6 +128,7 @@ def pretrain(
         if group.first:
             for note in teacher.notes:
                 notice(note)
+            notice_if_slow(precision, place)
 
         def cached(count: int, wanted: bool) -> Any:
             with _Progress(count, "grids", wanted=wanted) as progress:

@@ -11,6 +11,7 @@ import typer
 from apm.errors import UsageError
 
 from .options import Debug
+from .render import notice_if_slow
 
 if TYPE_CHECKING:
     from apm.benchmarks.profile import StudentProfile, TeacherProfile
@@ -57,6 +58,7 @@ def profile(
     loaded = None if teacher is None else load_teacher(teacher, device=place)
     config = APMConfig.preset(preset, dim=dim or (loaded.dim if loaded else 512), readout=readout)  # type: ignore[arg-type]
     chosen = measured_precision(place) if precision == "auto" else precision
+    notice_if_slow(precision, place)
     student = profile_student(config, precision=chosen)
     counted = None if loaded is None else profile_teacher(loaded)
     engine = loaded_engine(config, "bf16" if chosen == "bf16" else "fp32", place)

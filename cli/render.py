@@ -13,6 +13,7 @@ import typer
 from apm.paths import printable
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
@@ -24,6 +25,14 @@ PLAIN_WIDTH = 120  # of output that goes to a file or a pipe, where no terminal 
 def notice(text: str) -> None:
     """Say one line on stderr."""
     typer.echo(f"note: {' '.join(text.split())}", err=True)
+
+
+def notice_if_slow(precision: str, device: torch.device) -> None:
+    """Say so, even to those who asked for quiet, where the precision asked for is the slower one."""
+    from apm.precision import slowness
+
+    if text := slowness(precision, device):
+        notice(text)
 
 
 def failure(text: str) -> None:

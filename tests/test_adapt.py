@@ -260,25 +260,42 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("ratio", "expected"), [(2.0, "bf16"), (1.31, "bf16"), (1.29, "fp32"), (0.1, "fp32")])
 def test_auto_precision_follows_the_measurement(ratio: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-
-    def seconds(device: torch.device, dtype: torch.dtype) -> float:
-        measured.append(dtype)
-        return ratio if dtype == torch.float32 else 1.0
-
-    monkeypatch.setattr(precision, "_seconds_per_product", seconds)
-    precision.measured_precision.cache_clear()
-    try:
-        for _ in range(2):
-            trainer = TestTimeTrainer(MODEL, dataclasses.replace(ADAPT, precision="auto"))
-            assert trainer.precision == expected
-        assert len(measured) == 2  # once a process
-    finally:
-        precision.measured_precision.cache_clear()
+    monkeypatch.setattr(precision, "bf16_gain", lambda device: ratio)
+    assert TestTimeTrainer(MODEL, dataclasses.replace(ADAPT, precision="auto")).precision == expected
 
 
-def test_the_measurement_itself_runs() -> None:
-    assert precision._seconds_per_product(torch.device("cpu"), torch.bfloat16) > 0
+@pytest.mark.parametrize(
+    ("fp32", "bf16"),
+    [(2e9, 2e9), (5e9, 0.2e9), (60e9, 0.2e9), (60e9, 1.5e9), (60e9, 59e9), (90e9, 700e9), (1e13, 1e14)],
+)
+def test_the_measurement_takes_a_moment_on_any_machine(
+    fp32: float, bf16: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that only products move forward, by their operations at known rates (1.5 GFLOP/s: seen, emulated)."""
+    now = 0.0
+
+    def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+        nonlocal now
+        now += 2 * out.numel() * a.shape[1] / (bf16 if a.dtype == torch.bfloat16 else fp32)
+
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(precision.torch, "mm", multiply)
+    assert precision.bf16_gain.__wrapped__(torch.device("cpu")) == pytest.approx(bf16 / fp32)
+    assert 0 < now <= 0.2
+
+
+def test_the_measurement_itself_runs_and_leaves_the_threads_as_they_were() -> None:
+    threads = torch.get_num_threads()
+    assert precision.bf16_gain(torch.device("cpu")) > 0
+    assert torch.get_num_threads() == threads
+    assert precision.bf16_gain(torch.device("cpu")) == precision.bf16_gain(torch.device("cpu"))  # once a process
+
+
+def test_who_asks_for_the_slower_precision_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gain, asked, told in ((0.004, "bf16", True), (1.1, "bf16", False), (0.004, "auto", False)):
+        monkeypatch.setattr(precision, "bf16_gain", lambda device, gain=gain: gain)
+        text = precision.slowness(asked, torch.device("cpu"))  # type: ignore[arg-type]
+        assert (text is not None) == told
 
 
 FORBIDDEN = ("label", "class", "truth", "correct", "answer", "category")

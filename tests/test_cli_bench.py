@@ -123,11 +123,15 @@ def test_apm_and_peers_share_one_run_with_corruptions(tmp_path: Path) -> None:
 def test_auto_precision_stays_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("digits", "--limit", "1", "--preset", "small", "--steps", "1", "--out", "run")
     monkeypatch.setattr("apm.precision.measured_precision", lambda device: "fp32")
-    assert bench(*arguments).exit_code == 0
+    monkeypatch.setattr("apm.precision.bf16_gain", lambda device: 0.5)
+    first = bench(*arguments)
+    assert first.exit_code == 0 and "bf16" not in first.stderr
     monkeypatch.setattr("apm.precision.measured_precision", lambda device: "bf16")
     again = bench(*arguments)
     assert again.exit_code == 0, again.stderr
     assert Records.open("run").methods["apm"]["precision"] == "fp32"
+    slow = bench(*arguments[:-1], "another", "--precision", "bf16", "--quiet")
+    assert slow.exit_code == 0 and slow.stderr.count("note: Products in bf16 are slower") == 1
 
 
 def test_a_folder_with_a_damaged_image_is_answered_but_for_that(animals: Path) -> None:

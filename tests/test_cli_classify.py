@@ -61,6 +61,18 @@ def test_the_schema_is_one(picture: Path) -> None:
             jsonschema.validate({**good, **change}, SCHEMA)
 
 
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_the_slower_precision_is_never_taken_silently(
+    picture: Path, quiet: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apm.precision.bf16_gain", lambda device: 0.5)
+    assert classify(*quiet, "--precision", "bf16", picture).stderr.splitlines() == [
+        "note: Products in bf16 are slower than in fp32 on this machine (2.0 times as long in a small test): "
+        "--precision auto takes the faster."
+    ]
+    assert classify(*quiet, "--precision", "fp32", picture).stderr == ""
+
+
 def test_json_record(picture: Path, fake_teacher: FakeTeacher) -> None:
     result = classify("--json", "--top-k", "3", "--seed", "5", "--lr", "0.001", picture)
     assert result.exit_code == 0 and result.stderr == ""

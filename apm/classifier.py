@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from apm.adapt import LARGEST_BATCH, AdaptConfig, AdaptResult, TestTimeTrainer
+from apm.answers import Adaptation, Answer, Perception, Prediction
 from apm.errors import ImageError, TeacherError, UsageError, unknown
 from apm.grids import resample
 from apm.images import MAX_PIXELS, LoadedImage, from_pixels, load_image, student_input
@@ -26,91 +27,26 @@ from apm.labels import LABEL_SET_NAMES, check_labels, check_templates, prompt_te
 from apm.labels import label_set as labels_of
 from apm.model import APMConfig
 from apm.paths import printable
+from apm.queries import AUTO, locations_a_step
+from apm.targets import aggregate, check_distilled, policy
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher
+from apm.views import pixels_id, view_tokens
 from apm.zeroshot import ZeroShotHead
+
+__all__ = [
+    "Adaptation",
+    "Answer",
+    "Classifier",
+    "Perception",
+    "Prediction",
+    "check_grid",
+    "default_readout",
+    "pick_device",
+]
 
 DECODERS = 4
 """Threads that decode ahead of the adaptation; more only fill memory, since the adaptation is the slow part."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One label and its probability in [0, 1]."""
-
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """What the steps did to the student of one image.
-
-    Attributes:
-        losses: loss before each step.
-        cosines: cosine between the student's and the teacher's token before each step.
-        steps: steps really made; fewer than asked for when a tolerance was reached.
-        first_loss: loss of the untrained student.
-        last_loss: loss after the last step.
-        cosine: cosine after the last step.
-        seconds: wall time of the adaptation, shared evenly among the images of a batch.
-        precision: of the matrix products, "fp32" or "bf16".
-    """
-
-    losses: tuple[float, ...]
-    cosines: tuple[float, ...]
-    steps: int
-    first_loss: float
-    last_loss: float
-    cosine: float
-    seconds: float
-    precision: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What is said about one image.
-
-    Attributes:
-        path: the file, or None for an image given as pixels.
-        top: the student's best labels, most probable first; empty when there is an error.
-        teacher_top: the teacher's own.
-        agree: whether both put the same label first; None when there is an error.
-        adaptation: the record of the steps; None when none was made.
-        notes: what was unusual about the file.
-        error: why there is no answer, naming the file; None when there is one.
-    """
-
-    path: Path | None
-    top: tuple[Prediction, ...] = ()
-    teacher_top: tuple[Prediction, ...] = ()
-    agree: bool | None = None
-    adaptation: Adaptation | None = None
-    notes: tuple[str, ...] = ()
-    error: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Perception:
-    """An answer, and all that it was read from.
-
-    The field is asked at rows and columns of the student's grid, whose cell centres are at 0, 1, … and which covers the
-    square that `apm.images.central_square` cuts, as the teacher's grid does.
-
-    Attributes:
-        answer: what `Classifier.__call__` says of the image.
-        image: the whole image, upright, RGB.
-        result: of this one image (B = 1), with its adapted field kept: ``features(rows, cols)``,
-            ``attention(rows, cols)`` with the readout "query", and the snapshots asked for, ``fields``.
-        token: the teacher's, (D,).
-        grid: the teacher's own grid, (h', w', D); None where it has none.
-    """
-
-    answer: Answer
-    image: Image.Image = field(repr=False)
-    result: AdaptResult = field(repr=False)
-    token: Tensor = field(repr=False)
-    grid: Tensor | None = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +86,13 @@ class Classifier:
         seed: of the student's initial weights.
         distil: what the student is overfit to: "cls", the teacher's token; "grid", its grid of patch features at the
             student's own locations; "both".
-        rgb_weight: of a loss towards the image's own colours, added to that; 0: none.
-        queries: locations drawn afresh for each step, instead of all: faster, and an approximation. None: all.
+        rgb_weight: weight of a loss towards the image's own colours, added to that; 0: none.
+        target: what the student's token is overfit to, a name of `apm.targets.TARGETS`: "cls", the teacher's token of
+            the image (the paper's); "mean", "confident", "mta" or "best", an aggregate over augmented views of it.
+        queries: locations that each step reads, drawn afresh: a number, an approximation that is faster on a CPU;
+            "all", as in the paper; "auto" chooses (see `apm.queries`).
         top_k: how many labels an answer ranks.
+        min_probability: answers whose best label is less probable are marked as unsure, in [0, 1].
         max_pixels: largest width × height of a file that is decoded.
 
     Raises:
@@ -178,8 +118,10 @@ class Classifier:
         seed: int = 0,
         distil: str = "cls",
         rgb_weight: float = 0.0,
-        queries: int | None = None,
+        target: str = "cls",
+        queries: int | str = AUTO,
         top_k: int = 5,
+        min_probability: float = 0.0,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         # Everything cheap is checked before the teacher, which takes seconds to load.
@@ -196,19 +138,25 @@ class Classifier:
         for name, value in (("top_k", top_k), ("max_pixels", max_pixels), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1.")
+        if not 0 <= min_probability <= 1:
+            raise UsageError(f"min_probability is {min_probability}; it must lie between 0 and 1.")
+        self.target, self._policy = target, policy(target)
+        check_distilled(target, distil)
         chosen = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
+        readout = readout or default_readout(distil)
+        self.device = pick_device(device)
         self.adapt_config = AdaptConfig(
             precision=precision,  # type: ignore[arg-type]
             seed=seed,
             distil=distil,  # type: ignore[arg-type]
             rgb_weight=rgb_weight,
-            queries=queries,
+            queries=locations_a_step(
+                queries, preset=preset, readout=readout, distil=distil, rgb_weight=rgb_weight, device=self.device
+            ),
             **chosen,  # type: ignore[arg-type]
         )
-        readout = readout or default_readout(distil)
         student = APMConfig.preset(preset, dim=512, readout=readout)  # type: ignore[arg-type]
         TestTimeTrainer.check(student, self.adapt_config)
-        self.device = pick_device(device)
 
         asked = teacher
         if teacher is None:
@@ -220,6 +168,7 @@ class Classifier:
             check_grid(teacher)
         self.fell_back = asked is None and teacher.name != DEFAULT
         self.top_k = top_k
+        self.min_probability = min_probability
         self.max_pixels = max_pixels
         self.preset = preset
         self.label_source, names = _choose_labels(labels, label_set, teacher)
@@ -231,6 +180,11 @@ class Classifier:
         )
         # One student's products keep a CPU's cores busy: there, waiting for a batch would only delay the first answer.
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else LARGEST_BATCH)
+
+    @property
+    def views(self) -> int:
+        """Number of views that the target is made of, the image itself included."""
+        return self._policy.views
 
     def __call__(self, image: str | os.PathLike[str] | Image.Image) -> Answer:
         """Classify one file, or one PIL image.
@@ -275,10 +229,10 @@ class Classifier:
                 raise
         if grid_size is None:
             prepared = replace(prepared, grid=grid)
-        (answer,), result, targets = self._adapt([prepared], keep_field=True, snapshots=snapshots)
+        (answer,), result, tokens = self._adapt([prepared], keep_field=True, snapshots=snapshots)
         if answer.error is not None:
             raise ImageError(answer.error)
-        return Perception(answer=answer, image=whole, result=result, token=targets[0], grid=grid)
+        return Perception(answer=answer, image=whole, result=result, token=tokens[0], grid=grid)
 
     def classify(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[Answer]:
         """Yield one answer a path, in the order of `paths`, each as soon as its batch is done.
@@ -317,7 +271,7 @@ class Classifier:
             return _Prepared(path=path, error=str(error))
 
     def _prepare(self, path: Path | None, loaded: LoadedImage, *, keep_image: bool) -> _Prepared:
-        keep_image = keep_image or self.adapt_config.distil != "cls"
+        keep_image = keep_image or self.adapt_config.distil != "cls" or self._policy.kind != "cls"
         return _Prepared(
             path=path,
             image=loaded.image if keep_image else None,
@@ -337,14 +291,29 @@ class Classifier:
         self, batch: Sequence[_Prepared], *, keep_field: bool = False, snapshots: Sequence[int] = ()
     ) -> tuple[list[Answer], AdaptResult, Tensor]:
         """Return the answers, what they were read from, and the teacher's tokens (B, D)."""
-        targets = self._teacher_tokens(
-            [one.teacher_pixels for one in batch if one.teacher_pixels is not None]
-        )  # (B, D)
+        tokens = self._teacher_tokens([one.teacher_pixels for one in batch if one.teacher_pixels is not None])  # (B, D)
+        targets = torch.stack([self._target(one, token) for one, token in zip(batch, tokens, strict=True)])  # (B, D)
         images = torch.stack([one.student_pixels for one in batch if one.student_pixels is not None])  # (B, 3, S, S)
         grids = self._target_grids(batch) if self.adapt_config.distil != "cls" else None
         result = self.trainer.adapt(images, targets, grids=grids, keep_field=keep_field, snapshots=snapshots)
-        answers = [self._one_answer(one, result, row, targets[row]) for row, one in enumerate(batch)]
-        return answers, result, targets
+        answers = [self._one_answer(one, result, row, tokens[row]) for row, one in enumerate(batch)]
+        return answers, result, tokens
+
+    def _target(self, one: _Prepared, token: Tensor) -> Tensor:
+        """Return what the student's token is overfit to (D,): the teacher's token, or an aggregate over views."""
+        if self._policy.kind == "cls" or not bool(token.isfinite().all()):
+            return token
+        assert one.image is not None
+        others = view_tokens(
+            one.image,
+            self._policy.views,
+            self.teacher,
+            seed=self.adapt_config.seed,
+            sample_id=pixels_id(one.image),
+            start=1,
+            min_area=self._policy.min_area,
+        )  # (V − 1, D)
+        return aggregate(self._policy, torch.cat((token[None], others)), self.head)
 
     def _target_grids(self, batch: Sequence[_Prepared]) -> Tensor:
         """Return the teacher's grids at the student's own locations (B, N, D)."""
@@ -362,11 +331,11 @@ class Classifier:
         stacked = torch.stack(list(pixels))
         return torch.cat([self.teacher.encode_image(part) for part in stacked.to(self.teacher.device).split(rows)])
 
-    def _one_answer(self, one: _Prepared, result: AdaptResult, row: int, target: Tensor) -> Answer:
+    def _one_answer(self, one: _Prepared, result: AdaptResult, row: int, teacher_token: Tensor) -> Answer:
         adaptation = _record(result, row)
         name = printable(one.path) if one.path is not None else "image"
         error = None
-        if not bool(target.isfinite().all()):
+        if not bool(teacher_token.isfinite().all()):
             error = f"{name}: the teacher's token is not finite; its weights may be damaged"
         elif not bool(result.finite[row]):
             error = f"{name}: the loss is not finite; try a smaller learning rate than {self.adapt_config.lr:g}"
@@ -374,7 +343,7 @@ class Classifier:
             return Answer(path=one.path, adaptation=adaptation, notes=one.notes, error=error)
         # Row by row: a product of several rows may round otherwise, and answers must not depend on the batch.
         student, teacher = (
-            self.head.probabilities(token[None])[0] for token in (result.tokens[row], target)
+            self.head.probabilities(token[None])[0] for token in (result.tokens[row], teacher_token)
         )  # (C,) each
         top, teacher_top = self._ranking(student), self._ranking(teacher)
         return Answer(
@@ -382,6 +351,7 @@ class Classifier:
             top=top,
             teacher_top=teacher_top,
             agree=bool(student.argmax() == teacher.argmax()),  # by number: ImageNet has two names twice
+            unsure=top[0].probability < self.min_probability,
             adaptation=adaptation,
             notes=one.notes,
         )

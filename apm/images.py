@@ -6,9 +6,7 @@ that names the file and the cause, and what was done to an unusual file is told 
 
 from __future__ import annotations
 
-import glob
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from apm.errors import ImageError
-from apm.paths import images_below, printable
+from apm.paths import file_problem, printable
 
 MAX_PIXELS = 89_478_485
 """Default limit on width × height: 256 MiB of RGB, the size from which Pillow itself suspects an attack."""
@@ -77,7 +75,8 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     """
     path = Path(path)
     with _explained(path):
-        _check_file(path)
+        if (problem := file_problem(path)) is not None:
+            raise ImageError(problem)
         with _pillow_in_hand(), path.open("rb") as file, _identify(file, path) as image:
             width, height = image.size
             _check_size(width, height, max_pixels)
@@ -137,8 +136,7 @@ def _explained(path: str | Path) -> Iterator[None]:
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
     except FileNotFoundError as error:
-        cause = "no file matches this pattern" if glob.has_magic(str(path)) else "no such file"
-        raise ImageError(f"{name}: {cause}") from error
+        raise ImageError(f"{name}: no such file") from error
     except PermissionError as error:
         raise ImageError(f"{name}: not readable, permission denied") from error
     except MemoryError as error:
@@ -148,27 +146,6 @@ def _explained(path: str | Path) -> Iterator[None]:
     ) as error:  # decoders raise nearly any type on damaged data, and none of it may stop the other files
         cause = " ".join(printable(str(error)).split()) or type(error).__name__
         raise ImageError(f"{name}: damaged or truncated image ({cause})") from error
-
-
-def _check_file(path: Path) -> None:
-    if "\0" in str(path):
-        raise ImageError("no such file (a null character is in its name)")
-    try:
-        status = path.stat()
-    except (FileNotFoundError, PermissionError):
-        raise
-    except OSError as error:
-        raise ImageError(f"cannot be read ({error.strerror or error})") from error
-    if stat.S_ISDIR(status.st_mode):
-        with os.scandir(path):  # raises PermissionError for a closed folder, which is another cause than an empty one
-            pass
-        if next(images_below(path), None) is None:
-            raise ImageError("a folder without images")
-        raise ImageError("a folder, not an image")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError("not a regular file")
-    if status.st_size == 0:
-        raise ImageError("empty file")
 
 
 def _identify(file: IO[bytes], path: Path) -> Image.Image:

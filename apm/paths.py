@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -69,6 +70,27 @@ def images_below(folder: str | os.PathLike[str]) -> Iterator[Path]:
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
                 yield Path(here, name)
     yield from unreadable
+
+
+def file_problem(path: Path) -> str | None:
+    """Say in a few words why there is no file to read at `path`; None where there is one, whatever is in it."""
+    if "\0" in str(path):
+        return "no such file (a null character is in its name)"
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            with os.scandir(path):  # a closed folder is another cause than an empty one
+                pass
+            return "a folder, not an image" if any(images_below(path)) else "a folder without images"
+    except FileNotFoundError:
+        return "no file matches this pattern" if glob.has_magic(str(path)) else "no such file"
+    except PermissionError:
+        return "not readable, permission denied"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    return None if status.st_size else "empty file"
 
 
 def printable(path: str | os.PathLike[str]) -> str:

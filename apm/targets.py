@@ -79,6 +79,16 @@ def policy(target: str) -> TargetPolicy:
     return TARGETS[target]
 
 
+def check_distilled(target: str, distil: str) -> None:
+    """Refuse a target of its own where only the teacher's grid is distilled: nothing would be overfit to it.
+
+    Raises:
+        UsageError: unknown target, or one that has no loss.
+    """
+    if distil == "grid" and policy(target).kind != "cls":
+        raise UsageError(f"target={target} but distil=grid, which has no loss for it; add distil=both.")
+
+
 def kept_count(views: int, share: float) -> int:
     """How many of `views` a share keeps: rounded down as the published filters do, at least one."""
     return max(1, int(views * share))

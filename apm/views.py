@@ -140,6 +140,44 @@ def views(
     return torch.stack(made)
 
 
+def view_tokens(
+    image: Image.Image,
+    count: int,
+    teacher: Teacher,
+    *,
+    seed: int,
+    sample_id: str,
+    start: int = 0,
+    min_area: float = MIN_AREA,
+    chunk: int = 64,
+) -> Tensor:
+    """Make views `start` … `count` − 1 of an image as `views` does, and encode them, `chunk` at a time.
+
+    Returns:
+        (count − start, D) float32, not normalised, on the teacher's device.
+    """
+    parts = [
+        teacher.encode_image(
+            views(
+                image,
+                min(first + chunk, count),
+                teacher,
+                seed=seed,
+                sample_id=sample_id,
+                start=first,
+                min_area=min_area,
+            )
+        )
+        for first in range(start, count, chunk)
+    ]
+    return torch.cat(parts)
+
+
+def pixels_id(image: Image.Image) -> str:
+    """Name an image by its pixels: where no data set names it, its views are the same wherever the file lies."""
+    return hashlib.sha256(f"{image.mode}|{image.size}|".encode() + image.tobytes()).hexdigest()
+
+
 def check(count: int, min_area: float) -> None:
     """Refuse numbers that no set of views can have, with a `UsageError`."""
     if count < 1:

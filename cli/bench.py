@@ -15,6 +15,7 @@ import typer
 
 from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
+from apm.queries import parse_queries
 
 from .options import Debug
 from .render import failure, notice, notice_if_slow, progress_on_terminal, warning
@@ -89,25 +90,45 @@ def bench(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="apm: what the student is overfit to: cls, mean, confident, mta or best; repeatable. Default: cls.",
+            help="apm: which token the student is overfit to: cls (the teacher's, as in the paper), or an aggregate "
+            "over augmented views: mean, confident, mta, best; repeatable. Default: cls.",
             rich_help_panel=METHOD,
         ),
     ] = None,
     views: Annotated[
-        int | None, typer.Option(help="Augmented views, for every method that uses them.", rich_help_panel=METHOD)
+        int | None,
+        typer.Option(help="Number of augmented views, for every method that uses them.", rich_help_panel=METHOD),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="apm: optimisation steps.", rich_help_panel=METHOD)] = None,
     lr: Annotated[float | None, typer.Option(help="apm: learning rate.", rich_help_panel=METHOD)] = None,
-    preset: Annotated[str, typer.Option(help="apm: size, paper or small.", rich_help_panel=METHOD)] = "paper",
+    preset: Annotated[
+        str, typer.Option(help="apm: the student's size, paper or small.", rich_help_panel=METHOD)
+    ] = "paper",
     distil: Annotated[
         str | None,
-        typer.Option(help="apm: what has a loss: cls, grid or both. Default: cls.", rich_help_panel=METHOD),
+        typer.Option(
+            help="apm: what the loss compares: cls (the --target token), grid (the teacher's patch features) or both. "
+            "Default: cls.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
+    queries: Annotated[
+        str,
+        typer.Option(
+            help="apm: locations each step reads: all (as in the paper), a number, or auto as in apm classify.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "all",
     readout: Annotated[
         str | None,
-        typer.Option(help="apm: query or mean. Default: query; mean where distil is grid.", rich_help_panel=METHOD),
+        typer.Option(
+            help="apm: how the token is read: query or mean. Default: query; mean where distil is grid.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="apm: auto, fp32 or bf16.", rich_help_panel=METHOD)] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="apm: number format, auto, fp32 or bf16.", rich_help_panel=METHOD)
+    ] = "auto",
     record_steps: Annotated[
         bool,
         typer.Option("--record-steps", help="apm: record the prediction after each step.", rich_help_panel=METHOD),
@@ -122,11 +143,13 @@ def bench(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(PROMPT_NAMES)} (1, 7, 80). Default: each data set's own.", rich_help_panel=METHOD
+            help=f"Prompt templates: {', '.join(PROMPT_NAMES)} (1, 7, 80). Default: each data set's own.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     template: Annotated[
-        list[str] | None, typer.Option(help='Your own prompt, "a sketch of a {}."; repeatable.', rich_help_panel=METHOD)
+        list[str] | None,
+        typer.Option(help='A prompt of your own: "a sketch of a {}."; repeatable.', rich_help_panel=METHOD),
     ] = None,
     out: Annotated[
         Path | None,
@@ -137,11 +160,11 @@ def bench(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)] = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(help="Images at a time. Changes no answer.", rich_help_panel=RUN)
+        int | None, typer.Option(help="Images at a time. Answers do not depend on it.", rich_help_panel=RUN)
     ] = None,
-    workers: Annotated[int, typer.Option(help="Threads that decode images.", rich_help_panel=RUN)] = 4,
+    workers: Annotated[int, typer.Option(help="Number of threads that decode images.", rich_help_panel=RUN)] = 4,
     seed: Annotated[
-        int, typer.Option(help="Of subset, stream order, views, corruptions, students.", rich_help_panel=RUN)
+        int, typer.Option(help="Seed of subset, stream order, views, corruptions, students.", rich_help_panel=RUN)
     ] = 0,
     as_json: Annotated[
         bool,
@@ -171,6 +194,7 @@ def bench(
         raise UsageError(f"--seed is {seed}; it must be 0 or more.")
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
+    parse_queries(queries)
 
     from apm.benchmarks.plan import default_folder, method_specs, plan_cells
     from apm.labels import check_templates, prompt_templates
@@ -214,6 +238,7 @@ def bench(
                 lr=lr,
                 preset=preset,
                 distil=distil,
+                queries=parse_queries(queries),
                 readout=readout,
                 precision=_precision(precision, folder, loaded, fresh, group),
                 device=loaded.device,

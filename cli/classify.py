@@ -1,24 +1,26 @@
-"""`apm classify`: files in, answers out, one by one and in order."""
+"""`apm classify`: its options, and what is checked before anything is loaded."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apm.errors import ImageError, UsageError
+from apm.errors import UsageError
 from apm.labels import LABEL_SET_NAMES, PROMPT_NAMES, parse_labels, read_labels_file
-from apm.paths import expand_paths, printable
+from apm.paths import printable
+from apm.queries import parse_queries
+from apm.startup import collector_paused
 
 from . import render
+from .answer_file import check_out
+from .answering import Answering, Form, Inputs, interrupted
 from .options import Debug
 
 if TYPE_CHECKING:
-    from apm.classifier import Answer, Classifier
+    from apm.classifier import Classifier
 
 STUDENT, SOURCE, OUTPUT = "The student", "Labels and teacher", "Output"
 
@@ -36,91 +38,130 @@ def classify(
             rich_help_panel=SOURCE,
         ),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help='Names to choose from: "cat,dog".', rich_help_panel=SOURCE)] = None,
+    labels: Annotated[
+        str | None, typer.Option(help='Class names to choose from: "cat,dog".', rich_help_panel=SOURCE)
+    ] = None,
     labels_file: Annotated[
-        Path | None, typer.Option(help="The same from a file, a name a line.", rich_help_panel=SOURCE)
+        Path | None, typer.Option(help="Class names from a text file, one a line.", rich_help_panel=SOURCE)
     ] = None,
     label_set: Annotated[
         str | None,
         typer.Option(
-            help=f"A known set of names: {', '.join(LABEL_SET_NAMES)}. Default: the teacher's own, else imagenet.",
+            help=f"A built-in set of class names: {', '.join(LABEL_SET_NAMES)}. "
+            "Default: the teacher's own, else imagenet.",
             rich_help_panel=SOURCE,
         ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            help=f"Prompts around each name: {', '.join(PROMPT_NAMES)} (1, 7, 80). "
+            help=f"Prompt templates for the class names: {', '.join(PROMPT_NAMES)} (1, 7, 80 of them). "
             "Default: the teacher's own, else single.",
             rich_help_panel=SOURCE,
         ),
     ] = None,
     template: Annotated[
         list[str] | None,
-        typer.Option(help='Your own prompt, "a sketch of a {}."; may be repeated.', rich_help_panel=SOURCE),
+        typer.Option(help='A prompt template of your own: "a sketch of a {}."; repeatable.', rich_help_panel=SOURCE),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimisation steps for each image. Default: 50.", rich_help_panel=STUDENT)
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate of Adam. Default: 0.0001.", rich_help_panel=STUDENT)
+        float | None, typer.Option(help="Adam's learning rate. Default: 0.0001.", rich_help_panel=STUDENT)
     ] = None,
-    preset: Annotated[str, typer.Option(help="Size: paper or small.", rich_help_panel=STUDENT)] = "paper",
+    preset: Annotated[str, typer.Option(help="The student's size: paper or small.", rich_help_panel=STUDENT)] = "paper",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Which token the student is overfit to: cls (the teacher's token of the image, as in the paper), or "
+            "an aggregate over augmented views: mean, confident, mta; best is the best of them (mta).",
+            rich_help_panel=STUDENT,
+        ),
+    ] = "cls",
     distil: Annotated[
         str | None,
         typer.Option(
-            help="What the student is overfit to: cls (the teacher's token), grid (its patch features) or both. "
+            help="What the loss compares: cls (the --target token), grid (the teacher's patch features) or both. "
             "Default: cls; both with --explain.",
             rich_help_panel=STUDENT,
         ),
     ] = None,
     rgb_weight: Annotated[
-        float, typer.Option(help="Of a loss towards the image's own colours, added to it.", rich_help_panel=STUDENT)
+        float,
+        typer.Option(help="Weight of an added loss towards the image's own colours.", rich_help_panel=STUDENT),
     ] = 0.0,
     queries: Annotated[
-        int | None,
+        str,
         typer.Option(
-            help="Locations drawn afresh for each step, an approximation. Default: all of them.",
+            help="Locations each step reads: all (as in the paper), a number (drawn afresh for each step: faster on a "
+            "CPU, an approximation), or auto (a number on a CPU if a token alone is distilled, else all).",
             rich_help_panel=STUDENT,
         ),
-    ] = None,
+    ] = "auto",
     readout: Annotated[
         str | None,
         typer.Option(
-            help="query (the object query) or mean. Default: query; mean with --distil grid.", rich_help_panel=STUDENT
+            help="How the student's token is read: query (attention of a learned object query) or mean (the field's "
+            "mean). Default: query; mean with --distil grid.",
+            rich_help_panel=STUDENT,
         ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Of the matrix products: auto, fp32 or bf16.", rich_help_panel=STUDENT)
+        str, typer.Option(help="Number format of the matrix products: auto, fp32 or bf16.", rich_help_panel=STUDENT)
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=STUDENT)] = "auto",
     batch_size: Annotated[
         str,
-        typer.Option(help="Images adapted side by side: a number or auto. Changes no answer.", rich_help_panel=STUDENT),
+        typer.Option(
+            help="Images adapted side by side: a number or auto. Answers do not depend on it.", rich_help_panel=STUDENT
+        ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the student's first weights.", rich_help_panel=STUDENT)] = 0,
-    top_k: Annotated[int, typer.Option(help="How many labels to show.", rich_help_panel=OUTPUT)] = 5,
+    seed: Annotated[
+        int,
+        typer.Option(help="Seed of the student's first weights and of the augmented views.", rich_help_panel=STUDENT),
+    ] = 0,
+    top_k: Annotated[int, typer.Option(help="Number of labels to show.", rich_help_panel=OUTPUT)] = 5,
+    min_probability: Annotated[
+        float,
+        typer.Option(
+            help='Mark answers as "unsure" whose best label is less probable, 0 to 1.', rich_help_panel=OUTPUT
+        ),
+    ] = 0.0,
     max_pixels: Annotated[
         int | None,
         typer.Option(help="Refuse larger images (width × height). Default: 89478485.", rich_help_panel=OUTPUT),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON line an image, and nothing else on stdout.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--json", help="Print one JSON line an image, nothing else.", rich_help_panel=OUTPUT)
+    ] = False,
+    steps_detail: Annotated[
+        bool,
+        typer.Option("--steps-detail", help="Put loss and cosine of every step into the JSON.", rich_help_panel=OUTPUT),
     ] = False,
     quiet: Annotated[
         bool,
-        typer.Option("--quiet", "-q", help="Only path, label and probability, tab-separated.", rich_help_panel=OUTPUT),
+        typer.Option("--quiet", "-q", help="Print just path, label, probability, with tabs.", rich_help_panel=OUTPUT),
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the answers to this file (.jsonl or .csv) as they come; they are printed only with --json or "
+            "--quiet. The same command, run again, goes on from there.",
+            rich_help_panel=OUTPUT,
+            metavar="FILE",
+        ),
+    ] = None,
     explain: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for a picture of where the best labels are, one an image, with its arrays (.npz).",
+            help="Write a map of the best labels for each image into this folder, with its arrays (.npz).",
             rich_help_panel=OUTPUT,
             metavar="DIR",
         ),
     ] = None,
     explain_size: Annotated[
-        int, typer.Option(help="Places a side at which --explain asks the field.", rich_help_panel=OUTPUT)
+        int, typer.Option(help="Side of the maps of --explain, in locations.", rich_help_panel=OUTPUT)
     ] = 112,
     debug: Debug = False,
 ) -> None:
@@ -134,50 +175,73 @@ def classify(
     names = _labels(labels, labels_file, label_set)
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
-    size = _batch_size(batch_size)
+    size, locations = _batch_size(batch_size), parse_queries(queries)
     chosen: list[str] = []
     if explain is not None:
         steps, lr, distil, chosen = _for_maps(explain, explain_size, steps, lr, distil)
     distil = distil or "cls"
-    if teacher is not None:
-        from apm.teachers import check_teacher
-
-        check_teacher(teacher)  # before the imports below, which take seconds
-
-    from apm.classifier import Classifier
-    from apm.images import MAX_PIXELS
-
-    classifier = Classifier(
-        teacher,
-        labels=names,
-        label_set=label_set,
-        prompts=prompts,
-        templates=template or None,
-        preset=preset,
-        readout=readout,
-        steps=steps,
-        lr=lr,
-        precision=precision,
-        device=device,
-        batch_size=size,
-        seed=seed,
-        distil=distil,
-        rgb_weight=rgb_weight,
-        queries=queries,
-        top_k=top_k,
-        max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+    if out is not None:
+        check_out(out)
+    form = Form(
+        as_json=as_json, quiet=quiet, steps_detail=steps_detail, out=out, explain=explain, explain_size=explain_size
     )
-    if not quiet or classifier.fell_back:  # that another teacher answers must be known in any case
-        for note in classifier.teacher.notes:
-            render.notice(note)
-    render.notice_if_slow(precision, classifier.device)
-    if readout is None and distil == "grid" and not quiet:
-        render.notice(
-            "--distil grid trains no object query, so the token is read as the field's mean (--readout mean)."
+    inputs = Inputs(paths)
+    inputs.name_problems(form)
+    try:
+        if teacher is not None:
+            from apm.teachers import check_teacher
+
+            check_teacher(teacher)  # before the imports below, which take seconds
+
+        with collector_paused():
+            from apm.classifier import Classifier
+            from apm.images import MAX_PIXELS
+
+        classifier = Classifier(
+            teacher,
+            labels=names,
+            label_set=label_set,
+            prompts=prompts,
+            templates=template or None,
+            preset=preset,
+            readout=readout,
+            steps=steps,
+            lr=lr,
+            precision=precision,
+            device=device,
+            batch_size=size,
+            seed=seed,
+            target=target,
+            distil=distil,
+            rgb_weight=rgb_weight,
+            queries=locations,
+            top_k=top_k,
+            min_probability=min_probability,
+            max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
         )
-    if chosen and not quiet:
-        render.notice(f"--explain takes {', '.join(chosen)}: the maps need them. Your own values go before.")
-    _print_answers(classifier, paths, as_json=as_json, quiet=quiet, explain=explain, explain_size=explain_size)
+    except KeyboardInterrupt:
+        raise interrupted(0, inputs.total, form) from None
+    for note in _notes(classifier, quiet=quiet, given=readout, chosen=chosen):
+        render.notice(note)
+    render.notice_if_slow(precision, classifier.device)
+    Answering(classifier, inputs, form).run()
+
+
+def _notes(classifier: Classifier, *, quiet: bool, given: str | None, chosen: list[str]) -> Iterator[str]:
+    """What the user should know before the first answer."""
+    if not quiet or classifier.fell_back:  # that another teacher answers must be known in any case
+        yield from classifier.teacher.notes
+    if classifier.fell_back and classifier.label_source == "teacher":
+        yield (
+            "The embedded teacher knows few things, and of all else it makes a wild guess among them. "
+            'Say what may be on the photographs: --labels "cat,dog,horse".'
+        )
+    if quiet:
+        return
+    if given is None and classifier.adapt_config.distil == "grid":
+        yield "--distil grid trains no object query, so the token is read as the field's mean (--readout mean)."
+    if chosen:
+        yield f"--explain takes {', '.join(chosen)}: the maps need them. Your own values go before."
 
 
 def _for_maps(
@@ -197,67 +261,6 @@ def _for_maps(
     filled = (("--steps", steps, STEPS), ("--lr", lr, LR), ("--distil", distil, "both"))
     told = [f"{name} {default}" for name, given, default in filled if given is None]
     return steps or STEPS, LR if lr is None else lr, distil or "both", told
-
-
-def _explained(classifier: Classifier, paths: Iterable[Path], folder: Path, size: int) -> Iterator[Answer]:
-    """Yield the answers, each after its picture and arrays are on disk."""
-    from apm.benchmarks.explain_figures import write_explanation
-    from apm.classifier import Answer
-
-    for path in paths:
-        try:
-            perception = classifier.perceive(path)
-        except ImageError as error:
-            yield Answer(path=path, error=str(error))
-            continue
-        write_explanation(perception, classifier, folder, size=size)
-        yield perception.answer
-
-
-def _print_answers(
-    classifier: Classifier,
-    arguments: list[str],
-    *,
-    as_json: bool,
-    quiet: bool,
-    explain: Path | None,
-    explain_size: int,
-) -> None:
-    if "-" in arguments and sys.stdin is None:
-        raise UsageError("Paths were to come on stdin, and it is closed.")
-    paths = expand_paths(arguments, sys.stdin.buffer if "-" in arguments else ())
-    total = None
-    if "-" not in arguments:  # what comes by a pipe is not waited for, only to count it
-        known = list(paths)
-        paths, total = iter(known), len(known)
-    heading = f"teacher {classifier.teacher.name}{' (fallback)' if classifier.fell_back else ''}"
-    console = render.data_console()
-    count = failed = 0
-    try:
-        with render.progress_on_terminal(total, wanted=not quiet and total != 1) as progress:
-            answers = (
-                classifier.classify(paths) if explain is None else _explained(classifier, paths, explain, explain_size)
-            )
-            for answer in answers:
-                with render.above(progress):
-                    if as_json:
-                        typer.echo(json.dumps(render.answer_record(answer, classifier), allow_nan=False))
-                    elif answer.error is None and quiet:
-                        typer.echo(render.answer_line(answer))
-                    elif answer.error is None:
-                        console.print(render.answer_view(answer, teacher=heading))
-                    sys.stdout.flush()
-                    if answer.error is not None:
-                        render.failure(answer.error)
-                count += 1
-                failed += answer.error is not None
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(130) from None
-    if count == 0:
-        raise UsageError("No path came in on stdin.")
-    if failed:
-        raise typer.Exit(1)
 
 
 def _labels(labels: str | None, labels_file: Path | None, label_set: str | None) -> tuple[str, ...] | None:

@@ -17,19 +17,23 @@ ORDERS = ("reading", "random")
 
 
 def field(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph; its central square is looked at.")],
-    checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="What `apm pretrain` made.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The photograph; its central square is used.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="Checkpoint of `apm pretrain`.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the arrays (npz) and the picture (png).")],
     size: Annotated[
-        int | None, typer.Option(help="A query for each pixel of a picture of this side. Default: 224.")
+        int | None, typer.Option(help="Side of the picture in pixels, one query for each. Default: 224.")
     ] = None,
     locations: Annotated[
         Path | None,
-        typer.Option(metavar="CSV", help="Query these instead: columns y and x, from 0 to 1 over the square."),
+        typer.Option(
+            metavar="CSV", help="Query the locations of this file instead: columns y and x, 0 to 1 over the square."
+        ),
     ] = None,
-    order: Annotated[str, typer.Option(help="Of the queries: reading or random. Changes no answer.")] = "reading",
-    seed: Annotated[int, typer.Option(help="Of the random order.")] = 0,
-    chunk: Annotated[int, typer.Option(help="Queries at once: less needs less memory.")] = 4096,
+    order: Annotated[
+        str, typer.Option(help="Order of the queries: reading or random. Answers do not depend on it.")
+    ] = "reading",
+    seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
+    chunk: Annotated[int, typer.Option(help="Queries at a time: fewer need less memory.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_pixels: Annotated[
         int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")

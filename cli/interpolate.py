@@ -16,10 +16,10 @@ from .render import notice
 
 def interpolate(
     first: Annotated[Path, typer.Argument(metavar="A", help="The photograph to start from.")],
-    last: Annotated[Path, typer.Argument(metavar="B", help="The photograph to arrive at.")],
-    checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="What `apm pretrain` made.")],
+    last: Annotated[Path, typer.Argument(metavar="B", help="The photograph to end at.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="Checkpoint of `apm pretrain`.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for walk.npz, walk.gif and walk.png.")],
-    frames: Annotated[int, typer.Option(help="Frames, both ends included.")] = 9,
+    frames: Annotated[int, typer.Option(help="Number of frames, both ends included.")] = 9,
     size: Annotated[int, typer.Option(help="Side of a frame in pixels, one query each.")] = 112,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_pixels: Annotated[

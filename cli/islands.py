@@ -42,10 +42,10 @@ def islands(
     threshold: Annotated[float, typer.Option(help="Cosine from which on neighbours form one region.")] = 0.9,
     parts: Annotated[int, typer.Option(help="Number of clusters and of superpixels.")] = 12,
     controls: Annotated[bool, typer.Option(help="Also fit the controls, which takes four times as long.")] = True,
-    precision: Annotated[str, typer.Option(help="Of the matrix products: auto, fp32 or bf16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Number format of the matrix products: auto, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of first weights, random targets, order of patches, t-SNE.")] = 0,
-    figure_format: Annotated[str, typer.Option("--format", help="Of the figures: png or svg.")] = "png",
+    seed: Annotated[int, typer.Option(help="Seed of first weights, random targets, order of patches, t-SNE.")] = 0,
+    figure_format: Annotated[str, typer.Option("--format", help="File format of the figures: png or svg.")] = "png",
     debug: Debug = False,
 ) -> None:
     """Watch the field form while a student is fitted to the token and to the grid of a teacher.

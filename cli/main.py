@@ -5,7 +5,10 @@ A sub-command is imported when it is called or asked for its help, so that `apm 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -89,7 +92,7 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -103,4 +106,13 @@ def apm(
 
 def main() -> None:
     """Run the command line; never returns."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal or a locale that knows no "→" gets a "?"
+    atexit.register(_leave_quickly)
     app(prog_name="apm")
+
+
+def _leave_quickly() -> None:
+    """Spare the interpreter its last look at a million objects of imported libraries: it takes a second."""
+    if "triton" not in sys.modules:  # which complains on stderr of what is not taken down
+        gc.freeze()

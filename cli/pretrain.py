@@ -31,12 +31,12 @@ def pretrain(
     teacher_grid: Annotated[
         str, typer.Option(help="Teacher that gives the grids: any of `apm teachers`, or timm:NAME.", metavar="NAME")
     ],
-    out: Annotated[Path, typer.Option(help="The checkpoint; continued when it is there.", metavar="CKPT")],
-    preset: Annotated[str, typer.Option(help="Size: paper or small.", rich_help_panel=STUDENT)] = "small",
+    out: Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")],
+    preset: Annotated[str, typer.Option(help="The student's size: paper or small.", rich_help_panel=STUDENT)] = "small",
     grid_size: Annotated[
         int | None,
         typer.Option(
-            help="Pixels at which the teacher sees an image. Default: its own.",
+            help="Side of the teacher's input in pixels. Default: its own.",
             rich_help_panel=STUDENT,
             show_default=False,
         ),
@@ -44,19 +44,19 @@ def pretrain(
     steps: Annotated[int, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)] = 3000,
     batch_size: Annotated[int, typer.Option(help="Images a step, over all processes.", rich_help_panel=TRAINING)] = 32,
     lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=TRAINING)] = 2e-3,
-    warmup: Annotated[int, typer.Option(help="Steps until it is reached.", rich_help_panel=TRAINING)] = 100,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.01,
+    warmup: Annotated[int, typer.Option(help="Steps until the highest learning rate.", rich_help_panel=TRAINING)] = 100,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=TRAINING)] = 0.01,
     locations: Annotated[
         int | None,
         typer.Option(help="Random locations to train at in each step. Default: all.", rich_help_panel=TRAINING),
     ] = None,
-    rgb_weight: Annotated[float, typer.Option(help="Of the colours' loss.", rich_help_panel=TRAINING)] = 1.0,
+    rgb_weight: Annotated[float, typer.Option(help="Weight of the colours' loss.", rich_help_panel=TRAINING)] = 1.0,
     held_out: Annotated[
         float, typer.Option(help="Share of the images to measure on, never trained on.", rich_help_panel=TRAINING)
     ] = 0.05,
-    seed: Annotated[int, typer.Option(help="Of weights, split and order.", rich_help_panel=TRAINING)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, split and order.", rich_help_panel=TRAINING)] = 0,
     precision: Annotated[
-        str, typer.Option(help="Of the two middle layers: auto, fp32 or bf16.", rich_help_panel=TRAINING)
+        str, typer.Option(help="Number format of the middle layers: auto, fp32 or bf16.", rich_help_panel=TRAINING)
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)] = "auto",
     evaluate_every: Annotated[
@@ -70,7 +70,7 @@ def pretrain(
     max_pixels: Annotated[
         int | None, typer.Option(help="Skip larger images (width × height). Default: 89478485.", rich_help_panel=FILES)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=FILES)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=FILES)] = False,
     debug: Debug = False,
 ) -> None:
     """Train one student on a folder of images: its field against a teacher's grid, its colours against the image.

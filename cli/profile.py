@@ -25,7 +25,7 @@ def profile(
         int | None, typer.Option(help="Width of the token. Default: the teacher's, else 512.", show_default=False)
     ] = None,
     readout: Annotated[str, typer.Option(help="query (the object query) or mean.")] = "query",
-    precision: Annotated[str, typer.Option(help="Of the matrix products: auto, fp32 or bf16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Number format of the matrix products: auto, fp32 or bf16.")] = "auto",
     teacher: Annotated[
         str | None, typer.Option(help="Count this teacher as well; see `apm teachers`.", show_default=False)
     ] = None,

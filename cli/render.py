@@ -13,11 +13,14 @@ import typer
 from apm.paths import printable
 
 if TYPE_CHECKING:
-    import torch
-    from rich.console import Console, RenderableType
-    from rich.progress import Progress
+    from pathlib import Path
 
-    from apm.classifier import Answer, Classifier, Prediction
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.text import Text
+
+    from apm.classifier import Adaptation, Answer, Classifier, Prediction
 
 PLAIN_WIDTH = 120  # of output that goes to a file or a pipe, where no terminal gives a width
 
@@ -90,37 +93,48 @@ def above(progress: Progress | None) -> Iterator[None]:
     progress.start()
 
 
-def answer_view(answer: Answer, *, teacher: str) -> RenderableType:
+def answer_view(answer: Answer, *, teacher: str) -> Text:
     """Lay out one answer: both rankings side by side, and a line on the adaptation."""
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
+    from rich.cells import cell_len
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
-    for heading in ("student", teacher):
-        table.add_column(Text(heading), style="bold" if heading == "student" else "", overflow="fold")
-        table.add_column("", justify="right")
-    for mine, theirs in zip(answer.top, answer.teacher_top, strict=True):
-        table.add_row(Text(printable(mine.label)), _percent(mine), Text(printable(theirs.label)), _percent(theirs))
-    lines: list[RenderableType] = [Text(printable(answer.path or "image"), style="bold cyan")]
-    lines += [Padding(table, (0, 0, 0, 2))]
-    lines += [Text(f"  {_summary(answer)}", style="dim")]
-    lines += [Text(f"  note: {printable(note)}", style="dim") for note in answer.notes]
-    return Group(*lines)
+    rows = [("student", " " * 6, teacher, "")]
+    for one, other in zip(answer.top, answer.teacher_top, strict=True):
+        rows.append((printable(one.label), _percent(one), printable(other.label), _percent(other)))
+    first, second = (max(cell_len(row[column]) for row in rows) for column in (0, 2))
+    view = Text()
+    view.append(printable(answer.path or "image"), style="bold cyan")
+    for mine, share, theirs, others in rows:
+        view.append(f"\n  {mine}", style="bold")
+        gap, other_gap = " " * (first - cell_len(mine) + 2), " " * (second - cell_len(theirs) + 2)
+        view.append(f"{gap}{share}  {theirs}{other_gap}{others}".rstrip())
+    view.append(f"\n  {_summary(answer)}", style="dim")
+    for note in answer.notes:
+        view.append(f"\n  note: {printable(note)}", style="dim")
+    return view
 
 
 def answer_line(answer: Answer) -> str:
-    """Return the shortest form: path, label and probability, separated by tabs."""
+    """Return the shortest form: path, label and probability, separated by tabs, and "unsure" where it is."""
     best = answer.top[0]
-    return f"{printable(answer.path or 'image')}\t{printable(best.label)}\t{best.probability:.4f}"
+    mark = "\tunsure" if answer.unsure else ""
+    return f"{printable(answer.path or 'image')}\t{printable(best.label)}\t{best.probability:.4f}{mark}"
 
 
-def answer_record(answer: Answer, classifier: Classifier) -> dict[str, Any]:
-    """Return what `--json` prints for one answer: see schemas/classify.json."""
-    record = answer.adaptation
+def answer_record(
+    answer: Answer, classifier: Classifier, *, file: tuple[int, int] | None = None, steps_detail: bool = False
+) -> dict[str, Any]:
+    """Return what `--json` prints for one answer: see schemas/classify.json.
+
+    Args:
+        answer: what to tell.
+        classifier: whose answer it is.
+        file: the image's size in bytes and the time of its last change in nanoseconds.
+        steps_detail: tell loss and cosine before each step as well.
+    """
     return {
         "path": str(answer.path) if answer.path is not None else None,
+        "file": None if file is None else {"bytes": file[0], "modified_ns": file[1]},
         "teacher": {
             "name": classifier.teacher.name,
             "identity": classifier.teacher.identity,
@@ -132,29 +146,51 @@ def answer_record(answer: Answer, classifier: Classifier) -> dict[str, Any]:
         "top": _ranking(answer.top),
         "teacher_top": _ranking(answer.teacher_top),
         "agree": answer.agree,
-        "adaptation": None
-        if record is None
-        else {
-            "preset": classifier.preset,
-            "readout": classifier.student_config.readout,
-            "distil": classifier.adapt_config.distil,
-            "rgb_weight": classifier.adapt_config.rgb_weight,
-            "queries": classifier.adapt_config.queries,
-            "lr": classifier.adapt_config.lr,
-            "seed": classifier.adapt_config.seed,
-            "device": str(classifier.device),
-            "precision": record.precision,
-            "steps": record.steps,
-            "first_loss": _finite(record.first_loss),
-            "last_loss": _finite(record.last_loss),
-            "cosine": _finite(record.cosine),
-            "losses": [_finite(loss) for loss in record.losses],
-            "cosines": [_finite(cosine) for cosine in record.cosines],
-            "seconds": record.seconds,
-        },
+        "unsure": answer.unsure if answer.error is None else None,
+        "adaptation": _adaptation(answer.adaptation, classifier, steps_detail=steps_detail),
         "notes": list(answer.notes),
         "error": answer.error,
     }
+
+
+def failure_record(path: Path, error: str) -> dict[str, Any]:
+    """Return the record of an input that failed before any teacher was loaded."""
+    nothing = ("file", "teacher", "labels", "prompts", "agree", "unsure", "adaptation")
+    return {
+        "path": str(path),
+        **dict.fromkeys(nothing),
+        "top": [],
+        "teacher_top": [],
+        "notes": [],
+        "error": error,
+    }
+
+
+def _adaptation(record: Adaptation | None, classifier: Classifier, *, steps_detail: bool) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    told = {
+        "preset": classifier.preset,
+        "readout": classifier.student_config.readout,
+        "target": classifier.target,
+        "views": classifier.views,
+        "distil": classifier.adapt_config.distil,
+        "rgb_weight": classifier.adapt_config.rgb_weight,
+        "queries": classifier.adapt_config.queries,
+        "lr": classifier.adapt_config.lr,
+        "seed": classifier.adapt_config.seed,
+        "device": str(classifier.device),
+        "precision": record.precision,
+        "steps": record.steps,
+        "first_loss": _finite(record.first_loss),
+        "last_loss": _finite(record.last_loss),
+        "cosine": _finite(record.cosine),
+        "seconds": record.seconds,
+    }
+    if steps_detail:
+        told["losses"] = [_finite(loss) for loss in record.losses]
+        told["cosines"] = [_finite(cosine) for cosine in record.cosines]
+    return told
 
 
 def _percent(prediction: Prediction) -> str:
@@ -165,7 +201,7 @@ def _summary(answer: Answer) -> str:
     record = answer.adaptation
     if record is None:
         return "no adaptation"
-    agreement = "agree" if answer.agree else "DISAGREE"
+    agreement = ("UNSURE · " if answer.unsure else "") + ("agree" if answer.agree else "DISAGREE")
     return (
         f"{agreement} · {record.steps} steps · loss {record.first_loss:.2e} → {record.last_loss:.2e} · "
         f"cosine {record.cosine:.4f} · {record.seconds:.1f} s"

@@ -15,7 +15,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for index.html; an earlier report in it is replaced.")],
     flips: Annotated[int, typer.Option(min=0, help="Flipped images shown for each cell; the others are counted.")] = 12,
     images: Annotated[
-        bool, typer.Option("--images/--no-images", help="Show them, where the recorded data source is found.")
+        bool, typer.Option("--images/--no-images", help="Show the flipped images, where their data set is found.")
     ] = True,
     published: Annotated[
         bool, typer.Option("--published/--no-published", help="With the published rows, marked as such.")

@@ -21,7 +21,7 @@ _WIDTH = 200  # wider than any row: a cut name could not be copied
 
 def teachers(
     everything: Annotated[
-        bool, typer.Option("--all", help="All that open_clip knows, instead of the well-known ones.")
+        bool, typer.Option("--all", help="List every teacher that open_clip knows, not just the well-known ones.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line a teacher on stdout, nothing else.")] = False,
     debug: Debug = False,

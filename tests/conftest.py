@@ -29,6 +29,12 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a slow machine from saying how far it is where a test compares what is said."""
+    monkeypatch.setattr("apm.cli.progress.LINE_EVERY", 3600.0)
+
+
 @pytest.fixture(scope="session")
 def photographs() -> dict[str, Path]:
     """Return scikit-image's free photographs by what is on them: cat, coffee, astronaut, rocket."""

@@ -19,6 +19,9 @@ from apm.errors import ImageError, TeacherError, UsageError
 from apm.grids import resample
 from apm.images import load_image
 from apm.position import grid_locations
+from apm.queries import FEWER, locations_a_step
+from apm.targets import TARGETS, aggregate
+from apm.views import pixels_id, views
 from tests.fakes import FakeTeacher
 
 LABELS = ("cat", "dog", "bird", "house", "tree", "car")
@@ -328,3 +331,50 @@ def test_a_teacher_without_a_grid_is_perceived_without_one(picture: Path, tmp_pa
         classifier.perceive(picture, grid_size=32)
     with pytest.raises(ImageError, match="no such file"):
         classifier.perceive(tmp_path / "nothing.png")
+
+
+@pytest.mark.parametrize("target", ["mean", "mta"])
+def test_a_target_of_views_is_that_of_bench(pictures: list[Path], target: str) -> None:
+    """The token is fitted to what `apm bench` aggregates, whatever the batch, the order and the place of the file."""
+    teacher = FakeTeacher()
+    image = load_image(pictures[0]).image
+    classifier = build(teacher=teacher, target=target, seed=3)
+    policy = TARGETS[target]
+    tokens = [
+        teacher.encode_image(one[None])[0]
+        for one in views(image, policy.views, teacher, seed=3, sample_id=pixels_id(image), min_area=policy.min_area)
+    ]
+    wanted = aggregate(target, torch.stack(tokens), classifier.head)
+    result = classifier.perceive(pictures[0]).result
+    expected = torch.cosine_similarity(result.tokens[0], wanted, dim=0)
+    torch.testing.assert_close(result.final_cosines[0], expected, rtol=0, atol=1e-5)
+    own = teacher.encode_image(teacher.preprocess(image)[None])[0]
+    assert torch.equal(classifier.perceive(pictures[0]).token, own) and not torch.allclose(own, wanted, atol=1e-3)
+    alone = {path: build(target=target)(path) for path in pictures[:3]}
+    answers = list(build(target=target, batch_size=3).classify(pictures[2::-1]))
+    assert all(same(answer, alone[answer.path]) for answer in answers if answer.path is not None)
+
+
+def test_auto_reads_fewer_locations_where_that_was_measured() -> None:
+    assert build().adapt_config.queries == FEWER["small"]
+    for options in (
+        {"queries": "all"},
+        {"distil": "both"},
+        {"distil": "grid"},
+        {"rgb_weight": 0.1},
+        {"readout": "mean"},
+    ):
+        assert build(**options).adapt_config.queries is None
+    assert build(queries=5).adapt_config.queries == 5
+    cuda = torch.device("cuda")
+    common = {"preset": "paper", "readout": "query", "distil": "cls", "rgb_weight": 0.0}
+    assert locations_a_step("auto", device=cuda, **common) is None
+    assert locations_a_step("auto", device=torch.device("cpu"), **common) == FEWER["paper"]
+    with pytest.raises(UsageError, match='queries is "few"'):
+        build(queries="few")
+
+
+def test_unsure_is_below_the_bound(picture: Path) -> None:
+    probability = build()(picture).top[0].probability
+    assert not build(min_probability=probability - 0.01)(picture).unsure
+    assert build(min_probability=probability + 0.01)(picture).unsure

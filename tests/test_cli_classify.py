@@ -23,6 +23,7 @@ from apm.adapt import AdaptConfig
 from apm.cli.main import app
 from apm.errors import TeacherError
 from apm.images import MAX_PIXELS
+from apm.queries import FEWER
 from tests.fakes import FakeTeacher
 
 SCHEMA = json.loads(resources.files("apm.cli").joinpath("schemas/classify.json").read_text())
@@ -85,7 +86,11 @@ def test_json_record(picture: Path, fake_teacher: FakeTeacher) -> None:
     assert record["agree"] == (record["top"][0]["label"] == record["teacher_top"][0]["label"])
     adaptation = record["adaptation"]
     assert (adaptation["steps"], adaptation["seed"], adaptation["lr"], adaptation["preset"]) == (2, 5, 0.001, "small")
-    assert len(adaptation["losses"]) == len(adaptation["cosines"]) == 2
+    assert (adaptation["target"], adaptation["views"]) == ("cls", 1)
+    assert record["unsure"] is False and record["file"]["bytes"] == picture.stat().st_size
+    assert "losses" not in adaptation and "cosines" not in adaptation
+    (detailed,) = records(classify("--json", "--steps-detail", picture))
+    assert len(detailed["adaptation"]["losses"]) == len(detailed["adaptation"]["cosines"]) == 2
 
 
 def test_view(picture: Path) -> None:
@@ -94,7 +99,9 @@ def test_view(picture: Path) -> None:
     title, heading, first, *_ = result.stdout.splitlines()
     assert title == str(picture)
     assert heading.split() == ["student", "teacher", "fake"]
-    assert re.fullmatch(r"  \w+ +\d+\.\d% +\w+ +\d+\.\d%\s*", first)
+    assert re.fullmatch(r"  \w+ +\d+\.\d% +\w+ +\d+\.\d%", first)
+    assert first.index("%") + 3 == heading.index("teacher")
+    assert all(line == line.rstrip() for line in result.stdout.splitlines())
     assert re.search(r"(agree|DISAGREE) · 2 steps · loss \S+ → \S+ · cosine -?0\.\d{4} · \d+\.\d s\n", result.stdout)
 
 
@@ -153,13 +160,13 @@ def test_each_bad_input_gets_one_line_and_the_rest_is_answered(bad: dict[str, Pa
     result = classify("--json", *bad.values(), picture)
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
-    assert len(lines) == len(bad)
-    for line, (cause, path) in zip(lines, bad.items(), strict=True):
-        assert line.startswith("error: ") and cause in line and path.name.split("\n")[0] in line
-    assert "Traceback" not in result.stderr
+    assert len(lines) == len(bad) and "Traceback" not in result.stderr
     *failed, good = records(result)
     assert [record["path"] for record in failed] == [str(path) for path in bad.values()]
-    assert all(f"error: {record['error']}" == line for record, line in zip(failed, lines, strict=True))
+    # What the names alone show is told at once, the rest as it comes; the records stand in the inputs' order.
+    assert sorted(f"error: {record['error']}" for record in failed) == sorted(lines)
+    for record, (cause, path) in zip(failed, bad.items(), strict=True):
+        assert cause in record["error"] and path.name.split("\n")[0] in record["error"]
     assert good["error"] is None and good["path"] == str(picture)
 
 
@@ -295,15 +302,91 @@ def test_fallback_is_said_once_and_in_the_output(
     assert CliRunner().invoke(app, [*common, "--quiet"]).stderr == result.stderr
 
 
-def test_a_wrong_teacher_is_told_before_the_slow_imports() -> None:
+def without_slow_imports(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that must end before torch is imported, which the last line of stdout says."""
     code = (
-        "import sys\nsys.argv[1:] = ['classify', 'x.jpg', '--teacher', 'ViT-B-16/opnai']\n"
-        "from apm.cli.main import main\n"
-        "try:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+        "import sys\nfrom apm.cli.main import main\n"
+        "try:\n    main()\nfinally:\n    print(*({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "False\n")
+    command = [sys.executable, "-c", code, "classify", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_wrong_teacher_is_told_before_the_slow_imports(picture: Path) -> None:
+    done = without_slow_imports(picture, "--teacher", "ViT-B-16/opnai")
+    assert (done.returncode, done.stdout) == (2, "\n")
     assert 'Did you mean "ViT-B-16/openai"' in done.stderr
+
+
+@pytest.mark.parametrize("teacher", [(), ("--teacher", "ViT-B-16/openai")])
+def test_a_missing_file_is_named_before_anything_is_loaded(teacher: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = without_slow_imports(tmp_path / "missing.jpg", tmp_path / "empty", *teacher)
+    assert (done.returncode, done.stdout) == (1, "\n")
+    assert done.stderr.splitlines() == [
+        f"error: {tmp_path}/missing.jpg: no such file",
+        f"error: {tmp_path}/empty: a folder without images",
+        "note: nothing is left to classify.",
+    ]
+
+
+def test_failed_inputs_have_records_even_where_no_teacher_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    result = classify("--json", tmp_path / "missing.jpg")
+    assert result.exit_code == 1
+    (record,) = records(result)
+    assert record["teacher"] is None and record["error"].endswith("missing.jpg: no such file")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_out_is_written_and_continued(suffix: str, picture: Path, tmp_path: Path, fake_teacher: FakeTeacher) -> None:
+    other, out = tmp_path / "other.png", tmp_path / f"answers{suffix}"
+    Image.new("RGB", (9, 9), "red").save(other)
+    first = classify("--out", out, picture)
+    assert (first.exit_code, first.stdout) == (0, "")
+    assert first.stderr == f"note: 1 answers are in {out}.\n"
+    calls = fake_teacher.image_calls
+    again = classify("--out", out, "--json", picture, other, tmp_path / "missing.jpg")
+    assert again.exit_code == 1 and fake_teacher.image_calls == calls + 1
+    assert [record["path"] for record in records(again)] == [str(other), str(tmp_path / "missing.jpg")]
+    assert again.stderr.endswith(f"note: 2 answers are in {out}, 1 of them from before.\n")
+    if suffix == ".jsonl":
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        for line in lines:
+            jsonschema.validate(line, SCHEMA)
+        assert [line["path"] for line in lines] == [str(picture), str(other), str(tmp_path / "missing.jpg")]
+    refused = classify("--out", out, "--lr", "0.5", picture)
+    assert refused.exit_code == 2 and "lr: 0.0001, now 0.5" in refused.stderr
+    wrong = classify("--out", tmp_path / "answers.txt", picture)
+    assert wrong.exit_code == 2 and "must end in .jsonl or .csv" in wrong.stderr
+
+
+def test_improbable_answers_are_marked_unsure(picture: Path) -> None:
+    for bound, unsure in (("0", False), ("1", True)):
+        assert records(classify("--json", "--min-probability", bound, picture))[0]["unsure"] is unsure
+        assert ("UNSURE" in classify("--min-probability", bound, picture).stdout) is unsure
+        assert classify("--quiet", "--min-probability", bound, picture).stdout.endswith("\tunsure\n") is unsure
+
+
+@pytest.mark.parametrize("target", ["mean", "confident", "mta", "best"])
+def test_target_is_used_and_said(target: str, picture: Path, fake_teacher: FakeTeacher) -> None:
+    plain = records(classify("--json", "--steps-detail", picture))[0]
+    (record,) = records(classify("--json", "--steps-detail", "--target", target, picture))
+    assert (record["adaptation"]["target"], record["adaptation"]["views"]) == (target, 16)
+    assert fake_teacher.image_calls == 1 + 16
+    assert record["teacher_top"] == plain["teacher_top"]  # the teacher's own answer, whatever the target
+    assert record["adaptation"]["losses"] != plain["adaptation"]["losses"]
+
+
+def test_a_teacher_that_stands_in_without_labels_is_said_to_guess(
+    picture: Path, fake_teacher: FakeTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_teacher.default_labels = ("French horn", "church", "parachute")
+    monkeypatch.setattr(module, "load_default_teacher", lambda **_: fake_teacher)
+    said = [CliRunner().invoke(app, ["classify", *more, *FAST, str(picture)]).stderr for more in ((), LABELS)]
+    assert ["wild guess" in text and "--labels" in text for text in said] == [True, False]
 
 
 def test_a_failed_file_is_named_to_the_letter(tmp_path: Path) -> None:
@@ -330,7 +413,7 @@ def test_interrupted(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = classify("--json", *[picture] * 5)
     assert result.exit_code == 130
     assert len(records(result)) == 2
-    assert result.stderr == "interrupted\n"
+    assert result.stderr == "interrupted: 2 of 5 images answered.\n"
 
 
 def test_not_finite_is_said_not_answered(picture: Path) -> None:
@@ -355,9 +438,12 @@ def test_distil_is_done_and_said(distil: str, readout: str, picture: Path, fake_
 
 
 def test_fewer_queries_are_used_and_said(picture: Path, fake_teacher: FakeTeacher) -> None:
-    few, every = (records(classify("--json", *more, picture))[0]["adaptation"] for more in (("--queries", "9"), ()))
-    assert (few["queries"], every["queries"]) == (9, None)
-    assert few["losses"] != every["losses"]
+    few, fewer, every = (
+        records(classify("--json", "--steps-detail", *more, picture))[0]["adaptation"]
+        for more in (("--queries", "9"), (), ("--queries", "all"))
+    )
+    assert (few["queries"], fewer["queries"], every["queries"]) == (9, FEWER["small"], None)
+    assert few["losses"] != every["losses"] != fewer["losses"]
 
 
 def test_wrong_distil_is_refused(picture: Path) -> None:
@@ -366,6 +452,11 @@ def test_wrong_distil_is_refused(picture: Path) -> None:
         (("--distil", "grid", "--readout", "query"), 'choose readout="mean"'),
         (("--rgb-weight", "-1"), "rgb_weight must be 0 or a positive number"),
         (("--queries", "257"), "queries must not exceed the 256 locations"),
+        (("--queries", "some"), 'queries is "some"; it must be a number from 1 on, all, or auto'),
+        (("--queries", "0"), 'queries is "0"'),
+        (("--target", "mat"), 'Unknown target "mat". Did you mean "mta"'),
+        (("--target", "mta", "--distil", "grid"), "has no loss for it"),
+        (("--min-probability", "2"), "must lie between 0 and 1"),
     ):
         result = classify(*arguments, picture)
         assert result.exit_code == 2 and words in result.stderr

@@ -38,8 +38,10 @@ HEAVY = {
 # The command with a teacher that needs no weights, in a process of its own.
 FAKE = """
 import apm.classifier
+import apm.cli.progress
 import apm.teachers
 from tests.fakes import FakeTeacher
+apm.cli.progress.LINE_EVERY = 3600.0  # a slow machine would say how far it is
 apm.teachers.check_teacher = lambda spec: None
 apm.classifier.load_teacher = lambda *_, **__: FakeTeacher()
 from apm.cli.main import main
@@ -161,7 +163,8 @@ def test_control_c_keeps_finished_results(picture: Path) -> None:
     assert process.returncode == 130
     assert all(json.loads(line)["error"] is None for line in lines)
     assert len(lines) < 200
-    assert said == "interrupted\n"
+    # it may come between a line and its count
+    assert said in [f"interrupted: {count} of 200 images answered.\n" for count in (len(lines) - 1, len(lines))]
 
 
 def test_progress_only_on_a_terminal(picture: Path) -> None:
@@ -204,3 +207,48 @@ def test_ctrl_c_is_quiet_even_while_the_command_is_still_being_imported() -> Non
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 130
     assert ended.stderr == "interrupted\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("encoding", "arrow"), [("cp1252", b"?"), ("latin-1", b"?"), ("ascii", None), ("utf-8", "→".encode())]
+)
+def test_a_terminal_that_knows_few_characters_gets_question_marks(encoding: str, arrow: bytes, picture: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        fake_classify("--steps", "1", picture), capture_output=True, cwd=ROOT, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    line = done.stdout.splitlines()[-1]
+    assert b"cosine" in line and b" " + arrow + b" " in line
+    helped = subprocess.run(
+        [sys.executable, "-m", "apm", "bench", "--help"], capture_output=True, cwd="/", env=environment, check=False
+    )
+    assert (helped.returncode, helped.stderr) == (0, b"")
+
+
+def test_no_help_text_begins_with_of() -> None:
+    for name in COMMANDS:
+        for parameter in load_command(name).params:
+            told = getattr(parameter, "help", None)
+            assert told and not told.startswith("Of "), f"{name} {parameter.name}: {told}"
+
+
+@pytest.mark.slow
+def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "apm"]
+    # Typer looks which shell it was called from: bash is its parent here.
+    done = subprocess.run(
+        ["bash", "-c", '"$@"; exit $?', "bash", *command, "--install-completion"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd="/",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / ".bash_completions").iterdir())
+    asked = {**environment, "COMP_WORDS": "apm classify --pre", "COMP_CWORD": "2", "_APM_COMPLETE": "complete_bash"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=asked, cwd="/", check=False).stdout.split()
+    assert shown == ["--preset", "--precision"]

@@ -29,7 +29,9 @@ APM = f"""#!{sys.executable}
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import apm.classifier
+import apm.cli.progress
 from tests.fakes import FakeTeacher
+apm.cli.progress.LINE_EVERY = 3600.0
 apm.classifier.load_default_teacher = lambda **_: FakeTeacher(name="ViT-B-16/openai")
 if not {WEIGHTS.exists()}:
     apm.classifier.load_teacher = lambda name, **_: FakeTeacher(name=name)

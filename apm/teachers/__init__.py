@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from apm.errors import TeacherError
+from apm.startup import import_open_clip
 from apm.teachers.base import GridTeacher, Teacher, TeacherUnavailable
 from apm.teachers.catalog import DEFAULT, TeacherInfo, list_teachers
 
@@ -75,6 +76,7 @@ def load_teacher(spec: str, *, device: str | torch.device = "cpu") -> Teacher:
     from apm.teachers.sources import resolve
 
     source = resolve(spec)  # before the slow imports
+    import_open_clip()
     from apm.teachers.openclip import load_source
 
     return load_source(source, device=device)
@@ -93,6 +95,7 @@ def load_grid_teacher(spec: str, *, device: str | torch.device = "cpu") -> GridT
     """
     if not spec.startswith(_TIMM):
         return load_teacher(spec, device=device)
+    import_open_clip()
     from apm.teachers.grid_timm import load_timm
 
     return load_timm(spec, device=device)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apm.errors import TeacherError
+from apm.startup import import_open_clip
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ def load_embedded(*, device: str | torch.device = "cpu") -> OpenClipTeacher:
         raise TeacherError(
             f"The embedded teacher's files are missing from this installation ({FOLDER}): reinstall apm."
         )
+    import_open_clip()
     from apm.teachers.openclip import load_folder
 
     return load_folder(FOLDER, name="embedded", device=device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apm.errors import TeacherError, did_you_mean
+from apm.startup import import_open_clip
 from apm.teachers import catalog, hub
 
 _HUB, _FOLDER = "hf-hub:", "local-dir:"
@@ -110,7 +111,7 @@ def _from_tag(spec: str, model: str, entry: catalog.Entry) -> Source:
         _require_transformers(spec)
     repo, filenames = hub.weight_files(entry.location)
     weights = hub.fetch(repo, filenames, wanted_by=spec)
-    import open_clip
+    open_clip = import_open_clip()
 
     notes: tuple[str, ...] = ()
     if entry.quick_gelu and not model.endswith(catalog.QUICKGELU):
@@ -132,7 +133,7 @@ def _from_registry(spec: str, model: str, rest: str) -> Source:
     looks_like_path = path.suffix in _CHECKPOINTS or "/" in rest
     if catalog.is_complete() and not (looks_like_path or path.is_file()) and "open_clip" not in sys.modules:
         raise _unknown(spec)  # not worth the seconds that importing open_clip takes
-    import open_clip
+    open_clip = import_open_clip()
 
     if model not in open_clip.list_models():
         raise _unknown(spec)
@@ -158,7 +159,7 @@ def _from_registry(spec: str, model: str, rest: str) -> Source:
 
 def _registered(spec: str, model: str) -> Mapping[str, Any]:
     """Return open_clip's own configuration of a model."""
-    import open_clip
+    open_clip = import_open_clip()
 
     config: Mapping[str, Any] | None = open_clip.get_model_config(model)
     if config is None:

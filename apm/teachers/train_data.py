@@ -120,7 +120,9 @@ def _as_stored(data: bytes) -> np.ndarray:
 def _saved_as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     """What is left of an image (h, w, 3) uint8 once it was saved as JPEG of `quality` with halved colours (4:2:0)."""
     _, data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    assert decoded is not None  # it was encoded just now
+    return decoded[:, :, ::-1]
 
 
 def load_sources(folder: Path) -> list[Source]:

@@ -18,7 +18,8 @@ from apm.classifier import check_grid, default_readout
 from apm.errors import UsageError
 from apm.grids import resample
 from apm.model import APMConfig
-from apm.targets import TargetPolicy, aggregate, policy
+from apm.queries import locations_a_step
+from apm.targets import TargetPolicy, aggregate, check_distilled, policy
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings
 
@@ -59,13 +60,10 @@ class APMTestTimeTraining:
             name: getattr(options, name)
             for name in ("target", "preset", "readout", "distil", "steps", "lr", "precision", "seed")
         }
-        chosen = make_settings(APMSettings, "apm", options, **given)
+        chosen = _with_queries(make_settings(APMSettings, "apm", options, **given), options)
         self._policy = _target_policy(chosen, options)
         self._adapt = AdaptConfig(**_set(chosen, _ADAPT_FIELDS + _DISTIL_FIELDS))
-        if chosen.distil == "grid" and self._policy.kind != "cls":
-            raise UsageError(
-                f'Method "apm" with target={chosen.target} but distil=grid, which has no loss for it; add distil=both.'
-            )
+        check_distilled(chosen.target, chosen.distil)
         self._preset, self._readout = chosen.preset, chosen.readout or default_readout(chosen.distil)
         self._device, self._batch_size = torch.device(options.device), options.batch_size
         self._record_steps = options.record_steps
@@ -116,6 +114,21 @@ class APMTestTimeTraining:
         return APMConfig.preset(self._preset, dim=dim, readout=self._readout)  # type: ignore[arg-type]  # checked inside
 
 
+def _with_queries(chosen: APMSettings, options: MethodOptions) -> APMSettings:
+    """The settings with the run's own number of locations a step, unless the method's own name sets one."""
+    if "queries" in options.overrides:
+        return chosen
+    queries = locations_a_step(
+        options.queries,
+        preset=chosen.preset,
+        readout=chosen.readout or default_readout(chosen.distil),
+        distil=chosen.distil,
+        rgb_weight=chosen.rgb_weight,
+        device=torch.device(options.device),
+    )
+    return dataclasses.replace(chosen, queries=queries)
+
+
 def _set(chosen: APMSettings, names: tuple[str, ...]) -> dict[str, Any]:
     """Those of the named settings that are not None."""
     return {name: value for name in names if (value := getattr(chosen, name)) is not None}
@@ -150,5 +163,7 @@ def _name(chosen: APMSettings, target: TargetPolicy, options: MethodOptions) -> 
     parts: tuple[str, ...] = () if target.kind == "cls" else (chosen.target, str(target.views))
     if chosen.distil != "cls":
         parts += (chosen.distil,)
+    if chosen.queries is not None and "queries" not in options.overrides:  # an approximation is never unmarked
+        parts += (f"queries={chosen.queries}",)
     others = {name: text for name, text in options.overrides.items() if name not in ("target", "views", "distil")}
     return display_name("apm", dataclasses.replace(options, overrides=others), *parts)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from apm.errors import UsageError, unknown
 from apm.images import student_input
-from apm.views import MIN_AREA, check, views
+from apm.views import MIN_AREA, check, view_tokens
 
 if TYPE_CHECKING:
     from apm.teachers.base import Teacher
@@ -117,19 +117,16 @@ class Batch:
 
     def _encode_views(self, index: int, start: int, stop: int, min_area: float) -> Tensor:
         """Views `start` … `stop` − 1 of one image: (stop − start, D)."""
-        parts = []
-        for first in range(start, stop, self._chunk):
-            pixels = views(
-                self.images[index],
-                min(first + self._chunk, stop),
-                self.teacher,
-                seed=self.seed,
-                sample_id=self._keys[index],
-                start=first,
-                min_area=min_area,
-            )
-            parts.append(self.teacher.encode_image(pixels))
-        return torch.cat(parts)
+        return view_tokens(
+            self.images[index],
+            stop,
+            self.teacher,
+            seed=self.seed,
+            sample_id=self._keys[index],
+            start=start,
+            min_area=min_area,
+            chunk=self._chunk,
+        )
 
 
 @dataclass(kw_only=True)
@@ -201,6 +198,8 @@ class MethodOptions:
     """``apm``: size of the student."""
     distil: str | None = None
     """``apm``: what has a loss, ``cls``, ``grid`` or ``both``; None: ``cls``."""
+    queries: int | str = "all"
+    """``apm``: locations drawn afresh at each step; ``all``; ``auto``: what `apm.queries` chooses by the machine."""
     readout: str | None = None
     """``apm``: how the student reads its token out; None: what suits what is distilled."""
     precision: str = "auto"

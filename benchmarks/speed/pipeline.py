@@ -156,6 +156,7 @@ def _classifier(options: Options, teacher: Teacher, labels: Sequence[str], steps
         steps=steps,
         precision=options.precision,
         device=str(options.device),
+        queries="all",
     )
 
 

@@ -256,7 +256,12 @@ def _queries(record: Record) -> str:
 def _startup(record: Record) -> str:
     rows = [(row["what"], _time(row["seconds"])) for row in record["rows"] if not row["stage"]]
     stages = [(row["what"], _time(row["seconds"])) for row in record["rows"] if row["stage"]]
-    return f"{_table(('command', 'time'), rows)}\n{_table(('its stages', 'time'), stages)}"
+    text = f"{_table(('command', 'time'), rows)}\n{_table(('its stages', 'time'), stages)}"
+    imports = record.get("summary", {}).get("imports")
+    if imports:
+        packages = [(f"`{name}`", f"{_digits(1e3 * seconds)} ms") for name, seconds in imports.items()]
+        text += f"\n{_table(('imported (python -X importtime, which is slower)', 'its own modules'), packages)}"
+    return text
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from apm.errors import ApmError
 from .options import Options
 from .record import Recorder
 from .timing import seconds, spread
+
+PACKAGES = 10
+"""Packages whose imports are listed, those that take longest."""
 
 STAGES = (
     "import torch",
@@ -38,10 +43,13 @@ name, path, preset = sys.argv[1:]
 marks = [time.perf_counter()]
 def mark():
     marks.append(time.perf_counter())
-import torch; mark()
+from apm.startup import collector_paused, import_open_clip
+with collector_paused():
+    import torch; mark()
 import apm.cli.main, apm.cli.classify, apm.classifier; mark()
 from apm.labels import label_set, prompt_templates
 from apm.zeroshot import ZeroShotHead
+import_open_clip()
 import apm.teachers.openclip; mark()
 teacher = apm.classifier.load_teacher(name); mark()
 labels = teacher.default_labels or label_set("imagenet")
@@ -76,18 +84,36 @@ def measure_startup(options: Options, photograph: Path, *, teacher: str = "embed
         {"what": stage, "stage": True, "seconds": spread([span[number] for span in spans])}
         for number, stage in enumerate(STAGES)
     ]
-    return recorder.finish(rows)
+    imports = _import_seconds([sys.executable, "-X", "importtime", "-m", "apm", *classify, "--steps", "1"])
+    return recorder.finish(rows, {"imports": dict(imports[:PACKAGES])})
 
 
 def _timed(command: Sequence[str], device: torch.device) -> float:
     return seconds(lambda: _run(command), device)
 
 
+def _import_seconds(command: Sequence[str]) -> list[tuple[str, float]]:
+    """Seconds that each package's own modules took to import, longest first."""
+    return by_package(_done(command).stderr)
+
+
+def by_package(listing: str) -> list[tuple[str, float]]:
+    """Sum up what ``-X importtime`` printed, in microseconds for each module, by top-level package."""
+    seconds: dict[str, float] = defaultdict(float)
+    for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", listing, flags=re.MULTILINE):
+        seconds[module.partition(".")[0]] += int(own) / 1e6
+    return sorted(seconds.items(), key=lambda one: -one[1])
+
+
 def _run(command: Sequence[str]) -> str:
     """Run a command with an empty cache of text features; return its stdout."""
+    return _done(command).stdout
+
+
+def _done(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "APM_CACHE": cache}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ApmError(f"{' '.join(command[:4])} … failed:\n{done.stderr[-2000:]}")
-    return done.stdout
+    return done

@@ -34,6 +34,7 @@ from apm.benchmarks.methods.tpt import marginal_entropy
 from apm.benchmarks.methods.zero import vote_logits, zero_votes
 from apm.errors import UsageError
 from apm.prompt_tuning import TunablePrompt
+from apm.queries import FEWER
 from apm.zeroshot import ZeroShotHead
 from tests.fakes import FakeTeacher
 
@@ -547,3 +548,23 @@ def test_tda_by_hand_on_one_image() -> None:
     assert 0.2 < share < 0.5
     expected = logits + 2 * torch.nn.functional.one_hot(logits.argmax(), 3) - 0.117 * (probabilities > 0.03).float()
     torch.testing.assert_close(create_method("tda").predict(batch).logits[0], expected)
+
+
+def test_the_runs_number_of_locations_is_used_recorded_and_named() -> None:
+    for options, spec, queries, name in (
+        ({}, "apm", None, "apm"),
+        ({"queries": 9}, "apm", 9, "apm[queries=9]"),
+        ({"queries": 9}, "apm:queries=5", 5, "apm[queries=5]"),
+        ({"queries": 9}, "apm:queries=none", None, "apm[queries=none]"),
+        ({"queries": "auto"}, "apm", FEWER["small"], f"apm[queries={FEWER['small']}]"),
+        ({"queries": "auto"}, "apm:distil=both", None, "apm[both]"),
+    ):
+        method = create_method(spec, MethodOptions(preset="small", steps=2, **options))  # type: ignore[arg-type]
+        assert (method.settings["queries"], method.name) == (queries, name)
+    few, every = (
+        create_method("apm", MethodOptions(preset="small", steps=2, queries=queries)).predict(make_batch(1))
+        for queries in (9, "all")
+    )
+    assert not torch.equal(few.logits, every.logits)
+    with pytest.raises(UsageError, match='queries is "0"'):
+        create_method("apm", MethodOptions(queries=0))

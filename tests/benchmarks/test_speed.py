@@ -326,10 +326,22 @@ def test_startup_stages_are_those_of_the_script(
         return output
 
     monkeypatch.setattr(startup, "_run", run)
+    monkeypatch.setattr(startup, "_import_seconds", lambda _: [("torch", 1.25), ("numpy", 0.5)])
     rows = check(startup.measure_startup(replace(QUICK, rounds=1), picture, teacher="fake"), "startup", tmp_path)
     assert [row["what"] for row in rows if row["stage"]] == list(startup.STAGES)
     assert [row["seconds"]["median"] for row in rows if row["stage"]] == spans
     assert commands[0] == ["-m", "apm", "--help"] and commands[2][:3] == ["-m", "apm", "classify"]
+
+
+def test_imports_are_summed_up_by_package() -> None:
+    listing = (
+        "import time: self [us] | cumulative | imported package\n"
+        "import time:       250 |        250 |     numpy.core\n"
+        "import time:    400000 |     400250 |   numpy\n"
+        "import time:   1000000 |    1400250 | torch\n"
+        "note: something else\n"
+    )
+    assert startup.by_package(listing) == [("torch", 1.0), ("numpy", pytest.approx(0.40025))]
 
 
 def test_a_failed_child_is_an_error_with_its_words() -> None:

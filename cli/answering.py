@@ -1,0 +1,173 @@
+"""From paths to printed and written answers, one by one and in order: the loop of `apm classify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from apm.errors import ImageError, UsageError
+from apm.paths import expand_paths, file_problem, printable
+
+from . import render
+from .answer_file import AnswerFile, Fingerprint, answer_settings, fingerprint
+from .progress import progress
+
+if TYPE_CHECKING:
+    from apm.classifier import Answer, Classifier
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What becomes of the answers: how they are shown, where they are written."""
+
+    as_json: bool = False
+    quiet: bool = False
+    steps_detail: bool = False
+    out: Path | None = None
+    explain: Path | None = None
+    explain_size: int = 112
+
+
+class Inputs:
+    """The files to look at. Those that cannot be read at all are named at once, before anything is loaded.
+
+    Args:
+        arguments: as `apm.paths.expand_paths` takes them.
+
+    Raises:
+        UsageError: an argument is empty, or paths are to come on stdin and it is closed.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        if "-" in arguments and sys.stdin is None:
+            raise UsageError("Paths were to come on stdin, and it is closed.")
+        self.paths: Iterable[Path] = expand_paths(arguments, sys.stdin.buffer if "-" in arguments else ())
+        self.total: int | None = None
+        self.problems: dict[Path, str] = {}
+        if "-" not in arguments:  # what comes by a pipe is not waited for, only to look at it
+            known = list(self.paths)
+            self.paths, self.total = known, len(known)
+            told = {path: problem for path in known if (problem := file_problem(path)) is not None}
+            self.problems = {path: f"{printable(path)}: {problem}" for path, problem in told.items()}
+
+    def name_problems(self, form: Form) -> None:
+        """Name what cannot be read on stderr; end here where nothing else was given."""
+        for problem in self.problems.values():
+            render.failure(problem)
+        if self.total is None or not self.problems or any(path not in self.problems for path in self.paths):
+            return
+        if form.as_json:
+            for path in self.paths:
+                record = render.failure_record(path, self.problems[path])
+                typer.echo(json.dumps(record))
+        if self.total > 1:
+            render.notice("nothing is left to classify.")
+        raise typer.Exit(1)
+
+
+def interrupted(done: int, total: int | None, form: Form) -> typer.Exit:
+    """Say how far it got before Ctrl-C; returns what to raise."""
+    of = "" if total is None else f" of {total}"
+    again = "" if form.out is None else " The same command goes on from there."
+    typer.echo(f"interrupted: {done}{of} images answered.{again}", err=True)
+    return typer.Exit(INTERRUPTED)
+
+
+class Answering:
+    """Answers the inputs with one classifier, counting as it goes."""
+
+    def __init__(self, classifier: Classifier, inputs: Inputs, form: Form) -> None:
+        self._classifier, self._inputs, self._form = classifier, inputs, form
+        self._console = render.data_console()
+        self._heading = f"teacher {classifier.teacher.name}{' (fallback)' if classifier.fell_back else ''}"
+        self._prints = form.out is None or form.as_json or form.quiet
+        self._file: AnswerFile | None = None
+        self._fingerprints: deque[Fingerprint | None] = deque()  # of the images on their way, in order
+        self.done = self.failed = 0
+
+    def run(self) -> None:
+        """Answer everything.
+
+        Raises:
+            UsageError: there was no input, or `Form.out` holds answers of other settings.
+            typer.Exit: with 1 where some input has no answer, with 130 after Ctrl-C.
+        """
+        form, inputs = self._form, self._inputs
+        if form.out is not None:
+            settings = answer_settings(self._classifier, steps_detail=form.steps_detail)
+            self._file = AnswerFile(form.out, settings)
+        paths, total = inputs.paths, inputs.total
+        if self._file is not None and total is not None:
+            paths = [path for path in dict.fromkeys(paths) if not self._file.holds(path)]
+            total = len(paths)
+        try:
+            with progress(total, wanted=not form.quiet, doing="classify") as counted:
+                for answer in self._answers(self._watched(paths)):
+                    counted(lambda answer=answer: self._show(answer))  # type: ignore[misc]
+        except KeyboardInterrupt:
+            raise interrupted(self.done, total, form) from None
+        finally:
+            if self._file is not None:
+                self._file.close()
+        if self._file is not None and not form.quiet:
+            earlier = f", {self._file.earlier} of them from before" if self._file.earlier else ""
+            count = self._file.earlier + self.done - self.failed
+            render.notice(f"{count} answers are in {printable(self._file.path)}{earlier}.")
+        if self.done == 0 and inputs.total is None and (self._file is None or not self._file.earlier):
+            raise UsageError("No path came in on stdin.")
+        if self.failed:
+            raise typer.Exit(1)
+
+    def _watched(self, paths: Iterable[Path]) -> Iterator[Path]:
+        """The paths that are not answered yet; each file's size and time are noted before it is read."""
+        for path in paths:
+            if self._file is None or not self._file.holds(path):
+                self._fingerprints.append(fingerprint(path))
+                yield path
+
+    def _answers(self, paths: Iterable[Path]) -> Iterator[Answer]:
+        if self._form.explain is None:
+            return self._classifier.classify(paths)
+        return _explained(self._classifier, paths, self._form.explain, self._form.explain_size)
+
+    def _show(self, answer: Answer) -> None:
+        form = self._form
+        found = self._fingerprints.popleft()
+        record = render.answer_record(answer, self._classifier, file=found, steps_detail=form.steps_detail)
+        if self._file is not None:
+            self._file.write(record)
+        if form.as_json:
+            typer.echo(json.dumps(record, allow_nan=False))
+        elif answer.error is None and form.quiet:
+            typer.echo(render.answer_line(answer))
+        elif answer.error is None and self._prints:
+            self._console.print(render.answer_view(answer, teacher=self._heading))
+        sys.stdout.flush()
+        if answer.error is not None and answer.path not in self._inputs.problems:
+            render.failure(answer.error)
+        self.done += 1
+        self.failed += answer.error is not None
+
+
+def _explained(classifier: Classifier, paths: Iterable[Path], folder: Path, size: int) -> Iterator[Answer]:
+    """Yield the answers, each after its picture and arrays are on disk."""
+    from apm.benchmarks.explain_figures import write_explanation
+    from apm.classifier import Answer
+
+    for path in paths:
+        try:
+            perception = classifier.perceive(path)
+        except ImageError as error:
+            yield Answer(path=path, error=str(error))
+            continue
+        write_explanation(perception, classifier, folder, size=size)
+        yield perception.answer

@@ -1,0 +1,86 @@
+"""How far a command is: a bar where stderr is a terminal, a line now and then where it is not."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+import typer
+
+from .render import above, progress_on_terminal
+
+LINE_EVERY = 10.0
+"""Seconds between two lines."""
+
+
+class Heartbeat:
+    """Counts what is done, and says it on stderr every so many seconds from a thread of its own.
+
+    Args:
+        total: number of items, None when it is not known.
+        doing: the word before the numbers.
+        every: seconds between lines; `LINE_EVERY` where None.
+        stream: where the lines go; stderr where None.
+    """
+
+    def __init__(self, total: int | None, *, doing: str, every: float | None = None, stream: TextIO | None = None):
+        self.done = 0
+        self._total, self._doing, self._stream = total, doing, stream
+        self._every = LINE_EVERY if every is None else every
+        self._began = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._every):
+            typer.echo(self.words(), file=self._stream, err=self._stream is None)
+
+    def words(self) -> str:
+        """How far it is, in a line."""
+        passed = time.monotonic() - self._began
+        if self._total is None:
+            return f"{self._doing}: {self.done} done in {passed:.0f} s"
+        left = f", about {passed / self.done * (self._total - self.done):.0f} s left" if self.done else ""
+        return f"{self._doing}: {self.done} of {self._total} done in {passed:.0f} s{left}"
+
+
+@contextmanager
+def progress(total: int | None, *, wanted: bool, doing: str) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Yield a function that runs what prints one item, out of the bar's way, and counts the item as done.
+
+    Args:
+        total: number of items, or None when it is not known.
+        wanted: False shows nothing.
+        doing: the word before bar and numbers.
+    """
+    if not wanted:
+        yield lambda show: show()
+        return
+    if sys.stderr is not None and sys.stderr.isatty():
+        with progress_on_terminal(total, wanted=total != 1, doing=doing) as bar:
+
+            def with_bar(show: Callable[[], None]) -> None:
+                with above(bar):
+                    show()
+
+            yield with_bar
+        return
+    with Heartbeat(total, doing=doing) as beat:
+
+        def counted(show: Callable[[], None]) -> None:
+            show()
+            beat.done += 1
+
+        yield counted

@@ -1,0 +1,39 @@
+"""Progress where stderr is no terminal: a line every so many seconds."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+
+import pytest
+
+from apm.cli import progress
+from apm.cli.progress import Heartbeat
+
+LINE_EVERY = progress.LINE_EVERY  # as it is where no test has changed it
+
+
+def test_a_line_now_and_then_until_it_is_over() -> None:
+    stream = io.StringIO()
+    with Heartbeat(4, doing="classify", every=0.05, stream=stream) as beat:
+        deadline = time.monotonic() + 30
+        while "0 of 4" not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        beat.done = 2
+        while "2 of 4" not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    said = stream.getvalue()
+    assert re.search(r"^classify: 0 of 4 done in \d+ s\n", said)
+    assert re.search(r"^classify: 2 of 4 done in \d+ s, about \d+ s left\n", said, flags=re.MULTILINE)
+    time.sleep(0.2)
+    assert stream.getvalue() == said
+
+
+def test_a_quick_command_says_nothing_and_an_unknown_total_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", LINE_EVERY)
+    stream = io.StringIO()
+    with Heartbeat(None, doing="classify", stream=stream) as beat:
+        beat.done = 3
+        assert beat.words() == "classify: 3 done in 0 s"
+    assert stream.getvalue() == "" and LINE_EVERY == 10

@@ -1,6 +1,7 @@
 # make        lint, types and tests          make demo      classify a few photographs
 # make quick  the tests that are fast        make gallery   make the pictures of the README
 # make fix    let ruff repair what it can    make clean     remove everything that was made
+# make gpu    test and measure a GPU
 PYTHON ?= python3
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
@@ -38,6 +39,9 @@ fix: $(DEV)
 bench-speed: $(RUNTIME)
 	$(BIN)/python -m apm.benchmarks.speed
 
+gpu: $(DEV)
+	$(BIN)/python -m apm.benchmarks.speed gpu
+
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -53,4 +57,4 @@ $(DEV): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(RUNTIME) $@
 
-.PHONY: all demo gallery test quick lint types fix bench-speed clean
+.PHONY: all demo gallery test quick lint types fix bench-speed gpu clean

@@ -275,6 +275,7 @@ def test_a_step_makes_no_large_tensors(precision_name: str) -> None:
     assert 0 < counts[0] < largest  # all of a step's tensors together
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("precision_name", "tolerance"), [("fp32", 1e-3), ("bf16", 3e-2)])
 def test_the_replayed_graph_is_the_eager_loop(precision_name: str, tolerance: float) -> None:

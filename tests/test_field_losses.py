@@ -342,6 +342,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         plainly.adapt(images, targets).attention([0.0], [0.0])
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_replayed_graph_is_the_eager_loop() -> None:
     config = random_config(7, "query")

@@ -106,7 +106,7 @@ def test_readme_python(number: int, place: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_readme_make_targets_exist() -> None:
-    targets = {"demo", "gallery", "test", "lint", "types", "fix", "clean", "all", "bench-speed"}
+    targets = {"demo", "gallery", "test", "lint", "types", "fix", "clean", "all", "bench-speed", "quick", "gpu"}
     text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     assert {
         name

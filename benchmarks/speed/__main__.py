@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             for path in write_report(given.out, given.docs):
                 print(path, file=sys.stderr)
+        elif given.kind == "gpu":
+            return _gpu(given)
         elif given.kind == "worker":
             from .pipeline import work_as_one_of_many
 
@@ -101,6 +103,24 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     return fewer_queries.sweep_queries(options, teacher, dataset, given.counts, **steps)
 
 
+def _gpu(given: argparse.Namespace) -> int:
+    """Measure a GPU, write record and page, print one screen; 1 where something did not hold."""
+    from . import gpu, gpu_report
+
+    options = _options(given)
+    if options.device.type != "cuda" and not given.quick:
+        raise UsageError(
+            "There is no CUDA GPU here, and nothing to measure without one. (On a CPU: --quick, as a test.)"
+        )
+    clone = Path(__file__).resolve().parents[2]
+    tests = clone if (clone / "tests").is_dir() and not given.quick else None
+    record = gpu.measure_gpu(options, _photograph(given), tests=tests)
+    print(gpu_report.screen(record), end="")
+    for path in gpu_report.write_gpu(record, given.out, given.docs):
+        print(path, file=sys.stderr)
+    return 1 if gpu.failures(record) else 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -109,9 +129,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="kinds:\n"
         + "\n".join(f"  {name:10} {text}" for name, text in KINDS.items())
+        + "\n  gpu        everything about a GPU in a few minutes: checks, speed, commands (`make gpu`)"
         + "\n  report     make docs/speed.md and its plots from the records",
     )
-    top.add_argument("kind", nargs="?", default="step", choices=[*KINDS, "report", "worker"], metavar="KIND")
+    top.add_argument("kind", nargs="?", default="step", choices=[*KINDS, "gpu", "report", "worker"], metavar="KIND")
     top.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     top.add_argument("--docs", type=Path, default=DOCS, help="folder of the report (default: %(default)s)")
     top.add_argument("--preset", default="paper", help="size of the student: paper or small")
@@ -139,7 +160,7 @@ def _options(given: argparse.Namespace) -> Options:
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be 1 or more, not {value}.")
     device = pick_device(given.device)
-    slow = given.kind in ("steps", "grid", "processes", "startup")
+    slow = given.kind in ("steps", "grid", "processes", "startup", "gpu")
     return Options(
         preset=given.preset,
         dim=given.dim,

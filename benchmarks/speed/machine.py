@@ -70,19 +70,20 @@ def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[C
     return lambda: values.mul_(1.0), 8 * len(values)
 
 
-def floor(config: APMConfig, *, rate: float, bandwidth: float) -> dict[str, float]:
+def floor(config: APMConfig, *, rate: float, bandwidth: float, queries: int | None = None) -> dict[str, float]:
     """The least seconds that one step of one student can take.
 
     Args:
         config: sizes.
         rate: floating-point operations a second, in the precision of the products.
         bandwidth: bytes a second.
+        queries: locations that the step reads; None: all.
 
     Returns:
         ``compute``, the two middle layers' operations at that rate; ``memory``, Adam's traffic at that bandwidth;
         ``seconds``, the larger of the two.
     """
-    compute, memory = middle_flops(config) / rate, ADAM_BYTES * trained_parameters(config) / bandwidth
+    compute, memory = middle_flops(config, queries) / rate, ADAM_BYTES * trained_parameters(config) / bandwidth
     return {"compute": compute, "memory": memory, "seconds": max(compute, memory)}
 
 

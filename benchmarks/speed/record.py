@@ -56,10 +56,10 @@ def file_name(record: Mapping[str, Any]) -> str:
     return PREFIX + "-".join(part for part in parts if part) + ".json"
 
 
-def write(record: Mapping[str, Any], folder: Path) -> Path:
+def write(record: Mapping[str, Any], folder: Path, name: str | None = None) -> Path:
     """Write a record into ``folder``; an earlier one of the same name is replaced, never half."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(record)
+    path = folder / (name or file_name(record))
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -24,13 +24,11 @@ bytes a parameter) at the bandwidth it reached in scaling an array in place, if 
 NO_GPU = """
 ## On a GPU
 
-Not measured: there is no record of a GPU here. The code path is there (batched products, the step captured once as a
-CUDA graph and replayed); its test is skipped where there is no GPU. To test and to measure it:
+Not measured: there is no record of a GPU here. The code is there (batched products, the step captured once as a CUDA
+graph and replayed), and has been checked as far as that can be done without a GPU. One command tests and measures it
+where there is one, in less than 8 minutes, and writes docs/speed-gpu.md:
 
-    python -m pytest tests/test_engine.py
-    python -m apm.benchmarks.speed step --device cuda
-    python -m apm.benchmarks.speed batch --device cuda --batches 1,2,4,8,16,32
-    python -m apm.benchmarks.speed report
+    make gpu
 """
 
 
@@ -61,7 +59,7 @@ def page_of(records: Sequence[Record]) -> str:
         parts.append(f"## {_title(record)}\n\n{as_markdown(record)}")
         if record["kind"] in PLOTTED:
             parts.append(f"![{_title(record)}]({plot_name(record)})\n")
-        parts.append(_provenance(record))
+        parts.append(provenance(record))
     if not any(record["environment"]["device"].startswith("cuda") for record in records):
         parts.append(NO_GPU.lstrip("\n"))
     return "\n".join(parts).rstrip() + "\n"
@@ -88,24 +86,24 @@ def _step(record: Record) -> str:
         (
             STEP_FORMS[row["name"]],
             row["precision"],
-            _time(row["seconds"]),
+            time_text(row["seconds"]),
             f"{row['flops'] / 1e9:,.1f}" if row["flops"] else "–",
-            _ratio(row["ratio_to_floor"]) if "ratio_to_floor" in row else "–",
+            ratio_text(row["ratio_to_floor"]) if "ratio_to_floor" in row else "–",
         )
         for row in record["rows"]
         if row["name"] in STEP_FORMS
     ]
-    table = _table(("one step of one student", "products in", "time", "GFLOP", "× floor"), lines)
+    table = as_table(("one step of one student", "products in", "time", "GFLOP", "× floor"), lines)
     machine = [
         (
             precision,
             f"{values['rate']['median'] / 1e9:,.0f}",
             f"{values['rate']['q1'] / 1e9:,.0f}–{values['rate']['q3'] / 1e9:,.0f}",
-            _time(values["floor"]["compute"]),
-            _time(values["floor"]["memory"]),
+            time_text(values["floor"]["compute"]),
+            time_text(values["floor"]["memory"]),
             f"{values['optimiser_share']['median']:.0%}",
-            _ratio(values["plain_over_engine"]),
-            _ratio(values["published_ratio"]) if "published_ratio" in values else "–",
+            ratio_text(values["plain_over_engine"]),
+            ratio_text(values["published_ratio"]) if "published_ratio" in values else "–",
         )
         for precision in ("fp32", "bf16")
         if (values := summary.get(precision))
@@ -123,7 +121,7 @@ def _step(record: Record) -> str:
     auto = summary["auto_precision"]
     towers, texts = settings.get("published_towers"), settings.get("published_texts")
     return (
-        f"{table}\n{_table(titles, machine)}\n"
+        f"{table}\n{as_table(titles, machine)}\n"
         f"Middle layers: {summary['middle_flops'] / 1e9:.1f} GFLOP a step. "
         f"Adam: {summary['adam_bytes'] / 1e6:,.0f} MB a step, at {summary['bandwidth']['median'] / 1e9:.1f} GB/s. "
         + (f"`auto` chooses {auto} here. " if auto else "")
@@ -149,54 +147,54 @@ PUBLISHED = (
 
 
 def _steps(record: Record) -> str:
-    rows = [(row["steps"], _time(row["seconds"]), _time(row["per_step"])) for row in record["rows"]]
-    return _table(("steps", "one image", "per step"), rows) + _precision(record)
+    rows = [(row["steps"], time_text(row["seconds"]), time_text(row["per_step"])) for row in record["rows"]]
+    return as_table(("steps", "one image", "per step"), rows) + _precision(record)
 
 
 def _grid(record: Record) -> str:
     words = {"step": "a step of a student with this grid", "features": "features read at so many points"}
     rows = [
-        (words[row["what"]], f"{row['side']} × {row['side']}", f"{row['locations']:,}", _time(row["seconds"]))
+        (words[row["what"]], f"{row['side']} × {row['side']}", f"{row['locations']:,}", time_text(row["seconds"]))
         for row in record["rows"]
     ]
-    return _table(("what", "grid", "locations", "time"), rows) + _precision(record, " Features are read in fp32.")
+    return as_table(("what", "grid", "locations", "time"), rows) + _precision(record, " Features are read in fp32.")
 
 
 def _patches(record: Record) -> str:
     rows = [
-        (f"{row['patches']:,}", _time(row["engine"]), _time(row["plain"]), _time(row["features"]))
+        (f"{row['patches']:,}", time_text(row["engine"]), time_text(row["plain"]), time_text(row["features"]))
         for row in record["rows"]
     ]
     titles = ("patches queried", "step, engine", "step, plain form", "features, one pass")
-    return _table(titles, rows) + _precision(record, " The plain form and the features are fp32.")
+    return as_table(titles, rows) + _precision(record, " The plain form and the features are fp32.")
 
 
 def _batch(record: Record) -> str:
     rows = [
         (
             row["batch"],
-            _time(row["seconds"]),
-            _time(row["per_student"]),
+            time_text(row["seconds"]),
+            time_text(row["per_student"]),
             f"{row['images_per_second_20_steps']['median']:.2f}",
         )
         for row in record["rows"]
     ]
     titles = ("students side by side", "a step of all", "per student", "images/s at 20 steps")
-    return _table(titles, rows) + _precision(record)
+    return as_table(titles, rows) + _precision(record)
 
 
 def _labels(record: Record) -> str:
     rows = [
         (
             f"{row['labels']:,}",
-            _time(row["seconds"]),
+            time_text(row["seconds"]),
             f"{row['text_seconds']:.2f} s",
             f"{row['head_bytes'] / 1e6:.1f} MB",
         )
         for row in record["rows"]
     ]
     titles = ("labels", "one answer", "text features, once", "held")
-    return _table(titles, rows) + f"\nAn answer: decoding, teacher, {record['settings']['steps']} steps, ranking.\n"
+    return as_table(titles, rows) + f"\nAn answer: decoding, teacher, {record['settings']['steps']} steps, ranking.\n"
 
 
 def _images(record: Record) -> str:
@@ -210,17 +208,17 @@ def _images(record: Record) -> str:
         for row in record["rows"]
     ]
     titles = ("images so far", "time so far", "images/s since the row above", "memory of the process")
-    return _table(titles, rows) + f"\nFiles to answers, {record['settings']['steps']} steps each, in one stream.\n"
+    return as_table(titles, rows) + f"\nFiles to answers, {record['settings']['steps']} steps each, in one stream.\n"
 
 
 def _processes(record: Record) -> str:
     rows = [
-        (row["processes"], row["threads"], _time(row["seconds"]), f"{row['images_per_second']['median']:.2f}")
+        (row["processes"], row["threads"], time_text(row["seconds"]), f"{row['images_per_second']['median']:.2f}")
         for row in record["rows"]
     ]
     settings = record["settings"]
     text = f"\n{settings['images']} images of {settings['steps']} steps under `torchrun`; start-up is not counted.\n"
-    return _table(("processes", "threads each", "time", "images/s"), rows) + text
+    return as_table(("processes", "threads each", "time", "images/s"), rows) + text
 
 
 def _queries(record: Record) -> str:
@@ -231,7 +229,7 @@ def _queries(record: Record) -> str:
             f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}",
             f"{row['lost']} / {row['won']} (p = {row['mcnemar_p']:.2g})",
             f"{row['cosine']['median']:.4f}",
-            _time(row["seconds"]),
+            time_text(row["seconds"]),
             f"{row['flops'] / 1e9:,.2f}",
         )
         for row in record["rows"]
@@ -250,17 +248,17 @@ def _queries(record: Record) -> str:
         f"\n{settings['images']} images of {settings['classes']} classes, {settings['steps']} steps, "
         f"{settings['precision']}; the teacher `{settings['teacher']}` itself: {teachers_own:.1%}.\n"
     )
-    return _table(titles, rows) + text
+    return as_table(titles, rows) + text
 
 
 def _startup(record: Record) -> str:
-    rows = [(row["what"], _time(row["seconds"])) for row in record["rows"] if not row["stage"]]
-    stages = [(row["what"], _time(row["seconds"])) for row in record["rows"] if row["stage"]]
-    text = f"{_table(('command', 'time'), rows)}\n{_table(('its stages', 'time'), stages)}"
+    rows = [(row["what"], time_text(row["seconds"])) for row in record["rows"] if not row["stage"]]
+    stages = [(row["what"], time_text(row["seconds"])) for row in record["rows"] if row["stage"]]
+    text = f"{as_table(('command', 'time'), rows)}\n{as_table(('its stages', 'time'), stages)}"
     imports = record.get("summary", {}).get("imports")
     if imports:
         packages = [(f"`{name}`", f"{_digits(1e3 * seconds)} ms") for name, seconds in imports.items()]
-        text += f"\n{_table(('imported (python -X importtime, which is slower)', 'its own modules'), packages)}"
+        text += f"\n{as_table(('imported (python -X importtime, which is slower)', 'its own modules'), packages)}"
     return text
 
 
@@ -279,7 +277,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
 PLOTTED = frozenset(SECTIONS) - {"startup"}
 
 
-def _provenance(record: Record) -> str:
+def provenance(record: Record) -> str:
+    """Command, date, commit, machine and versions, in small print."""
     machine, load = record["environment"], record["environment"]["load_average"]
     versions = machine["versions"]
     before, after = ("–" if value is None else value[0] for value in (load["before"], load["after"]))
@@ -295,20 +294,22 @@ def _precision(record: Record, more: str = "") -> str:
     return f"\nProducts in {record['settings']['precision']}.{more}\n"
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def as_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in markdown."""
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _time(values: Spread) -> str:
+def time_text(values: Spread) -> str:
     """Median and quartiles in a common unit, three digits."""
     factor, unit = (1.0, "s") if values["median"] >= 1 else (1e3, "ms") if values["median"] >= 1e-3 else (1e6, "µs")
     median, q1, q3 = (_digits(values[name] * factor) for name in ("median", "q1", "q3"))
     return f"{median} {unit} ({q1}–{q3}, {values['n']})"
 
 
-def _ratio(values: Spread) -> str:
+def ratio_text(values: Spread) -> str:
+    """Median, quartiles and number."""
     return f"{_digits(values['median'])} ({_digits(values['q1'])}–{_digits(values['q3'])}, {values['n']})"
 
 

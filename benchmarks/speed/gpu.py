@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,8 +109,9 @@ def summary(rows: Sequence[Row]) -> Row:
     return {
         "checks": len(checks),
         "checks_held": sum(bool(row.get("held")) for row in checks),
-        "best": None if best is None else {name: best[name] for name in ("batch", "images_per_second", "ratio")},
-        "steps": USUAL_STEPS,
+        "best": None
+        if best is None
+        else {name: best[name] for name in ("batch", "steps", "images_per_second", "ratio")},
     }
 
 
@@ -136,8 +137,8 @@ def _checks(options: Options) -> Iterator[Row]:
 
 
 def _speed(options: Options) -> Iterator[Row]:
-    """Seconds and images a second beside the floors, against students side by side, steps, and locations."""
-    config, device, precision = options.config, options.device, options.chosen_precision
+    """Seconds and images a second beside the floors, against students side by side, steps, locations, precision."""
+    config, device = options.config, options.device
     batches, steps, queries = (BATCHES[:2], STEPS[:2], (2,)) if options.quick else (BATCHES, STEPS, QUERIES)
     probe_batch = 2 if options.quick else 16
     works, operations = {}, {}
@@ -152,23 +153,25 @@ def _speed(options: Options) -> Iterator[Row]:
         yield {"name": f"rate of products in {name}", "per_second": rate}
     yield {"name": "bandwidth of the memory", "per_second": bandwidth}
     del works, stream
-    floors = {
-        count: floor(config, rate=rates[precision]["median"], bandwidth=bandwidth["median"], queries=count)
-        for count in (None, *queries)
-    }
 
-    usual = 2 if options.quick else USUAL_STEPS
+    def least(precision: str, queries: int | None = None) -> dict[str, float]:
+        return floor(config, rate=rates[precision]["median"], bandwidth=bandwidth["median"], queries=queries)
+
+    precision, usual = options.chosen_precision, 2 if options.quick else USUAL_STEPS
     largest = batches[0]
     for batch in batches:
         if not _fits(options, batch):
             yield {"name": f"{batch} students side by side", "said": "do not fit into the memory that is free"}
             break
-        yield _timed(options, batch, usual, None, floors[None], sweep="batch")
+        yield _timed(options, batch, usual, None, least(precision), sweep="batch")
         largest = batch
+    middle = min(largest, 16)
     for count in steps:
-        yield _timed(options, min(largest, 16), count, None, floors[None], sweep="steps")
+        yield _timed(options, middle, count, None, least(precision), sweep="steps")
     for places in queries:
-        yield _timed(options, min(largest, 16), usual, places, floors[places], sweep="queries")
+        yield _timed(options, middle, usual, places, least(precision, places), sweep="queries")
+    other: Literal["fp32", "bf16"] = "fp32" if precision == "bf16" else "bf16"
+    yield _timed(replace(options, precision=other), middle, usual, None, least(other), sweep="precision")
     yield _through_the_trainer(options, min(largest, 32), usual)
 
 

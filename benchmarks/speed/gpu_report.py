@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu import USUAL_STEPS, failures, file_name
+from .gpu import failures, file_name
 from .record import write
 from .report import as_table, provenance, ratio_text, time_text
 
@@ -67,7 +67,7 @@ def screen(record: Record) -> str:
         speed, ratio = best["images_per_second"]["median"], best["ratio"]["median"]
         verdict = "reached" if speed >= GOAL[0] and ratio <= GOAL[1] else "not reached"
         lines.append(
-            f"best      {speed:.1f} images/s at {summary['steps']} steps with {best['batch']} side by side, "
+            f"best      {speed:.1f} images/s at {best['steps']} steps with {best['batch']} side by side, "
             f"{ratio:.2f} × the floor (goal of an H100: {GOAL[0]:.0f} and {GOAL[1]}: {verdict})"
         )
     lines += [f"FAILED    {line}" for line in failures(record)]
@@ -94,6 +94,7 @@ def _sections(record: Record) -> Iterable[str]:
             row["batch"],
             row["steps"],
             f"{row['queries']:,}",
+            row["precision"],
             time_text(row["step_seconds"]),
             f"{row['floor']['compute'] * 1e6:,.0f} / {row['floor']['memory'] * 1e6:,.0f} µs",
             ratio_text(row["ratio"]),
@@ -107,6 +108,7 @@ def _sections(record: Record) -> Iterable[str]:
         "students side by side",
         "steps",
         "locations",
+        "products in",
         "one step of one student",
         "floor: compute / memory",
         "× the larger",
@@ -122,7 +124,7 @@ def _sections(record: Record) -> Iterable[str]:
     ]
     if others:
         yield as_table(("what", "result"), [(name, text) for name, text in others])
-    yield f"Images a second are those of whole adaptations; {USUAL_STEPS} steps where nothing else is said.\n"
+    yield "Images a second are those of whole adaptations: reset, loading, steps, the last readout.\n"
     missed = failures(record)
     if missed:
         yield "Did not hold or did not run:\n\n" + "\n".join(f"- {line.splitlines()[0]}" for line in missed) + "\n"
@@ -131,7 +133,7 @@ def _sections(record: Record) -> Iterable[str]:
 def _line(row: Record) -> str:
     memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:6.1f} GiB"
     return (
-        f"B {row['batch']:3d}  steps {row['steps']:3d}  locations {row['queries']:5d}  "
+        f"B {row['batch']:3d}  steps {row['steps']:3d}  locations {row['queries']:5d}  {row['precision']}  "
         f"{row['step_seconds']['median'] * 1e6:8.0f} µs a step  {row['ratio']['median']:6.2f} × floor  "
         f"{row['images_per_second']['median']:8.1f} images/s {memory}"
     )

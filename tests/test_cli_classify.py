@@ -312,12 +312,14 @@ def without_slow_imports(*arguments: str | Path) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_wrong_teacher_is_told_before_the_slow_imports(picture: Path) -> None:
     done = without_slow_imports(picture, "--teacher", "ViT-B-16/opnai")
     assert (done.returncode, done.stdout) == (2, "\n")
     assert 'Did you mean "ViT-B-16/openai"' in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [(), ("--teacher", "ViT-B-16/openai")])
 def test_a_missing_file_is_named_before_anything_is_loaded(teacher: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()

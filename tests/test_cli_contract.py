@@ -35,8 +35,10 @@ HEAVY = {
     "pyarrow",
 }
 
-# The command with a teacher that needs no weights, in a process of its own.
+# The command with a teacher that needs no weights, in a process of its own, which Ctrl-C ends whoever started it.
 FAKE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import apm.classifier
 import apm.cli.progress
 import apm.teachers
@@ -54,6 +56,7 @@ def fake_classify(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-c", FAKE, "classify", *FAST, *map(str, arguments)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["clasify"], *([name, "--help"] for name in COMMANDS)]
 )
@@ -68,6 +71,7 @@ def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
     assert HEAVY.isdisjoint(done.stderr.splitlines()[-1].split())
 
 
+@pytest.mark.slow
 def test_import_apm_is_light() -> None:
     code = "import apm, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -89,6 +93,7 @@ def test_every_command_loads_and_has_help_and_debug(name: str) -> None:
     assert "--debug" in shown.stdout
 
 
+@pytest.mark.slow
 def test_version_and_python_m() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "apm", "--version"], capture_output=True, text=True, check=False, cwd="/"
@@ -128,6 +133,7 @@ def test_errors_suggest_names() -> None:
     assert issubclass(UsageError, ApmError) and not issubclass(ImageError, UsageError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["--json", "--quiet", "--top-k=2"])
 def test_closed_pipe_is_silent(picture: Path, form: str) -> None:
     command = fake_classify(form, "--steps", "1", *[picture] * 40)
@@ -139,6 +145,7 @@ def test_closed_pipe_is_silent(picture: Path, form: str) -> None:
     assert (process.returncode, said) == (141, b"")
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_crash(picture: Path) -> None:
     for redirected, code, said in ((">&-", 0, ""), ("<&-", 2, "error: Paths were to come on stdin, and it is closed.")):
         command = fake_classify("--quiet", "--steps", "1", "-" if code else picture)
@@ -152,9 +159,15 @@ def test_closed_streams_are_no_crash(picture: Path) -> None:
         assert (done.returncode, done.stderr.strip()) == (code, said)
 
 
+@pytest.mark.slow
 def test_control_c_keeps_finished_results(picture: Path) -> None:
     command = fake_classify("--json", "--steps", "200", *[picture] * 200)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, as under `nohup make test &`
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    with process:
         assert process.stdout is not None and process.stderr is not None
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
@@ -167,6 +180,7 @@ def test_control_c_keeps_finished_results(picture: Path) -> None:
     assert said in [f"interrupted: {count} of 200 images answered.\n" for count in (len(lines) - 1, len(lines))]
 
 
+@pytest.mark.slow
 def test_progress_only_on_a_terminal(picture: Path) -> None:
     """stderr is a terminal: a bar is drawn there, and stdout is the same data as ever."""
     command = fake_classify("--quiet", "--steps", "1", picture, picture)
@@ -192,6 +206,7 @@ def test_progress_only_on_a_terminal(picture: Path) -> None:
     assert b"classify" in shown and b"2/2" in shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_quiet_even_while_the_command_is_still_being_imported() -> None:
     code = (
         "import builtins\n"

@@ -209,6 +209,7 @@ print(*peaks)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_queries(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "c.safetensors", replace(STUDENT, dim=512))
     done = subprocess.run(

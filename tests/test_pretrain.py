@@ -161,6 +161,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_weights_are_those_of_a_run_without_one(whole: Path, tmp_path: Path) -> None:
     assert work(tmp_path, kill_after=5) == -signal.SIGKILL
     half = read_checkpoint(tmp_path / "c.safetensors")
@@ -174,6 +175,7 @@ def test_after_a_kill_the_weights_are_those_of_a_run_without_one(whole: Path, tm
     assert curves[0] == curves[1] and [row["step"] for row in curves[0]] == list(range(7))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(whole: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert work(tmp_path, *launcher) == 0

@@ -65,6 +65,7 @@ def place(tmp_path: Path, photographs: dict[str, Path], monkeypatch: pytest.Monk
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for block in blocks("README.md", "sh") for line in block.splitlines()])
 def test_readme_commands(line: str, place: Path) -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False)
@@ -73,6 +74,7 @@ def test_readme_commands(line: str, place: Path) -> None:
     assert shown.strip()
 
 
+@pytest.mark.slow
 def test_readme_benchmark_commands(place: Path) -> None:
     """The block builds on its own earlier lines, so it runs as a whole; progress and notes go to stderr."""
     (block,) = blocks("README.md", "bash")

@@ -502,6 +502,7 @@ def test_unknown_names_say_what_is_meant(spec: str, hint: str, hub_cache: Path) 
     assert not isinstance(caught.value, TeacherUnavailable)
 
 
+@pytest.mark.slow
 def test_a_name_is_checked_without_loading() -> None:
     check_teacher("embedded")
     program = (
@@ -561,6 +562,7 @@ def fetch_elsewhere(tmp_path: Path, endpoint: str, *, spec: str = DEFAULT, **var
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_the_connection_is_an_error(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -570,6 +572,7 @@ def test_a_hub_that_refuses_the_connection_is_an_error(tmp_path: Path) -> None:
     assert f"127.0.0.1:{port} cannot be reached" in said
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_an_error(tmp_path: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -626,6 +629,7 @@ def fake_hub() -> Iterator[tuple[type[FakeHub], str]]:
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "kind", "cause"),
     [
@@ -645,6 +649,7 @@ def test_what_a_hub_answers_is_told_apart(
     assert cause in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filename", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 def test_weights_are_downloaded_once(fake_hub: tuple[type[FakeHub], str], tmp_path: Path, filename: str) -> None:
     handler, endpoint = fake_hub
@@ -787,6 +792,7 @@ def test_the_command_prints_a_table_or_json() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_command_imports_neither_torch_nor_open_clip() -> None:
     program = (
         "import sys; from apm.cli.teachers import teachers; teachers(everything=True, as_json=False, debug=False);"

@@ -83,6 +83,7 @@ def sharp() -> Sharp:
     return Sharp(pictures[:4], torch.tensor([TENCH, CHURCH, TENCH, CHURCH]), pictures[4:])
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(
     sources: list[Source], sharp: Sharp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

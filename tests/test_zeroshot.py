@@ -178,6 +178,7 @@ def build_many(folder: Path, rounds: int, queue: multiprocessing.Queue[list[Tens
         raise
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_the_same_entry(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

@@ -86,6 +86,7 @@ def test_running_again_continues_and_leaves_what_is_there(source: Path, tmp_path
     assert gone.read_bytes() == before and kept.stat().st_mtime == 1
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_as_one(source: Path, tmp_path: Path) -> None:
     write(source, tmp_path / "one")
     write(source, tmp_path / "two", jobs=2)

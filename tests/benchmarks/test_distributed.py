@@ -74,6 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_three_processes_write_the_rows_of_one(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "run"
     torchrun(folder, 3)
@@ -88,6 +89,7 @@ def test_three_processes_write_the_rows_of_one(tmp_path: Path, whole: Path) -> N
     assert all(len({position % 3 for position in positions}) == 1 for positions in shards)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_restarted_and_goes_on(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "run"
     torchrun(folder, 2, restarts=1, kill_after=2)

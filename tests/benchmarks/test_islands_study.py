@@ -62,6 +62,7 @@ def test_the_field_is_kept_with_its_loss(subject: study.Subject) -> None:
         assert run.losses[step] == pytest.approx(float(((field - grid) ** 2).mean()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_student_of_the_grid_follows_the_image_and_one_of_the_token_does_not() -> None:
     found = study.study(IMAGES, ColourTeacher(), TINY, ADAPT, parts=4, grid_lr=1e-2)  # type: ignore[arg-type]
     grid, token = (found["conditions"][target] for target in ("grid", "cls"))

@@ -328,6 +328,7 @@ def test_an_episodic_answer_depends_on_its_image_alone(spec: str) -> None:
 # --- APM --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_apm_gives_losses_and_its_token_turns_to_the_target() -> None:
     batch = make_batch(2)
     answer = create_method("apm:steps=40,lr=0.001", SMALL).predict(batch)
@@ -347,6 +348,7 @@ def test_apm_records_steps_and_the_last_is_the_answer() -> None:
     assert not torch.allclose(answer.step_logits[:, 0], answer.logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_apm_is_overfit_to_the_target_that_is_asked_for() -> None:
     batch = make_batch(2)
     spread = (batch.views(8)[:, 0] - batch.views(8).mean(1)).norm(dim=1)

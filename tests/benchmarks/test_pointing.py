@@ -101,6 +101,7 @@ def played() -> dict[str, Any]:
     return pointing.play(pointing.composites(SAMPLES, 12, canvas=64, side=24), mapper)
 
 
+@pytest.mark.slow
 def test_what_is_fitted_to_the_grid_points_and_the_rest_does_not(played: dict[str, Any]) -> None:
     share = {source: float(np.mean(hits)) for source, hits in played["hits"].items()}
     assert set(share) == set(pointing.SOURCES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_the_numbers_of_the_paper() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("readout", ["query", "mean"])
 def test_a_student_confirmed_by_a_real_one(precision: str, readout: str) -> None:
-    config = APMConfig.preset("small", dim=64, readout=readout)  # type: ignore[arg-type]
+    config = replace(APMConfig.preset("small", dim=64, readout=readout), image_size=112)  # type: ignore[arg-type]
     profile = counts.profile_student(config, precision=precision)
     assert sum(profile.parameters.values()) == profile.counted_parameters
     assert sum(profile.step.values()) == profile.counted_step

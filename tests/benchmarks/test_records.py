@@ -149,6 +149,7 @@ def test_a_flipped_bit_in_a_column_is_found(tmp_path: Path) -> None:
             folder.read("digits")
 
 
+@pytest.mark.slow
 def test_the_lock_is_for_one_process_and_dies_with_it(tmp_path: Path) -> None:
     code = (
         "import sys, time; from apm.benchmarks.records import RunFolder;"

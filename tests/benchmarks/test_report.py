@@ -449,6 +449,7 @@ def test_scales_hold_their_values(values: list[float]) -> None:
     assert Scale(1e-4, 1, 0, 100, log=True)(1e-2) == pytest.approx(50)
 
 
+@pytest.mark.slow
 def test_a_browser_shows_it_and_runs_nothing_else(hostile: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:

@@ -236,6 +236,7 @@ make_run(Path(sys.argv[1]), [Plain(seconds=0.02), Stream()], make_dataset(60), f
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     make_run(whole, [Plain(), Stream()], make_dataset(60))

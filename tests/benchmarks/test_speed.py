@@ -263,6 +263,7 @@ def test_sweeps_of_whole_answers(tmp_path: Path) -> None:
     assert rows[0]["seconds"] < rows[1]["seconds"]
 
 
+@pytest.mark.slow
 def test_processes_under_torchs_launcher(tmp_path: Path) -> None:
     rows = check(pipeline.sweep_processes(replace(QUICK, rounds=1), (2,), images=3, steps=1), "processes", tmp_path)
     assert rows[0]["processes"] == 2
@@ -309,6 +310,7 @@ def test_fewer_queries(tmp_path: Path) -> None:
     assert all(row["agreement"] == row["accuracy"] for row in made["rows"])
 
 
+@pytest.mark.slow
 def test_startup_stages_are_those_of_the_script(
     picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

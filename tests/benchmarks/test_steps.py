@@ -20,6 +20,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict:
     return steps.measure("digits", None, preset="small", images=4, steps=15, precision="fp32")
 
 
+@pytest.mark.slow
 def test_cosines_start_near_nothing_and_rise(record: dict) -> None:
     assert record["images"] == 4
     assert len(record["cosine_mean"]) == len(record["agreement"]) == 16  # before the first step, and after each
@@ -30,6 +31,7 @@ def test_cosines_start_near_nothing_and_rise(record: dict) -> None:
     assert record["environment"]["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_records_figures(record: dict) -> None:
     text = steps.table([record, {**record, "preset": "paper"}])
     rows = [line for line in text.splitlines() if line.startswith("| ")]

@@ -2,38 +2,101 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from apm.errors import ApmError, UsageError
+from apm.paths import printable
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
-    """Let `write` fill a file beside `path`, then put it in place: readers see the old file, the new one, or none.
 
-    The folder is made if it is not there. The content reaches the disk before it takes the file's name.
+class WriteError(ApmError):
+    """A file cannot be written. What was there before still is.
+
+    Attributes:
+        reason: why, in a few words: "the disk is full".
+    """
+
+    def __init__(self, path: str | os.PathLike[str], error: OSError) -> None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        self.reason = "the disk is full" if full else str(error.strerror or error)
+        super().__init__(
+            f"Cannot write {printable(path)}: {self.reason}. What was written before is whole: "
+            f"{'free some space and ' if full else ''}run the same command again to continue."
+        )
+
+
+def write_atomically(
+    path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object], *, staging: Path | None = None
+) -> Path:
+    """Write a file under a temporary name, then put it in place: readers see the old file, the new one, or none.
+
+    The folder of `path` is made if it is not there. The content reaches the disk before it takes the file's name.
+
+    Args:
+        path: the file.
+        content: its bytes, or a function that writes them to an open file.
+        staging: an existing folder of the same file system for the temporary file; None: that of `path`. It is not
+            made: whoever removes it makes every write through it fail.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full. What was at `path` is still there then.
+        WriteError: the folder cannot be written, or the disk is full. What was at `path` is still there then.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}-", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own mode shuts everybody else out
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with writing(path):
+        if staging is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = (staging or path.parent) / f".{path.name[:32]}-{uuid.uuid4().hex[:12]}.part"
+        with open(temporary, "xb") as file:  # its mode is that of any new file: the umask says it
+            try:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
+                file.flush()
+                os.fsync(file.fileno())
+                if staging is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
+        _flush_folder(path.parent)
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to ask without setting it
-    os.umask(mask)
-    return mask
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError of the body, which writes to `path`, into a `WriteError` for people."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(path, error) from error
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder that the user named, and those above it.
+
+    Raises:
+        UsageError: it cannot be made, or is a file.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"Cannot write to {printable(path)}: {why}. Give another folder with --out.") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a rename reach the disk; some systems and network drives cannot, and the file is in place all the same."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

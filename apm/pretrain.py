@@ -248,7 +248,7 @@ class Pretrainer:
             return 0.0
         rows = [row for row in read_log(self.log) if row["step"] <= self.step] if self.step else []
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        write_atomically(self.log, lambda file: file.write(text))
+        write_atomically(self.log, text)
         return float(rows[-1]["seconds"]) if rows else 0.0
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apm.errors import ApmError, ImageError, UsageError
-from apm.files import write_atomically
+from apm.files import write_atomically, writing
 from apm.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, central_square
 from apm.pretrain_images import ImageSource
 
@@ -103,7 +103,8 @@ def build_cache(
         "max_pixels": max_pixels,
     }
     where = Path(folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
-    where.mkdir(parents=True, exist_ok=True)
+    with writing(where):
+        where.mkdir(parents=True, exist_ok=True)
     index = _read_index(where) or {"key": key, "next": 0, "names": [], "skipped": [], "grid": None}
     if index["next"] < len(source):
         _extend(where, index, source, teacher, size, grid_size, max_pixels, on_image)
@@ -135,8 +136,9 @@ def _extend(
             else:
                 grid = teacher.encode_grid(image, size=grid_size).float().cpu().numpy()
                 _check(grid, index, name)
-                images.write(np.asarray(central_square(image, size)).tobytes())
-                grids.write(grid.astype(np.float16).tobytes())
+                with writing(where):
+                    images.write(np.asarray(central_square(image, size)).tobytes())
+                    grids.write(grid.astype(np.float16).tobytes())
                 index["names"].append(name)
             index["next"] += 1
             if index["next"] % _FLUSH_EVERY == 0:
@@ -171,11 +173,11 @@ def _open_at(path: Path, end: int) -> IO[bytes]:
 
 
 def _flush(where: Path, index: dict[str, Any], *files: IO[bytes]) -> None:
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-    text = json.dumps(index).encode()
-    write_atomically(where / "index.json", lambda file: file.write(text))
+    with writing(where):
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    write_atomically(where / "index.json", json.dumps(index).encode())
 
 
 def _read_index(where: Path) -> dict[str, Any] | None:

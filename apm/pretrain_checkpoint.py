@@ -75,7 +75,7 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint, *, dt
     content = {name: tensor.contiguous() for name, tensor in tensors.items()}
     record = json.dumps({"format": _FORMAT, **checkpoint.record})
     data = save(content, metadata={"apm": record})
-    write_atomically(path, lambda file: file.write(data))
+    write_atomically(path, data)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from apm.errors import UsageError
+from apm.files import WriteError, write_atomically
 from apm.labels import (
     PROMPT_NAMES,
     check_labels,
@@ -191,16 +191,7 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
 
 def _write(path: Path, features: Tensor) -> None:
     """Put the features at `path` in one step: another process sees the whole entry or none."""
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem[:16]}-", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(save({"features": features}, metadata={"sha256": _checksum(path, features)}))
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        _log.warning("Text features are not kept for the next time, %s: %s", path.parent, error.strerror or error)
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        write_atomically(path, save({"features": features}, metadata={"sha256": _checksum(path, features)}))
+    except WriteError as error:
+        _log.warning("Text features are not kept for the next time, %s: %s", path.parent, error.reason)

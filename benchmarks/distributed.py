@@ -7,6 +7,7 @@ the run folder, which all of them must see.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -81,6 +82,7 @@ def join() -> Iterator[Group]:
         return
     from torch import distributed
 
+    end_with_launcher()
     store, rank, world = next(distributed.rendezvous("env://", timeout=_JOINING))
     attempt = distributed.PrefixStore(f"apm/{agree(store, rank, world)}", store)
     distributed.init_process_group("gloo", store=attempt, rank=rank, world_size=world, timeout=_PATIENCE)
@@ -88,6 +90,26 @@ def join() -> Iterator[Group]:
         yield Group(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+
+
+def end_with_launcher(every: float = 0.5) -> None:
+    """End this process soon after the one that started it has ended: a killed launcher leaves no orphans at work.
+
+    What was written is whole, what was not is lost, as in any kill. Nobody would read an orphan's answers: the run is
+    continued by whoever starts it again.
+
+    Args:
+        every: seconds between two looks.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(every)
+        os.write(2, b"The launcher has ended: this process ends too.\n")
+        os._exit(1)  # the main thread may wait for ever for processes that are dead
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def agree(store: Store, rank: int, world: int) -> str:

@@ -89,4 +89,4 @@ def write_record(record: Mapping[str, Any], out: Path | None) -> None:
     if out is None:
         print(text, end="")
     else:
-        write_atomically(out, lambda file: file.write(text.encode()))
+        write_atomically(out, text.encode())

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from apm.errors import UsageError
-
 from .distributed import Group
 from .methods.base import Method
 
@@ -31,7 +29,7 @@ class Lane:
     """By method, all positions with a row."""
 
 
-def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group, *, where: str) -> list[Lane]:
+def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group) -> list[Lane]:
     """Divide what is left of a cell of n images into lanes, from the rows that there are.
 
     Args:
@@ -39,16 +37,10 @@ def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group, *, w
         rows: columns ``position`` and ``method`` of the cell.
         n: number of images.
         group: this process's place: it gets its share.
-        where: run folder and cell, for errors.
-
-    Raises:
-        UsageError: a row is there twice.
     """
     positions = rows["position"].to_numpy()
     names = rows["method"].to_numpy(zero_copy_only=False)
     done = {method.name: set(positions[names == method.name].tolist()) for method in methods}
-    if sum(len(found) for found in done.values()) != rows.num_rows:
-        raise UsageError(f"{where}: rows are there twice. Start over with --fresh.")
     episodic = [method for method in methods if not method.stream]
     stream = [method for method in methods if method.stream]
     shares: list[tuple[list[Method], range]] = [(list(methods), range(n))]

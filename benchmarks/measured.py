@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apm.errors import UsageError
+from apm.files import write_atomically
 
 from . import choose_target
 from .records import MethodRows, Records, Row, RunFolder
@@ -154,7 +155,7 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, nargs="+", default=[], metavar="RUN", help="first take these runs in")
     for run in parser.parse_args().collect:
         collect(run)
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8"), dict(parts())), encoding="utf-8")
+    write_atomically(DOCUMENT, filled(DOCUMENT.read_text(encoding="utf-8"), dict(parts())).encode())
 
 
 if __name__ == "__main__":

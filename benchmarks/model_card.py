@@ -15,6 +15,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from apm.files import write_atomically
+
 from .records import Records
 from .tables import make_tables
 
@@ -154,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", action="append", required=True, metavar="NAME=RUN")
     options = parser.parse_args(arguments)
     runs = {name: Path(path) for name, _, path in (run.rpartition("=") for run in options.run)}
-    (options.folder / "README.md").write_text(card(options.folder, runs), encoding="utf-8")
+    write_atomically(options.folder / "README.md", card(options.folder, runs).encode())
 
 
 if __name__ == "__main__":

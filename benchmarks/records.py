@@ -1,18 +1,25 @@
 """What a run writes: a folder with `run.json` and immutable Parquet shards of rows, one row per image and method.
 
-    RUN/run.json                    what was run, with what, and by whom it was continued (schema:
-    schemas/run.schema.json) RUN/shards/<cell>/<shard>.parquet RUN/.lock                       held while a process
-    writes
+    RUN/run.json                      what was run, with what, and by whom it was continued (schemas/run.schema.json)
+    RUN/shards/<cell>/<shard>.parquet
+    RUN/.lock                         held while a process writes
+    RUN/.writing-<session>/           files that a session is writing
 
 A *cell* is one cell of a table: a data set, or one corruption of it at one level (``digits``, ``imagenet-c/fog/5``).
-A shard is written under a temporary name, flushed to the disk and renamed, and never touched again: a process that
-dies, or a disk that fills up, leaves whole shards and perhaps a temporary file, which the next run removes.
+A shard is written into the session's own folder, flushed to the disk, renamed into its place, and never touched again:
+a process that dies, or a disk that fills up, leaves whole shards and perhaps a temporary file.
+
+A session begins by removing the folders of earlier sessions. A process of theirs that is still alive (its launcher was
+killed, or the lock does not reach from one machine to another) cannot write from then on: it stops, and no row comes
+after the new session has looked what is there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,15 +32,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from apm.errors import UsageError
-
-from .durable import explained, make_folder, replace_durably
+from apm.errors import ApmError, UsageError
+from apm.files import WriteError, make_folder, write_atomically, writing
 
 SCHEMA_VERSION = 1
-TEMPORARY = ".part"
+_STAGING = ".writing-"
 _HEX = "[0-9a-f]"
 _SHARD = f"{'[0-9]' * 8}-{_HEX * 12}"
 """Form of the names of shards: position of the first row, and a random part."""
+_KEY = ["position", "method"]
+_TIMES = ("seconds", "shared_seconds")
 _RUN_KEYS = (
     "config",
     "teacher",
@@ -115,6 +123,8 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.staging: Path | None = None
+        """Where this session writes its files before they get their names; None outside of a session."""
 
     @property
     def run_file(self) -> Path:
@@ -171,16 +181,15 @@ class RunFolder:
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace run.json in one move."""
         text = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        temporary = self.run_file.with_name(f"run.json.{uuid.uuid4().hex[:8]}{TEMPORARY}")
-        with explained(self.path):
-            # a path that is not UTF-8 becomes a JSON escape, and the same path when read back
-            replace_durably(temporary, self.run_file, text.encode("utf-8", "backslashreplace"))
+        # a path that is not UTF-8 becomes a JSON escape, and the same path when read back
+        self._write(self.run_file, text.encode("utf-8", "backslashreplace"))
 
     def append(self, cell: str, rows: Sequence[Row]) -> Path:
         """Write `rows` as one new shard of `cell`; when this returns they are on the disk.
 
         Raises:
-            ApmError: the disk is full or cannot be written. No part of these rows is kept, all earlier ones are.
+            ApmError: the disk is full or cannot be written, the folder has gone, or another session has taken it over.
+                No part of these rows is kept, all earlier ones are.
         """
         columns = [[getattr(row, field.name) for row in rows] for field in ROW_SCHEMA]
         table = pa.Table.from_arrays(
@@ -188,13 +197,23 @@ class RunFolder:
         )
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        folder = self.shard_folder(cell)
-        name = f"{rows[0].position:08d}-{uuid.uuid4().hex[:12]}"
-        final = folder / f"{name}.parquet"
-        with explained(self.path):
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_durably(folder / f"{name}{TEMPORARY}", final, sink.getvalue().to_pybytes())
-        return final
+        name = f"{rows[0].position:08d}-{uuid.uuid4().hex[:12]}.parquet"
+        return self._write(self.shard_folder(cell) / name, sink.getvalue().to_pybytes())
+
+    def _write(self, path: Path, data: bytes) -> Path:
+        try:
+            return write_atomically(path, data, staging=self.staging)
+        except WriteError as error:
+            if self.staging is None or self.staging.is_dir():
+                raise
+            if self.path.is_dir():
+                raise ApmError(
+                    f"Another session has taken over {self.path}: this one stops, and leaves the rest to it."
+                ) from error
+            raise ApmError(
+                f"{self.path} was removed or moved while the run was writing to it. Put it back and run the same "
+                "command again to continue; without it, the run starts over."
+            ) from error
 
     def shards(self, cell: str) -> list[Path]:
         """All shards of `cell`, by name."""
@@ -207,37 +226,57 @@ class RunFolder:
     def read(self, cell: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the rows of `cell`, in no particular order.
 
-        Raises:
-            UsageError: a shard is damaged (not by a run that died: shards are renamed only when whole).
-        """
-        wanted = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
-        tables = []
-        for shard in self.shards(cell):
-            try:
-                found = pq.read_table(
-                    shard, schema=ROW_SCHEMA, columns=columns, partitioning=None, page_checksum_verification=True
-                )
-                tables.append(found)
-            except (pa.ArrowException, OSError) as error:
-                raise UsageError(
-                    f"{shard} is damaged ({error}). Remove this file and run again: its images are computed anew."
-                ) from None
-        return pa.concat_tables(tables) if tables else wanted.empty_table()
+        A row that is there twice (shards of two copies of a run were put together) is read once.
 
-    def remove_leftovers(self) -> None:
-        """Remove temporary files of runs that died, by their full form: a user's own ``*.part`` files are left alone.
+        Raises:
+            UsageError: a shard is damaged (not by a run that died: shards are renamed only when whole), or two answers
+                to one image differ.
+        """
+        wanted = None if columns is None else list(dict.fromkeys([*columns, *_KEY]))
+        shards = self.shards(cell)
+        tables = [_read_shard(shard, wanted) for shard in shards]
+        table = pa.concat_tables(tables) if tables else ROW_SCHEMA.empty_table()
+        first = _first_rows(table)
+        if len(first) < table.num_rows:
+            _check_same_answers(cell, shards)
+            table = table.take(first)
+        return table if columns is None else table.select(columns)
+
+    def begin(self) -> str:
+        """Begin a session: fence off all earlier ones. Returns its name, for `join` in the other processes.
 
         Only for the process that holds the lock.
+
+        Raises:
+            WriteError: the folder cannot be written.
         """
-        with explained(self.path):
-            for pattern in (f"run.json.{_HEX * 8}{TEMPORARY}", f"shards/*/{_SHARD}{TEMPORARY}"):
-                for leftover in self.path.glob(pattern):
-                    leftover.unlink(missing_ok=True)
+        with writing(self.path):
+            for earlier in self.path.glob(f"{_STAGING}{_HEX * 12}"):
+                for _ in range(100):  # an orphan may put a file in while it is being emptied
+                    shutil.rmtree(earlier, ignore_errors=True)
+                    if not earlier.exists():
+                        break
+                else:
+                    shutil.rmtree(earlier)  # says why it cannot
+            name = uuid.uuid4().hex[:12]
+            self.join(name)
+            assert self.staging is not None
+            self.staging.mkdir()
+        return name
+
+    def join(self, session: str) -> None:
+        """Write as part of a session that another process began."""
+        self.staging = self.path / f"{_STAGING}{session}"
+
+    def end(self) -> None:
+        """End the session, when none of its processes writes any more."""
+        if self.staging is not None:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging = None
 
     def clear(self) -> None:
         """Remove run.json and all shards, and nothing else that may lie in the folder."""
-        self.remove_leftovers()
-        with explained(self.path):
+        with writing(self.path):
             self.run_file.unlink(missing_ok=True)
             folders = [*self.path.glob("shards/*"), self.path / "shards"]
             for shard in self.all_shards():
@@ -245,6 +284,49 @@ class RunFolder:
             for folder in folders:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+
+
+def _read_shard(shard: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(
+            shard, schema=ROW_SCHEMA, columns=columns, partitioning=None, page_checksum_verification=True
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"{shard} is damaged ({error}). Remove this file and run again: its images are computed anew."
+        ) from None
+
+
+def _first_rows(table: pa.Table) -> NDArray[np.int64]:
+    """Numbers of the rows that are the first of their image and method."""
+    numbered = table.select(_KEY).append_column("row", pa.array(np.arange(table.num_rows)))
+    return np.sort(numbered.group_by(_KEY).aggregate([("row", "min")])["row_min"].to_numpy())
+
+
+def _check_same_answers(cell: str, shards: Sequence[Path]) -> None:
+    """Check that rows which are there twice say the same, but for time and rounding.
+
+    Raises:
+        UsageError: some do not; image, method and the two files are named.
+    """
+    compared = [name for name in ROW_SCHEMA.names if name not in _TIMES]
+    seen: dict[tuple[int, str], tuple[dict[str, Any], Path]] = {}
+    for shard in shards:
+        for row in _read_shard(shard).to_pylist():
+            earlier, place = seen.setdefault((row["position"], row["method"]), (row, shard))
+            name = next((name for name in compared if not _same(earlier[name], row[name])), None)
+            if name is not None:
+                raise UsageError(
+                    f"{cell}: two answers to {row['id']} by {row['method']} differ in {name}: {earlier[name]} in "
+                    f"{place}, {row[name]} in {shard}. Remove the file that is not of this run, and run again: "
+                    "what is missing is computed anew."
+                )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-3)  # rounding of other batches, other machines
+    return bool(one == other)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -329,7 +411,7 @@ class Records:
         """Yield the rows of each method in `cell` that has any, in the run's order of methods.
 
         Raises:
-            UsageError: a row is there twice (files were copied together).
+            UsageError: two answers to one image differ (files of two runs were copied together).
         """
         table = RunFolder(self.path).read(cell)
         names = np.asarray(table["method"].to_numpy(zero_copy_only=False), dtype=object)
@@ -337,10 +419,6 @@ class Records:
             part = table.filter(pa.array(names == method)).sort_by("position")
             if part.num_rows == 0:
                 continue
-            if len(set(part["position"].to_pylist())) != part.num_rows:
-                raise UsageError(
-                    f"{self.path}: rows of {method} on {cell} are there twice. Were two runs copied together?"
-                )
             yield method, _method_rows(part)
 
 

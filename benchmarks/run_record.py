@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apm.errors import UsageError
+from apm.errors import ApmError, UsageError
 from apm.teachers.base import Teacher
 
 from .corruptions import VERSION
@@ -129,9 +129,9 @@ def prepare(
     group: Group,
 ) -> dict[str, Any]:
     """Begin or continue the run: check the configuration, remove leftovers, write run.json."""
+    session = folder.begin()  # before anything is read: what an earlier session writes from now on would be missed
     if options.fresh:
         folder.clear()
-    folder.remove_leftovers()
     record = folder.read_run()
     if record is None:
         if folder.all_shards():
@@ -154,6 +154,7 @@ def prepare(
         )
     record["sessions"].append(
         {
+            "id": session,
             "command": list(options.command),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": 0.0,
@@ -185,3 +186,23 @@ def count_rows(folder: RunFolder, cells: Iterable[str]) -> dict[str, dict[str, i
             "failed_images": len(set(failed["position"].to_pylist())),
         }
     return counts
+
+
+def check_complete(
+    folder: RunFolder, counts: Mapping[str, Mapping[str, int]], headers: Mapping[str, Mapping[str, Any]], methods: int
+) -> None:
+    """Check at the end of a run that every image has a row by every method.
+
+    Raises:
+        ApmError: rows have gone that were there, since somebody removed files.
+    """
+    short = [
+        f"{cell} ({counts[cell]['rows']} of {header['images'] * methods})"
+        for cell, header in headers.items()
+        if counts[cell]["rows"] < header["images"] * methods
+    ]
+    if short:
+        raise ApmError(
+            f"{folder.path}: rows were removed while the run went on, of {', '.join(short)}. Run the same command "
+            "again: what is missing is computed anew."
+        )

@@ -36,7 +36,16 @@ from .distributed import ALONE, Group
 from .lanes import Lane, divide, stream_order
 from .methods.base import Method, StreamMethod
 from .records import Row, RunFolder
-from .run_record import RunOptions, check_same_data, configuration, count_rows, describe_cells, prepare, prompted
+from .run_record import (
+    RunOptions,
+    check_complete,
+    check_same_data,
+    configuration,
+    count_rows,
+    describe_cells,
+    prepare,
+    prompted,
+)
 from .scoring import NOT_FINITE, Tally, score
 
 if TYPE_CHECKING:
@@ -109,7 +118,8 @@ def run(
 
     Raises:
         UsageError: the folder is in use, or holds a run of another configuration (the differing fields are named).
-        ApmError: the disk cannot be written; nothing that was written is damaged.
+        ApmError: the disk cannot be written, the run folder or rows in it have gone, or another session has taken it
+            over; nothing that was written is damaged.
         KeyboardInterrupt: after everything answered so far has been written.
     """
     names = [method.name for method in methods]
@@ -135,6 +145,7 @@ def run(
         for cell, header in headers.items() if group.first else ():
             for warning in header["warnings"]:
                 on_warning(f"{cell}: {warning}")
+        folder.join(record["sessions"][-1]["id"])
         work = _Work(folder, methods, teacher, options, group, record, started, on_progress, on_note, on_failure)
         try:
             work.plan(headers)
@@ -145,6 +156,9 @@ def run(
             if group.first:
                 record["counts"] = count_rows(folder, headers)
                 work.write_record()
+        if group.first:
+            check_complete(folder, record["counts"], headers, len(methods))
+            folder.end()
         return Summary(path, record)
     finally:
         if lock is not None:
@@ -184,9 +198,7 @@ class _Work:
         for cell, header in headers.items():
             rows = self.folder.read(cell, ["position", "method"])
             done += len(set(rows["position"].to_pylist()))
-            self.lanes[cell] = divide(
-                self.methods, rows, header["images"], self.group, where=f"{self.folder.path}: {cell}"
-            )
+            self.lanes[cell] = divide(self.methods, rows, header["images"], self.group)
             self.left += sum(len(lane.positions) for lane in self.lanes[cell])
         if done and self.group.first:
             self.on_note(f"Continuing {self.folder.path}: {done} images are done.")

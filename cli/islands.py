@@ -176,7 +176,7 @@ def _one(
     ]
     record = {"settings": settings, "losses": {t: run.losses for t, run in of_image.items()}, "measures": measured}
     text = (json.dumps(record, indent=1) + "\n").encode()
-    made.append(write_atomically(out / f"{stem}.json", lambda file: file.write(text)))
+    made.append(write_atomically(out / f"{stem}.json", text))
     for path in made:
         typer.echo(str(path))
     sys.stdout.flush()

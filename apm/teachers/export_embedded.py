@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apm.files import write_atomically
 from apm.labels import imagenet_names, prompt_templates
 from apm.teachers.train_data import (
     CIFAR_WORDS,
@@ -137,7 +137,7 @@ def _nearest_texts(tower: nn.Module, tokenizer: Any, words: Vocabulary) -> float
 def _write_files(
     model: nn.Module, config: dict[str, Any], image_size: int, trained_names: list[str], out: Path
 ) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     preprocess = {
         "size": image_size,
@@ -154,7 +154,4 @@ def _write_files(
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    temporary = out / "open_clip_model.safetensors.partial"
-    save_file(state, temporary, metadata={"format": "pt"})
-    os.chmod(temporary, 0o644)  # safetensors makes files that only their owner reads
-    os.replace(temporary, out / "open_clip_model.safetensors")
+    write_atomically(out / "open_clip_model.safetensors", save(state, metadata={"format": "pt"}))

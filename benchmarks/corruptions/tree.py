@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -21,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from apm.errors import ApmError, ImageError, UsageError, unknown
+from apm.files import make_folder, write_atomically
 
 from ..datasets.files import class_folders, class_images, read_rgb, stable_id
 from . import CORRUPTIONS, CROP, MARK, RESIZE, SETTINGS_FILE, VERSION, centre_crop, check_level, corrupt
@@ -134,9 +133,8 @@ class TreeWriter:
         if present is None:
             if self.target.is_dir() and any(self.target.iterdir()):
                 raise UsageError(f"{self.target} is not empty and holds no {SETTINGS_FILE}: choose an empty folder.")
-            with _said(self.target):
-                self.target.mkdir(parents=True, exist_ok=True)
-                _replace(path, json.dumps({"made": MARK, **wanted}, indent=2).encode() + b"\n")
+            make_folder(self.target)
+            write_atomically(path, json.dumps({"made": MARK, **wanted}, indent=2).encode() + b"\n")
             return
         present = present if isinstance(present, dict) else {}
         differing = [
@@ -191,36 +189,14 @@ def _write_image(
         return ImageReport(image, 0, skipped, str(error))
     for corruption, level, path in missing:
         changed = corrupt(pixels, corruption, level, seed=settings.seed, image_id=stable_id(image))
-        with _said(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _save(Image.fromarray(changed), path, settings.format)
+        write_atomically(path, _encoded(Image.fromarray(changed), settings.format))
     return ImageReport(image, len(missing), skipped)
 
 
-def _save(picture: Image.Image, path: Path, format: str) -> None:
+def _encoded(picture: Image.Image, format: str) -> bytes:
     buffer = io.BytesIO()
     if format == "jpeg":
         picture.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
     else:
         picture.save(buffer, "PNG")
-    _replace(path, buffer.getvalue())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file under a hidden temporary name and rename it: it is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing into one for people."""
-    try:
-        yield
-    except OSError as error:
-        raise ApmError(f"Cannot write {path}: {error.strerror}. What was written so far is whole.") from error
+    return buffer.getvalue()

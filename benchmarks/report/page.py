@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import apm
-from apm.errors import ApmError, UsageError
+from apm.errors import UsageError
 from apm.files import write_atomically
 from apm.paths import printable
 
@@ -89,10 +89,7 @@ def write_report(paths: Sequence[Path], out: Path, options: Options) -> tuple[Pa
     if not tables:
         raise UsageError(f"No rows yet in {', '.join(map(str, paths))}.")
     html = render(runs, tables, options)
-    try:
-        write_atomically(page, lambda file: file.write(html.encode("utf-8", "backslashreplace")))
-    except OSError as error:
-        raise ApmError(f"Cannot write {page}: {error.strerror or error}.") from None
+    write_atomically(page, html.encode("utf-8", "backslashreplace"))
     return page, tables
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from apm.errors import UsageError
+from apm.files import write_atomically
 
 from ..environment import describe
 
@@ -58,12 +59,8 @@ def file_name(record: Mapping[str, Any]) -> str:
 
 def write(record: Mapping[str, Any], folder: Path, name: str | None = None) -> Path:
     """Write a record into ``folder``; an earlier one of the same name is replaced, never half."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (name or file_name(record))
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    return write_atomically(folder / (name or file_name(record)), text.encode())
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:

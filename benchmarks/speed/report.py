@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from apm.files import write_atomically
+
 from .record import read_all
 
 Record = Mapping[str, Any]
@@ -47,7 +49,7 @@ def write_report(records: Path, docs: Path) -> list[Path]:
     docs.mkdir(parents=True, exist_ok=True)
     written = [path for record in found if (path := plot(record, docs)) is not None]
     page = docs / "speed.md"
-    page.write_text(page_of(found), encoding="utf-8")
+    write_atomically(page, page_of(found).encode())
     return [*written, page]
 
 

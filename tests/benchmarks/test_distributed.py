@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from torch.distributed import HashStore
 
@@ -97,6 +98,71 @@ def test_a_killed_worker_is_restarted_and_goes_on(tmp_path: Path, whole: Path) -
     assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 2  # killed; restarted
 
 
+ORPHANED = """
+import os, sys, time
+from pathlib import Path
+from apm.benchmarks.distributed import join
+from tests.benchmarks.runs import Plain, Stream, make_dataset, make_run
+
+class Noted(Plain):
+    def predict(self, batch):
+        Path(sys.argv[1] + f".{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+        return super().predict(batch)
+
+with join() as group:
+    make_run(Path(sys.argv[1]), [Noted(seconds=0.2), Stream()], make_dataset(60), group=group, flush_seconds=0.0)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_whose_launcher_was_killed_ends_and_doubles_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    make_run(tmp_path / "whole", [Plain(), Stream()], make_dataset(60))
+    script = tmp_path / "worker.py"
+    script.write_text(ORPHANED)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    notes = [Path(f"{folder}.{rank}.pid") for rank in (0, 1)]
+    try:
+        deadline = time.monotonic() + 300
+        while not all(note.is_file() and note.read_text() for note in notes) or len(_plain_shards(folder)) < 4:
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.02)
+        first, orphan = (int(note.read_text()) for note in notes)
+        os.kill(launcher.pid, signal.SIGKILL)
+        os.kill(first, signal.SIGKILL)
+        _wait_for_end(first)  # with it goes its lock
+        make_run(folder, [Plain(), Stream()], make_dataset(60))  # while the orphan may still be at work
+        _wait_for_end(orphan)
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    assert_same(folder, tmp_path / "whole")
+    written = [row for path in RunFolder(folder).shards("digits") for row in pq.read_table(path).to_pylist()]
+    assert len(written) == 120  # none of them twice, not even on the disk
+
+
+def _wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while _alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} works on"
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and is not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_one_process_finishes_what_one_of_two_began(tmp_path: Path, whole: Path) -> None:
     class First(Group):
         def broadcast(self, value: Any) -> Any:
@@ -160,7 +226,5 @@ def test_outside_of_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def _plain_shards(folder: Path) -> list[dict[str, list[int]]]:
-    import pyarrow.parquet as pq
-
     tables = [pq.read_table(path).to_pydict() for path in RunFolder(folder).shards("digits")]
     return [table for table in tables if set(table["method"]) == {"plain"}]

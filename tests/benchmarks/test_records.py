@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from apm.benchmarks import durable
+from apm import files
 from apm.benchmarks.records import ROW_SCHEMA, Records, Row, RunFolder, describe_differences, differences
 from apm.errors import ApmError, UsageError
 
@@ -89,10 +91,10 @@ def test_a_full_disk_leaves_whole_rows_and_a_sentence(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if step == "write":
-        monkeypatch.setattr(durable, "open", _open_full, raising=False)
+        monkeypatch.setattr(files, "open", _open_full, raising=False)
     else:
         monkeypatch.setattr(os, step, full)
-    with pytest.raises(ApmError, match=r"disk is full .*All rows written so far are whole: free some space and run"):
+    with pytest.raises(ApmError, match=r"disk is full.*What was written before is whole: free some space and run"):
         folder.append("digits", rows(3))
     monkeypatch.undo()
     assert [p.suffix for p in (tmp_path / "shards" / "digits").iterdir()] == [".parquet"]
@@ -117,15 +119,67 @@ class _open_full:
 
 
 def test_leftovers_of_a_dead_run_are_removed_and_not_read(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.append("digits", rows())
-    leftovers = [tmp_path / "shards" / "digits" / "00000003-0123456789ab.part", tmp_path / "run.json.89abcdef.part"]
-    others = [tmp_path / "film.part", tmp_path / "shards" / "digits" / "film.part"]  # a download of the user's
-    for path in (*leftovers, *others):
+    dead = RunFolder(tmp_path)
+    dead.begin()
+    dead.append("digits", rows())
+    assert dead.staging is not None
+    leftover = dead.staging / ".00000003-0123456789ab.parquet-0123456789ab.part"
+    others = [tmp_path / "film.part", tmp_path / ".writing-mine" / "a"]  # a download of the user's
+    others[1].parent.mkdir()
+    for path in (leftover, *others):
         path.write_bytes(b"half a shard")
+    folder = RunFolder(tmp_path)
+    folder.begin()
     assert len(folder.read("digits")) == 3
-    folder.remove_leftovers()
-    assert [path.exists() for path in (*leftovers, *others)] == [False, False, True, True]
+    assert [path.exists() for path in (leftover, dead.staging, *others)] == [False, False, True, True]
+    folder.end()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-mine", "film.part", "shards"]
+
+
+def test_a_new_session_fences_off_the_writers_of_earlier_ones(tmp_path: Path) -> None:
+    orphan, heir, partner = RunFolder(tmp_path), RunFolder(tmp_path), RunFolder(tmp_path)
+    orphan.begin()
+    orphan.write_run(minimal_run(wall_seconds=1.0))
+    orphan.append("digits", rows())
+    partner.join(heir.begin())
+    for write in (lambda: orphan.append("digits", rows(3)), lambda: orphan.write_run(minimal_run(wall_seconds=2.0))):
+        with pytest.raises(ApmError, match=r"Another session has taken over .*: this one stops"):
+            write()
+    heir.append("digits", rows(3))
+    partner.append("digits", rows(6))
+    assert sorted(heir.read("digits")["position"].to_pylist()) == list(range(9))
+    assert json.loads((tmp_path / "run.json").read_text())["wall_seconds"] == 1.0
+
+
+def test_a_file_that_an_orphan_is_about_to_rename_does_not_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new session begins, and looks what is there, between the orphan's last byte and its rename."""
+    orphan, heir = RunFolder(tmp_path), RunFolder(tmp_path)
+    orphan.begin()
+    real = os.replace
+
+    def overtaken(source: Path, target: Path) -> None:
+        heir.begin()
+        assert len(heir.read("digits")) == 0
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    with pytest.raises(ApmError, match="taken over"):
+        orphan.append("digits", rows())
+    assert len(heir.read("digits")) == 0
+
+
+def test_a_folder_that_has_gone_is_not_made_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.begin()
+    folder.append("digits", rows())
+    folder.path.rename(tmp_path / "elsewhere")
+    for write in (lambda: folder.append("digits", rows(3)), lambda: folder.write_run(minimal_run())):
+        with pytest.raises(ApmError, match=r"run was removed or moved while .* writing to it\. Put it back and run"):
+            write()
+    assert not folder.path.exists()
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
@@ -244,10 +298,29 @@ def test_method_rows_are_in_stream_order_and_failures_are_marked(tmp_path: Path)
     assert found.step_predictions is None
 
 
-def test_rows_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+def test_the_same_answer_twice_is_one(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_run(minimal_run())
     folder.append("digits", rows())
-    folder.append("digits", rows(2, 1))
-    with pytest.raises(UsageError, match="there twice"):
+    again = [replace(row, seconds=9.0, probability=0.50001) for row in rows(1, 3)]  # time and rounding are others
+    folder.append("digits", again)
+    assert sorted(folder.read("digits")["position"].to_pylist()) == [0, 1, 2, 3]
+    assert sorted(folder.read("digits", ["id"])["id"].to_pylist()) == ["ä/0", "ä/1", "ä/2", "ä/3"]
+    ((_, found),) = Records.open(tmp_path).rows("digits")
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("change", [{"prediction": 1}, {"label": 0}, {"nll": 1.6}, {"error": "cut off"}])
+def test_two_answers_that_differ_are_named_with_their_files(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_run(minimal_run())
+    first = folder.append("digits", rows())
+    second = folder.append("digits", [replace(rows(2, 1)[0], **change)])
+    (field,) = change
+    with pytest.raises(
+        UsageError, match=f"digits: two answers to ä/2 by m differ in {field}: .*Remove the file"
+    ) as told:
         list(Records.open(tmp_path).rows("digits"))
+    assert str(first) in str(told.value) and str(second) in str(told.value)
+    second.unlink()
+    assert len(folder.read("digits")) == 3

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,6 +294,27 @@ def test_a_damaged_shard_can_be_removed_and_its_images_are_answered_anew(tmp_pat
     shards[1].unlink()
     make_run(tmp_path / "parts", methods)
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("remove", ["folder", "shards"])
+def test_a_run_whose_folder_is_removed_says_so_and_can_be_run_again(tmp_path: Path, remove: str) -> None:
+    class Removing(Plain):
+        def predict(self, batch: Batch) -> Prediction:
+            if 4 <= self.images < 8:
+                shutil.rmtree(tmp_path / "run" / ("shards" if remove == "shards" else ""))
+            return super().predict(batch)
+
+    message = "was removed or moved" if remove == "folder" else r"rows were removed .* of digits \(\d of 12\)"
+    with pytest.raises(ApmError, match=message):
+        make_run(tmp_path / "run", [Removing()], flush_seconds=0.0)
+    make_run(tmp_path / "run")
+    make_run(tmp_path / "whole")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_run_leaves_only_its_records(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json", "shards"]
 
 
 def test_images_whose_folder_has_gone_are_no_errors_of_theirs(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ from .scoring import NOT_FINITE, Tally, score
 if TYPE_CHECKING:
     from .datasets import Dataset, Sample
 
-_LOCK_PATIENCE = 10.0  # a restarted process waits for its predecessor's lock to be given back
+_LOCK_PATIENCE = (2.0, 10.0)  # seconds, alone and of many: a killed process gives its lock back a little later
 
 logger = logging.getLogger("apm")
 
@@ -132,7 +132,7 @@ def run(
     lock, record, refusal = None, None, None
     if group.first:
         try:
-            lock = folder.lock(_LOCK_PATIENCE if group.world > 1 else 0.0)
+            lock = folder.lock(_LOCK_PATIENCE[group.world > 1])
             record = prepare(folder, config, headers, sets, teacher, options, group)
         except ApmError as error:
             refusal = error

@@ -156,9 +156,10 @@ def _wait_for_end(pid: int) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process runs: one that has ended and is not yet waited for does not."""
+    """Whether a process runs; one that has ended, with all its threads, and is not yet waited for does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
     except (FileNotFoundError, ProcessLookupError):
         return False
 

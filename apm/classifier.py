@@ -8,9 +8,7 @@ Nothing of one image is left when the next one comes.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from apm.adapt import LARGEST_BATCH, AdaptConfig, AdaptResult, TestTimeTrainer
+from apm.ahead import in_order
 from apm.answers import Adaptation, Answer, Perception, Prediction
 from apm.errors import ImageError, TeacherError, UsageError, unknown
 from apm.grids import resample
-from apm.images import MAX_PIXELS, LoadedImage, from_pixels, load_image, student_input
+from apm.images import MAX_PIXELS, LoadedImage, from_pixels, opened_image, student_input
 from apm.labels import LABEL_SET_NAMES, check_labels, check_templates, prompt_templates
 from apm.labels import label_set as labels_of
 from apm.model import APMConfig
@@ -93,7 +92,9 @@ class Classifier:
             "all", as in the paper; "auto" chooses (see `apm.queries`).
         top_k: how many labels an answer ranks.
         min_probability: answers whose best label is less probable are marked as unsure, in [0, 1].
-        max_pixels: largest width × height of a file that is decoded.
+        max_pixels: largest width × height of a file that is decoded. Decoding takes 8 bytes a pixel for most formats,
+            up to 24 for WebP, AVIF and JPEG 2000, and all threads together `apm.images.DECODING_BYTES`, or what one
+            larger picture takes.
 
     Raises:
         UsageError: a name or value is wrong, or labels are given twice over.
@@ -240,24 +241,21 @@ class Classifier:
         Decoding runs ahead in threads, by a bounded number of images. A file that cannot be read gives an answer with
         an `error`, and the others are not touched by it.
         """
-        pool = ThreadPoolExecutor(max_workers=min(DECODERS, os.cpu_count() or 1), thread_name_prefix="decode")
-        waiting: deque[Future[_Prepared]] = deque()
-        source = iter(paths)
+        workers = min(DECODERS, os.cpu_count() or 1)
+        prepared = in_order(
+            map(Path, paths), self._prepare_file, ahead=2 * self.batch_size + workers, workers=workers, size=_bytes
+        )
+        batch: list[_Prepared] = []
         try:
-            batch: list[_Prepared] = []
-            while True:
-                while len(waiting) < 2 * self.batch_size + DECODERS and (path := next(source, None)) is not None:
-                    waiting.append(pool.submit(self._prepare_file, Path(path)))
-                if not waiting:
-                    break
-                batch.append(waiting.popleft().result())
+            for one in prepared:
+                batch.append(one)
                 # A failure at the head of a batch has nothing to wait for.
-                if sum(one.error is None for one in batch) in (0, self.batch_size):
+                if sum(other.error is None for other in batch) in (0, self.batch_size):
                     yield from self._answer(batch)
                     batch = []
             yield from self._answer(batch)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            prepared.close()
 
     def _prepare_any(self, image: str | os.PathLike[str] | Image.Image, *, keep_image: bool = False) -> _Prepared:
         if isinstance(image, Image.Image):
@@ -266,7 +264,8 @@ class Classifier:
 
     def _prepare_file(self, path: Path, *, keep_image: bool = False) -> _Prepared:
         try:
-            return self._prepare(path, load_image(path, max_pixels=self.max_pixels), keep_image=keep_image)
+            with opened_image(path, max_pixels=self.max_pixels) as loaded:
+                return self._prepare(path, loaded, keep_image=keep_image)
         except ImageError as error:
             return _Prepared(path=path, error=str(error))
 
@@ -360,6 +359,11 @@ class Classifier:
         best = probabilities.topk(min(self.top_k, len(self.head.labels)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return tuple(Prediction(label=self.head.labels[index], probability=value) for index, value in pairs)
+
+
+def _bytes(one: _Prepared) -> int:
+    image = 4 * one.image.width * one.image.height if one.image is not None else 0
+    return image + sum(pixels.nbytes for pixels in (one.teacher_pixels, one.student_pixels) if pixels is not None)
 
 
 def default_readout(distil: str) -> str:

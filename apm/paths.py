@@ -83,6 +83,8 @@ def file_problem(path: Path) -> str | None:
                 pass
             return "a folder, not an image" if any(images_below(path)) else "a folder without images"
     except FileNotFoundError:
+        if os.path.islink(path):
+            return "a link to a file that is not there"
         return "no file matches this pattern" if glob.has_magic(str(path)) else "no such file"
     except PermissionError:
         return "not readable, permission denied"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,9 @@ from typing import Any
 from PIL import Image
 
 from apm.errors import ImageError, UsageError
-from apm.images import MAX_PIXELS, from_pixels, load_image
+from apm.images import MAX_PIXELS, decode_image, load_image
 from apm.paths import EXTENSIONS, images_below, printable
 
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 COLUMN = "image"
 """The Parquet column: bytes of an image file, or a struct with a field ``bytes``."""
 
@@ -131,14 +128,4 @@ def _decode(value: Any, name: str, max_pixels: int) -> Image.Image:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
         raise ImageError(f"{name}: no bytes of an image")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise ImageError(f"{image.width}×{image.height} pixels is more than the limit of {max_pixels}")
-                return from_pixels(image).image
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except Exception as error:  # decoders raise nearly any type on damaged data
-        raise ImageError(f"{name}: damaged or truncated image ({type(error).__name__})") from error
+    return decode_image(data, name, max_pixels=max_pixels).image

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from apm.ahead import in_order
 from apm.errors import ApmError, ImageError
 from apm.paths import printable
 
@@ -42,29 +41,19 @@ def decoded(
 
     Args:
         todo: position and sample, drawn from as images are taken.
-        ahead: how many are decoded before whoever takes them needs them; bounds the memory.
+        ahead: how many are decoded before whoever takes them needs them; bounds the memory, as their bytes do.
         workers: number of threads.
 
     Raises:
         ApmError: not the image is at fault but where it comes from, such as a stream that broke off.
     """
-    waiting: deque[tuple[int, Sample, Future[Image.Image]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        try:
-            for position, sample in todo:
-                waiting.append((position, sample, pool.submit(sample.load)))
-                if len(waiting) > ahead:
-                    yield _loaded(*waiting.popleft())
-            while waiting:
-                yield _loaded(*waiting.popleft())
-        finally:
-            for _, _, future in waiting:
-                future.cancel()
+    return in_order(todo, _load, ahead=ahead, workers=workers, size=_bytes)
 
 
-def _loaded(position: int, sample: Sample, future: Future[Image.Image]) -> Readable | Unreadable:
+def _load(item: tuple[int, Sample]) -> Readable | Unreadable:
+    position, sample = item
     try:
-        return Readable(position, sample, future.result())
+        return Readable(position, sample, sample.load())
     except MemoryError:
         raise
     except ApmError as error:
@@ -73,3 +62,7 @@ def _loaded(position: int, sample: Sample, future: Future[Image.Image]) -> Reada
         return Unreadable(position, sample, printable(" ".join(str(error).split())))
     except Exception as error:  # decoders raise all kinds; the image is at fault, not the run
         return Unreadable(position, sample, printable(" ".join(str(error).split())) or type(error).__name__)
+
+
+def _bytes(item: Readable | Unreadable) -> int:
+    return 4 * item.image.width * item.image.height if isinstance(item, Readable) else 0

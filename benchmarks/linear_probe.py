@@ -12,7 +12,6 @@ of its last hidden layer over the locations (``hidden``); the mean field of a st
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import sys
@@ -24,12 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from apm.errors import UsageError
 from apm.field import Student
-from apm.images import central_square, student_input
+from apm.images import central_square, decode_image, student_input
 from apm.model import APM
 from apm.position import grid_locations, position_code
 from apm.pretrain import pooled_colours
@@ -72,7 +70,7 @@ def describe_images(
     untrained = Student(APM(student.config, seed=1), {})
     parts: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     for start in range(0, len(images), batch):
-        opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in images[start : start + batch]]
+        opened = [decode_image(data, "a row", as_published=True).image for data in images[start : start + batch]]
         inputs = torch.stack([student_input(image, student.config.image_size) for image in opened])
         squares = np.stack([np.asarray(central_square(image, side)) for image in opened])
         parts["pixels"].append(torch.from_numpy(squares).flatten(1) / 255)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from apm.errors import UsageError
 from apm.explain import peak
+from apm.images import load_image
 from apm.zeroshot import ZeroShotHead
 
 from .datasets import open_dataset
@@ -55,7 +55,7 @@ def demo(path: Path, make: MakeMapper, teacher: Any, *, seed: int = 0) -> Path:
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"
-    images = [Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS]
+    images = [load_image(folder / name).image for name in PHOTOGRAPHS]
     names = list(PHOTOGRAPHS.values())
     rng = np.random.default_rng(seed)
     shown = []

@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import subprocess
 import sys
 import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from apm import images
 from apm.errors import ImageError
-from apm.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, load_image, student_input
+from apm.images import (
+    DECODING_BYTES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_PIXELS,
+    decode_image,
+    load_image,
+    student_input,
+)
 from apm.paths import expand_paths, printable
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
@@ -383,3 +396,131 @@ def test_any_bytes_give_an_image_or_an_image_error(tmp_path: Path, data: bytes) 
             loaded.image.getpixel((0, 0))
     assert said == []
     assert sys.exc_info() == (None, None, None)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_every_reader_refuses_a_format_whose_decoder_starts_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An EPS picture by any name would be handed to Ghostscript."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import EpsImagePlugin
+
+    from apm.benchmarks.datasets import open_dataset
+    from apm.pretrain_images import open_images
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    assert Image.open(io.BytesIO(EPS)).format == "EPS"  # Pillow itself would
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "a.jpg").write_bytes(EPS)
+    pq.write_table(pa.table({"image": [EPS, EPS], "label": ["cat", "dog"]}), tmp_path / "test.parquet")
+    refusals = [partial(load_image, tmp_path / "set" / "cat" / "a.jpg")]
+    refusals += [sample.load for sample in open_dataset("folder", tmp_path / "set").samples]
+    refusals += [sample.load for sample in open_dataset("folder", source=f"hf:{tmp_path}:test").samples]
+    for refusal in refusals:
+        with pytest.raises(ImageError, match="not an image"):
+            refusal()
+    found = [error for _, error in open_images(tmp_path / "test.parquet").read()]
+    assert len(found) == 2 and all(isinstance(error, ImageError) for error in found)
+
+
+def test_bytes_of_images_are_read_in_one_place() -> None:
+    """But for what a corruption has encoded itself, and the data sets of the embedded teacher's training."""
+    root = Path(__file__).parent.parent
+    sources = [path for folder in ("apm", "benchmarks", "cli") for path in (root / folder).rglob("*.py")]
+    found = {path.relative_to(root).as_posix() for path in sources if "Image.open(" in path.read_text(encoding="utf-8")}
+    assert found - {"apm/teachers/train_data.py"} == {"apm/images.py", "benchmarks/corruptions/digital.py"}
+
+
+def test_published_decoding_looks_at_neither_orientation_nor_transparency(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (8, 4), (200, 0, 0, 0)).save(tmp_path / "a.png", exif=exif)
+    assert load_image(tmp_path / "a.png").image.size == (4, 8)
+    assert load_image(tmp_path / "a.png").image.getpixel((0, 0)) == (255, 255, 255)
+    published = load_image(tmp_path / "a.png", as_published=True)
+    assert published.image.size == (8, 4) and published.image.getpixel((0, 0)) == (200, 0, 0) and not published.notes
+    assert decode_image((tmp_path / "a.png").read_bytes(), "a", as_published=True).image == published.image
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F"])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_strips_give_what_the_whole_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, transparent: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    if mode == "F":
+        image = Image.fromarray((rng.standard_normal((37, 23)) * 300).astype(np.float32))
+    elif mode.startswith("I"):
+        image = Image.fromarray(rng.integers(0, 65536, (37, 23)).astype(np.uint16 if mode == "I;16" else np.int32))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (37, 23, 4), dtype=np.uint8)).convert(mode)
+    kind = "TIFF" if mode in ("I", "F") else "PNG"
+    options = {"transparency": 3} if transparent and mode in ("L", "P") else {}
+    image.save(tmp_path / "a", kind, **options)
+    whole = load_image(tmp_path / "a")
+    monkeypatch.setattr(images, "_STRIP", 23 * 5)
+    cut = load_image(tmp_path / "a")
+    assert cut.image == whole.image and cut.notes == whole.notes
+
+
+def test_no_two_images_are_decoded_at_once_that_do_not_fit_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    inside, most = [0], [0]
+    counting = threading.Lock()
+
+    def slow(image: Image.Image, **options: object) -> tuple[Image.Image, tuple[str, ...]]:
+        with counting:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        with counting:
+            inside[0] -= 1
+        return image.convert("RGB"), ()
+
+    monkeypatch.setattr(images, "_to_rgb", slow)
+    for total, expected in ((8 * 10_000 * 2, 2), (8 * 10_000 - 1, 1)):  # the last fits by itself alone
+        monkeypatch.setattr(images, "_BUDGET", images._Budget(total))
+        most[0] = 0
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(load_image, [tmp_path / "a.png"] * 12))
+        assert most[0] == expected
+
+
+PEAK = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from apm.images import load_image, opened_image
+
+def small(path):
+    with opened_image(path) as loaded:
+        return loaded.image.size
+
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    status = open("/proc/self/status").read()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+before = peak()
+with ThreadPoolExecutor(4) as pool:
+    sizes = list(pool.map(small, [sys.argv[1]] * 4))
+print(sizes[0], peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_decoding_stays_within_its_bytes(tmp_path: Path) -> None:
+    """A small file that is large when decoded: four in threads took 11 GB once, and one 3.5 GB."""
+    path = tmp_path / "large.png"
+    Image.new("I;16", (9400, 9400), 30_000).save(path)
+    assert path.stat().st_size < 300_000
+    done = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+    size, _, peak = done.stdout.rpartition(" ")
+    assert size == "(9400, 9400)"
+    assert 9400 * 9400 * 6 <= int(peak) < DECODING_BYTES + 100e6  # its own 16 bits and RGB; strips and Pillow's blocks

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from apm.errors import ImageError, UsageError
+from apm.errors import UsageError
+from apm.images import MAX_PIXELS, load_image
 from apm.paths import EXTENSIONS
 
 _WNID = re.compile(r"n\d{8}")
@@ -109,38 +110,9 @@ def stable_id(path: str) -> str:
 def read_rgb(path: str | Path) -> Image.Image:
     """Decode a picture of a data set as RGB, the way published evaluations do.
 
-    EXIF rotation is not applied, transparency is ignored and the first frame is taken: numbers stay comparable with
-    those of other code. Grey pictures of 16 bits and more are scaled, where that code would cut them off at 255.
+    See `apm.images.load_image` on what that means. Up to twice `MAX_PIXELS` are decoded, Pillow's own limit there.
 
     Raises:
         ImageError: the file is missing, unreadable, damaged, no picture or a mere strip; the message names it.
     """
-    try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: too many pixels ({error}).") from error
-    except FileNotFoundError as error:
-        cause = "a link to a file that" if os.path.islink(path) else "the file"
-        raise ImageError(f"{path}: {cause} is not there.") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error}).") from error
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened picture as `read_rgb` does.
-
-    Raises:
-        ImageError: it is a strip: scaling its short side up to a network's input would multiply its pixels.
-    """
-    from apm.images import MAX_ASPECT, from_pixels  # loads torch, which listing data sets does without
-
-    width, height = image.size
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(
-            f"{width}×{height} pixels is a strip; the long side may be at most {MAX_ASPECT} times the short one."
-        )
-    wide = image.mode == "F" or image.mode.startswith("I")
-    return from_pixels(image).image if wide else image.convert("RGB")
+    return load_image(path, max_pixels=2 * MAX_PIXELS, as_published=True).image

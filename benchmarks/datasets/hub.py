@@ -21,10 +21,11 @@ from urllib.request import Request, urlopen
 
 from PIL import Image
 
-from apm.errors import ApmError, ImageError, UsageError
+from apm.errors import ApmError, UsageError
+from apm.images import MAX_PIXELS, decode_image
 from apm.labels import imagenet_subset, imagenet_wnids, label_set
 
-from .files import as_rgb, is_wnid, read_rgb
+from .files import is_wnid, read_rgb
 from .readers import Listing, Sample, subset_wnids
 from .specs import DatasetSpec
 
@@ -283,11 +284,7 @@ class _Rows:
                 return read_rgb(span)
             self._spool.seek(span[0])
             encoded = self._spool.read(span[1])
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                return as_rgb(image)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise ImageError(f"row {row}: cannot be read as an image ({error}).") from error
+        return decode_image(encoded, f"row {row}", max_pixels=2 * MAX_PIXELS, as_published=True).image
 
     def _keep(self, row: Mapping[str, Any]) -> None:
         image = row[self._column] or {}

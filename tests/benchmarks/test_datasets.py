@@ -570,7 +570,7 @@ def test_damaged_image_is_its_own_error(tmp_path: Path) -> None:
     (tmp_path / "b" / "b_0.png").write_bytes((tmp_path / "b" / "b_0.png").read_bytes()[:200])
     data = open_dataset("folder", tmp_path)
     for sample in (data.samples[0], data.samples[2]):
-        with pytest.raises(ImageError, match="cannot be read as an image"):
+        with pytest.raises(ImageError, match=r"damaged or truncated image|not an image"):
             sample.load()
     assert data.samples[1].load().size == (40, 36)
 

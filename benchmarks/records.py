@@ -2,6 +2,7 @@
 
     RUN/run.json                      what was run, with what, and by whom it was continued (schemas/run.schema.json)
     RUN/shards/<cell>/<shard>.parquet
+    RUN/files/<cell>.parquet          what the data set's files were when the run began (`file_state`)
     RUN/.lock                         held while a process writes
     RUN/.writing-<session>/           files that a session is writing
 
@@ -195,10 +196,8 @@ class RunFolder:
         table = pa.Table.from_arrays(
             [pa.array(values, field.type) for values, field in zip(columns, ROW_SCHEMA, strict=True)], schema=ROW_SCHEMA
         )
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         name = f"{rows[0].position:08d}-{uuid.uuid4().hex[:12]}.parquet"
-        return self._write(self.shard_folder(cell) / name, sink.getvalue().to_pybytes())
+        return self._write(self.shard_folder(cell) / name, _encoded(table))
 
     def _write(self, path: Path, data: bytes) -> Path:
         try:
@@ -214,6 +213,28 @@ class RunFolder:
                 f"{self.path} was removed or moved while the run was writing to it. Put it back and run the same "
                 "command again to continue; without it, the run starts over."
             ) from error
+
+    def files_file(self, cell: str) -> Path:
+        return self.path / "files" / f"{cell.replace('/', '--')}.parquet"
+
+    def write_files(self, cell: str, table: pa.Table) -> None:
+        """Keep what the files of `cell` are now."""
+        self._write(self.files_file(cell), _encoded(table))
+
+    def read_files(self, cell: str) -> pa.Table | None:
+        """Read what the files of `cell` were when the run began; None where nobody has looked.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        try:
+            return pq.read_table(self.files_file(cell), partitioning=None, page_checksum_verification=True)
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowException, OSError) as error:
+            raise UsageError(
+                f"{self.files_file(cell)} is damaged ({error}). Remove this file if the images are the same as before."
+            ) from None
 
     def shards(self, cell: str) -> list[Path]:
         """All shards of `cell`, by name."""
@@ -278,12 +299,19 @@ class RunFolder:
         """Remove run.json and all shards, and nothing else that may lie in the folder."""
         with writing(self.path):
             self.run_file.unlink(missing_ok=True)
-            folders = [*self.path.glob("shards/*"), self.path / "shards"]
-            for shard in self.all_shards():
-                shard.unlink()
+            files = [file for file in self.path.glob("files/*.parquet") if _is_file_state(file)]
+            folders = [*self.path.glob("shards/*"), self.path / "shards", self.path / "files"]
+            for path in [*self.all_shards(), *files]:
+                path.unlink()
             for folder in folders:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+
+
+def _encoded(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def _read_shard(shard: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -295,6 +323,14 @@ def _read_shard(shard: Path, columns: Sequence[str] | None = None) -> pa.Table:
         raise UsageError(
             f"{shard} is damaged ({error}). Remove this file and run again: its images are computed anew."
         ) from None
+
+
+def _is_file_state(path: Path) -> bool:
+    """Whether a Parquet file is one of ours; a user's own may lie in a folder of the same name."""
+    try:
+        return b"apm.files" in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _first_rows(table: pa.Table) -> NDArray[np.int64]:

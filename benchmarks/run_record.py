@@ -15,6 +15,7 @@ from apm.teachers.base import Teacher
 from .corruptions import VERSION
 from .distributed import Group
 from .environment import describe
+from .file_state import FileState
 from .methods.base import Method
 from .records import SCHEMA_VERSION, RunFolder, describe_differences, differences
 
@@ -63,15 +64,28 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def describe_cells(
-    cells: Sequence[Callable[[], Dataset]], options: RunOptions
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[str]]]]:
-    """Open every cell once: what run.json says of it, by key; and the label and prompt sets, once each, by digest."""
+    cells: Sequence[Callable[[], Dataset]], options: RunOptions, *, look: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[str]]], dict[str, FileState]]:
+    """Open every cell once.
+
+    Args:
+        cells: open their data sets.
+        options: of the run.
+        look: whether to look at the files.
+
+    Returns:
+        What run.json says of each cell, by key; the label and prompt sets, once each, by digest; the state of the files
+        of each cell, where they were looked at.
+    """
+    states: dict[str, FileState] = {}
     headers: dict[str, dict[str, Any]] = {}
     sets: dict[str, dict[str, list[str]]] = {"label_sets": {}, "prompt_sets": {}}
     for open_cell in cells:
         dataset = prompted(open_cell(), options)
         if dataset.cell in headers:
             raise UsageError(f"{dataset.cell} is asked for twice in one run.")
+        if look:
+            states[dataset.cell] = FileState.of(dataset.samples)
         labels, prompts = _digest(dataset.class_names), _digest(dataset.templates)
         sets["label_sets"][labels] = list(dataset.class_names)
         sets["prompt_sets"][prompts] = list(dataset.templates)
@@ -101,7 +115,7 @@ def describe_cells(
             "notes": list(dataset.notes),
             "warnings": list(dataset.warnings),
         }
-    return headers, sets
+    return headers, sets, states
 
 
 def configuration(
@@ -124,11 +138,12 @@ def prepare(
     config: dict[str, Any],
     headers: dict[str, dict[str, Any]],
     sets: dict[str, dict[str, list[str]]],
+    files: Callable[[], None],
     teacher: Teacher,
     options: RunOptions,
     group: Group,
 ) -> dict[str, Any]:
-    """Begin or continue the run: check the configuration, remove leftovers, write run.json."""
+    """Begin or continue the run: check the configuration, then the `files`, and write run.json."""
     session = folder.begin()  # before anything is read: what an earlier session writes from now on would be missed
     if options.fresh:
         folder.clear()
@@ -152,6 +167,7 @@ def prepare(
             f"{folder.path} holds a run of another configuration. {describe_differences(found)}. "
             "Give another folder with --out, or start over with --fresh."
         )
+    files()
     record["sessions"].append(
         {
             "id": session,

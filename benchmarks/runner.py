@@ -33,6 +33,7 @@ from apm.zeroshot import ZeroShotHead
 from .clock import ClockedBatch
 from .decoding import Readable, Unreadable, decoded
 from .distributed import ALONE, Group
+from .file_state import check_files
 from .lanes import Lane, divide, stream_order
 from .methods.base import Method, StreamMethod
 from .records import Row, RunFolder
@@ -127,13 +128,14 @@ def run(
         raise UsageError(f"Two methods of one run have the same name: {', '.join(names)}.")
     folder = RunFolder(path)
     started = time.monotonic()
-    headers, sets = describe_cells(cells, options)
+    headers, sets, states = describe_cells(cells, options, look=group.first)
+    files = partial(check_files, folder, states, dict(zip(headers, cells, strict=True)))
     config = configuration(methods, teacher, headers, options)
     lock, record, refusal = None, None, None
     if group.first:
         try:
             lock = folder.lock(_LOCK_PATIENCE[group.world > 1])
-            record = prepare(folder, config, headers, sets, teacher, options, group)
+            record = prepare(folder, config, headers, sets, files, teacher, options, group)
         except ApmError as error:
             refusal = error
     try:

@@ -248,7 +248,7 @@ def _was_generated(place: str) -> bool:
 
 def _corrupted(samples: Sequence[Sample], corruption: str, level: int, seed: int, resize: int) -> list[Sample]:
     return [
-        Sample(sample.id, sample.label, partial(_load_corrupted, sample, corruption, level, seed, resize))
+        Sample(sample.id, sample.label, partial(_load_corrupted, sample, corruption, level, seed, resize), sample.path)
         for sample in samples
     ]
 

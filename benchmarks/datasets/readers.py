@@ -41,6 +41,8 @@ class Sample:
     label: int
     load: Callable[[], Image.Image]
     """Decodes the image as RGB; raises ImageError when that cannot be done."""
+    path: str | None = None
+    """The file, where the image is one."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,15 @@ def _tree_samples(folder: Path, labels: dict[str, int]) -> tuple[list[Sample], l
             empty.append(name)
         for image in images:
             path = f"{name}/{image}"
-            samples.append(Sample(stable_id(path), label, partial(read_rgb, os.path.join(folder, path))))
+            samples.append(_file_sample(stable_id(path), label, folder, path))
     if not samples:
         raise UsageError(f"No pictures in the {len(labels)} class folders of {folder}.")
     return samples, empty
+
+
+def _file_sample(identity: str, label: int, folder: Path, inside: str) -> Sample:
+    path = os.path.join(folder, inside)
+    return Sample(identity, label, partial(read_rgb, path), path)
 
 
 def _empty_notes(empty: Sequence[str]) -> Iterable[str]:
@@ -230,7 +237,7 @@ def read_split_json(spec: DatasetSpec, folder: Path) -> Listing:
     if not test:
         raise UsageError(f"{path}: its test split is empty.")
     number = {label: position for position, label in enumerate(sorted(names))}
-    samples = [Sample(entry[0], number[entry[1]], partial(read_rgb, os.path.join(folder, entry[0]))) for entry in test]
+    samples = [_file_sample(entry[0], number[entry[1]], folder, entry[0]) for entry in test]
     absent = [entry[0] for entry in test if not (folder / entry[0]).is_file()]
     if len(absent) == len(test):
         raise UsageError(f"{path} names {len(test):,} test images, and none of them is in {folder}: {_few(absent)}.")
@@ -300,7 +307,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Listing:
         if variant not in label_of:
             raise UsageError(f'{test}: "{line}" names no variant of {AIRCRAFT_NAMES}.')
         path = f"{image}.jpg"
-        samples.append(Sample(path, label_of[variant], partial(read_rgb, os.path.join(folder, path))))
+        samples.append(_file_sample(path, label_of[variant], folder, path))
         if not (folder / path).is_file():
             absent.append(path)
     if len(absent) == len(samples):

@@ -235,7 +235,7 @@ def test_absent_images_become_error_rows_and_are_named(tmp_path: Path) -> None:
     data = open_dataset("dtd", tmp_path)
     assert any("1 absent image(s)" in note and "gone/2.jpg" in note for note in data.notes)
     assert len(data.samples) == 2 and data.samples[0].load().size == (40, 36)
-    with pytest.raises(ImageError, match=r"gone/2\.jpg.*not there"):
+    with pytest.raises(ImageError, match=r"gone/2\.jpg: no such file"):
         data.samples[1].load()
     (images / "a" / "1.jpg").unlink()
     with pytest.raises(UsageError, match="none of them is in"):
@@ -579,11 +579,11 @@ def test_wide_grey_pictures_are_scaled_and_strips_refused(tmp_path: Path) -> Non
     tree(tmp_path, ["a", "b"])
     values = np.arange(40 * 36, dtype=np.uint16).reshape(36, 40) * 45  # 0 … 64,755
     Image.fromarray(values).save(tmp_path / "a" / "a_0.png")
-    Image.new("RGB", (3000, 1)).save(tmp_path / "a" / "a_1.png")
+    Image.new("RGB", (3000, 2)).save(tmp_path / "a" / "a_1.png")
     data = open_dataset("folder", tmp_path)
     grey = np.asarray(data.samples[0].load())[..., 0]
     assert np.abs(grey - values / 257).max() <= 0.5
-    with pytest.raises(ImageError, match=r"a_1\.png: 3000×1 pixels is a strip"):
+    with pytest.raises(ImageError, match=r"a_1\.png: 3000×2 pixels is a strip"):
         data.samples[1].load()
 
 

@@ -21,7 +21,7 @@ from apm.ahead import in_order
 from apm.answers import Adaptation, Answer, Perception, Prediction
 from apm.errors import ImageError, TeacherError, UsageError, unknown
 from apm.grids import resample
-from apm.images import MAX_PIXELS, LoadedImage, from_pixels, opened_image, student_input
+from apm.images import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image, student_input
 from apm.labels import LABEL_SET_NAMES, check_labels, check_templates, prompt_templates
 from apm.labels import label_set as labels_of
 from apm.model import APMConfig
@@ -264,8 +264,10 @@ class Classifier:
 
     def _prepare_file(self, path: Path, *, keep_image: bool = False) -> _Prepared:
         try:
+            if keep_image or self.adapt_config.distil != "cls":
+                return self._prepare(path, load_image(path, max_pixels=self.max_pixels), keep_image=True)
             with opened_image(path, max_pixels=self.max_pixels) as loaded:
-                return self._prepare(path, loaded, keep_image=keep_image)
+                return self._prepare(path, loaded, keep_image=False)
         except ImageError as error:
             return _Prepared(path=path, error=str(error))
 

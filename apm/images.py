@@ -6,7 +6,7 @@ file and the cause, and what was done to an unusual file is told in notes.
 
 Memory. Decoding takes 8 bytes a pixel at most for the common formats, `_CODEC` more for those whose codec holds the
 whole picture. Threads that decode side by side take `DECODING_BYTES` together; a picture that needs more than that by
-itself is decoded alone.
+itself is decoded alone. The C library may keep some of what a thread has given back.
 """
 
 from __future__ import annotations
@@ -93,27 +93,31 @@ def load_image(
     Raises:
         ImageError: the file is missing, unreadable, not an image, damaged, too small or too large.
     """
-    with opened_image(path, max_pixels=max_pixels, as_published=as_published) as loaded:
-        return loaded
+    with ExitStack() as held:
+        return _load(Path(path), held, max_pixels, as_published)
 
 
 @contextmanager
-def opened_image(
-    path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, as_published: bool = False
-) -> Iterator[LoadedImage]:
-    """Do what `load_image` does, and hold the image's part of `DECODING_BYTES` until the body is left.
+def opened_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Iterator[LoadedImage]:
+    """Do what `load_image` does, hold the image's part of `DECODING_BYTES` until the body is left, and close the image.
 
     For threads that make something small of each image: what they do with it is within the bound. The body opens no
     other image.
     """
-    path = Path(path)
     with ExitStack() as held:
-        with _explained(path):
-            if (problem := file_problem(path)) is not None:
-                raise ImageError(problem)
-            with path.open("rb") as file:
-                loaded = _decode(file, held, max_pixels, as_published)
-        yield loaded
+        loaded = _load(Path(path), held, max_pixels, False)
+        try:
+            yield loaded
+        finally:
+            loaded.image.close()
+
+
+def _load(path: Path, held: ExitStack, max_pixels: int, as_published: bool) -> LoadedImage:
+    with _explained(path):
+        if (problem := file_problem(path)) is not None:
+            raise ImageError(problem)
+        with path.open("rb") as file:
+            return _decode(file, held, max_pixels, as_published)
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, as_published: bool = False) -> LoadedImage:

@@ -523,4 +523,5 @@ def test_decoding_stays_within_its_bytes(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
     size, _, peak = done.stdout.rpartition(" ")
     assert size == "(9400, 9400)"
-    assert 9400 * 9400 * 6 <= int(peak) < DECODING_BYTES + 100e6  # its own 16 bits and RGB; strips and Pillow's blocks
+    # Its own 16 bits and RGB, once; the C library keeps some of what each thread has given back.
+    assert 9400 * 9400 * 6 <= int(peak) < 1.6 * DECODING_BYTES

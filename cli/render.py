@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from apm.classifier import Adaptation, Answer, Classifier, Prediction
+    from apm.precision import Precision
 
 PLAIN_WIDTH = 120  # of output that goes to a file or a pipe, where no terminal gives a width
 
@@ -34,7 +35,7 @@ def notice_if_slow(precision: str, device: torch.device) -> None:
     """Say so, even to those who asked for quiet, where the precision asked for is the slower one."""
     from apm.precision import slowness
 
-    if text := slowness(precision, device):
+    if text := slowness(cast("Precision", precision), device):
         notice(text)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from apm.files import write_atomically
+
 from .gpu import failures, file_name
 from .record import write
 from .report import as_table, provenance, ratio_text, time_text
@@ -31,7 +33,7 @@ def write_gpu(record: Record, results: Path, docs: Path) -> list[Path]:
     found = [{**json.loads(one.read_text(encoding="utf-8")), "file": one.name} for one in results.glob("gpu-*.json")]
     docs.mkdir(parents=True, exist_ok=True)
     made = docs / "speed-gpu.md"
-    made.write_text(page(found), encoding="utf-8")
+    write_atomically(made, page(found).encode())
     return [path, made]
 
 

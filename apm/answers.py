@@ -43,6 +43,22 @@ class Adaptation:
     seconds: float
     precision: str
 
+    @classmethod
+    def of(cls, result: AdaptResult, row: int) -> Adaptation:
+        """The record of one image of a batch."""
+        steps = int(result.steps[row])
+        losses = tuple(result.losses[row, :steps].tolist())
+        return cls(
+            losses=losses,
+            cosines=tuple(result.cosines[row, :steps].tolist()),
+            steps=steps,
+            first_loss=losses[0] if losses else float(result.final_losses[row]),
+            last_loss=float(result.final_losses[row]),
+            cosine=float(result.final_cosines[row]),
+            seconds=result.seconds / len(result.tokens),
+            precision=result.precision,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:

@@ -333,7 +333,7 @@ class Classifier:
         return torch.cat([self.teacher.encode_image(part) for part in stacked.to(self.teacher.device).split(rows)])
 
     def _one_answer(self, one: _Prepared, result: AdaptResult, row: int, teacher_token: Tensor) -> Answer:
-        adaptation = _record(result, row)
+        adaptation = Adaptation.of(result, row)
         name = printable(one.path) if one.path is not None else "image"
         error = None
         if not bool(teacher_token.isfinite().all()):
@@ -423,18 +423,3 @@ def _choose_templates(
     if prompts is None and teacher.default_templates is not None:
         return "teacher", teacher.default_templates
     return prompts or "single", prompt_templates(prompts or "single")
-
-
-def _record(result: AdaptResult, row: int) -> Adaptation:
-    steps = int(result.steps[row])
-    losses = tuple(result.losses[row, :steps].tolist())
-    return Adaptation(
-        losses=losses,
-        cosines=tuple(result.cosines[row, :steps].tolist()),
-        steps=steps,
-        first_loss=losses[0] if losses else float(result.final_losses[row]),
-        last_loss=float(result.final_losses[row]),
-        cosine=float(result.final_cosines[row]),
-        seconds=result.seconds / len(result.tokens),
-        precision=result.precision,
-    )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -37,7 +38,7 @@ from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.zeroshot import ZeroShotHead
 
-from .corruptions import CORRUPTIONS, CROP, corrupt_image
+from .corruptions import CORRUPTIONS, CROP, VERSION, corrupt_image
 from .environment import describe, write_record
 
 ALL = "all"
@@ -46,8 +47,12 @@ LEVEL = 5
 
 
 def photographs(folders: Sequence[Path], seed: int) -> list[tuple[str, Path]]:
-    """Every image below the folders, named ``folder/path`` and shuffled by a hash of that: any part is a sample."""
-    found = [(f"{folder.name}/{path.relative_to(folder)}", path) for folder in folders for path in images_below(folder)]
+    """Every image below the folders, named ``parent/folder/path`` and shuffled by a hash: any part is a sample."""
+    found = [
+        ("/".join((*folder.resolve().parts[-2:], str(path.relative_to(folder)))), path)
+        for folder in folders
+        for path in images_below(folder)
+    ]
 
     def rank(one: tuple[str, Path]) -> bytes:
         return hashlib.sha256(f"{seed}\0{one[0]}".encode("utf-8", "surrogateescape")).digest()
@@ -78,7 +83,9 @@ class Study:
         if earlier is not None and earlier[0]["settings"] != settings:
             raise UsageError(f"{rows} holds rows of other settings; name another file.\n{earlier[0]['settings']}")
         self._made = {_key(row) for row in earlier[1]} if earlier else set()
-        lines = [earlier[0], *earlier[1]] if earlier else [{"settings": settings, "environment": describe()}]
+        command = shlex.join(["python", "-m", "apm.benchmarks.queries", *sys.argv[1:]])
+        head = earlier[0] if earlier else {"command": command, "settings": settings, "environment": describe()}
+        lines = [head, *earlier[1]] if earlier else [head]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(rows, lambda file: file.write(text.encode()))  # without a last line that was cut off
         self._file = rows.open("a", encoding="utf-8")
@@ -113,7 +120,7 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     text = path.read_text(encoding="utf-8")
     try:
         head, *rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        return {"settings": head["settings"], "environment": head["environment"]}, rows
+        return {name: head[name] for name in ("command", "settings", "environment")}, rows
     except (ValueError, KeyError, TypeError) as error:
         raise ApmError(f"{path} is no file of rows of this study: {error}") from error
 
@@ -151,6 +158,7 @@ def run(
         "seed": seed,
         "teacher": teacher.identity,
         "level": LEVEL,
+        "corruptions": VERSION,
         "labels": len(head.labels),
         "templates": list(head.templates),
         "precision": trainers[ALL].precision,
@@ -209,15 +217,18 @@ def record(files: Sequence[Path], command: str) -> dict[str, Any]:
     """
     by_preset: dict[str, list[dict[str, Any]]] = defaultdict(list)
     heads: dict[str, dict[str, Any]] = {}
+    commands = []
     for path in files:
         head, rows = read_rows(path)
         preset = head["settings"]["preset"]
         if heads.setdefault(preset, head)["settings"] != head["settings"]:
             raise ApmError(f"{path} was made with other settings than the files before it.")
         by_preset[preset] += rows
+        commands.append(head["command"])
     cells = [cell for preset, rows in by_preset.items() for cell in _cells(preset, rows)]
     return {
         "command": command,
+        "commands_of_the_rows": commands,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "settings": {preset: head["settings"] for preset, head in heads.items()},
         "environment": {preset: head["environment"] for preset, head in heads.items()},

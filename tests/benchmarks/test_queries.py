@@ -67,7 +67,7 @@ def test_other_settings_are_refused(photos: Path, tmp_path: Path, monkeypatch: p
 def test_a_changed_first_label_is_counted_and_named(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     common = {"teacher": 0, "cosine": 0.9, "seconds": 1.0, "margin": 0.1}
-    lines = [{"settings": {"preset": "small"}, "environment": {}}]
+    lines = [{"command": "run", "settings": {"preset": "small"}, "environment": {}}]
     for name, state, few, more in (("a", "clean", 0, 0), ("b", "clean", 1, 0), ("a", "fog/5", 0, 0)):
         for count, first in (("all", 0), (16, few), (64, more)):
             lines.append(

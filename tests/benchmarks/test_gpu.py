@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import apm.benchmarks
+from apm.adapt import AdaptConfig, TestTimeTrainer
 from apm.benchmarks.speed import __main__ as command
 from apm.benchmarks.speed import gpu, gpu_checks, gpu_report
 from apm.benchmarks.speed.gpu_checks import Case, run_checks
@@ -90,6 +91,31 @@ def test_a_step_on_a_gpu_touches_nothing_of_the_cpu(
             engine.reset()
     assert placement.calls > 200
     assert placement.astray == []
+
+
+@both
+def test_the_trainer_brings_its_answers_back(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images and targets on the CPU, students on a GPU: shapes and devices of all that `adapt` returns."""
+    monkeypatch.setattr(Engine, "advance", Engine.step)  # a graph needs a real GPU
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    count, steps = 5, 3
+    adapt = AdaptConfig(steps=steps, precision=precision, queries=5, distil="both", rgb_weight=0.1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trainer = TestTimeTrainer(TINY, adapt, device="cuda", batch_size=2)
+        result = trainer.adapt(
+            torch.zeros(count, 3, TINY.image_size, TINY.image_size),
+            torch.zeros(count, TINY.dim),
+            grids=torch.zeros(count, TINY.cells, TINY.dim),
+            keep_field=True,
+            record_tokens=True,
+            snapshots=(0, steps),
+        )
+        made = {name: value for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
+        made |= {f"field {step}": value for step, value in result.fields.items()}
+        made |= {"features": result.features([0.0, 1.5], [1.0, 2.5]), "attention": result.attention([0.0], [1.0])}
+        assert {name: value.device.type for name, value in made.items()} == dict.fromkeys(made, "cpu")
+        assert len(made) == 12 and {len(value) for value in made.values()} == {count}
+        assert result.folded is not None and result.folded.columns.device.type == "cuda"
 
 
 def test_the_placement_test_would_see_a_tensor_left_behind() -> None:

@@ -8,7 +8,7 @@ Nothing of one image is left when the next one comes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,6 +95,8 @@ class Classifier:
         max_pixels: largest width × height of a file that is decoded. Decoding takes 8 bytes a pixel for most formats,
             up to 24 for WebP, AVIF and JPEG 2000, and all threads together `apm.images.DECODING_BYTES`, or what one
             larger picture takes.
+        progress: called with the number of labels whose text is encoded and the number of all; not at all where their
+            features are cached.
 
     Raises:
         UsageError: a name or value is wrong, or labels are given twice over.
@@ -124,6 +126,7 @@ class Classifier:
         top_k: int = 5,
         min_probability: float = 0.0,
         max_pixels: int = MAX_PIXELS,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         # Everything cheap is checked before the teacher, which takes seconds to load.
         if labels is not None and label_set is not None:
@@ -174,7 +177,7 @@ class Classifier:
         self.preset = preset
         self.label_source, names = _choose_labels(labels, label_set, teacher)
         self.prompt_source, chosen_templates = _choose_templates(prompts, templates, teacher)
-        self.head = ZeroShotHead.build(teacher, names, chosen_templates)
+        self.head = ZeroShotHead.build(teacher, names, chosen_templates, progress=progress)
         self.student_config = APMConfig.preset(preset, dim=teacher.dim, readout=student.readout)
         self.trainer = TestTimeTrainer(
             self.student_config, self.adapt_config, device=self.device, batch_size=batch_size

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from apm.errors import ApmError, UsageError
 from apm.paths import printable
@@ -31,7 +32,11 @@ class WriteError(ApmError):
 
 
 def write_atomically(
-    path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object], *, staging: Path | None = None
+    path: str | os.PathLike[str],
+    content: bytes | Callable[[BinaryIO], object],
+    *,
+    staging: Path | None = None,
+    private: bool = False,
 ) -> Path:
     """Write a file under a temporary name, then put it in place: readers see the old file, the new one, or none.
 
@@ -42,6 +47,7 @@ def write_atomically(
         content: its bytes, or a function that writes them to an open file.
         staging: an existing folder of the same file system for the temporary file; None: that of `path`. It is not
             made: whoever removes it makes every write through it fail.
+        private: nobody but this user may read or write the file; else the umask says who may.
 
     Raises:
         WriteError: the folder cannot be written, or the disk is full. What was at `path` is still there then.
@@ -51,7 +57,7 @@ def write_atomically(
         if staging is None:
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary = (staging or path.parent) / f".{path.name[:32]}-{uuid.uuid4().hex[:12]}.part"
-        with open(temporary, "xb") as file:  # its mode is that of any new file: the umask says it
+        with open(temporary, "xb", opener=_open_private if private else None) as file:
             try:
                 if isinstance(content, bytes):
                     file.write(content)
@@ -68,6 +74,17 @@ def write_atomically(
                 raise
         _flush_folder(path.parent)
     return path
+
+
+def is_private(file: IO[bytes]) -> bool:
+    """Whether an open file is this user's own (or the administrator's) and nobody else may write it.
+
+    Where there are no owners, as on Windows, the answer is yes.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    status = os.fstat(file.fileno())
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @contextmanager
@@ -90,6 +107,10 @@ def make_folder(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         why = error.strerror or error
         raise UsageError(f"Cannot write to {printable(path)}: {why}. Give another folder with --out.") from error
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 The context, such as "a photo of a", is a run of word vectors shared by the prompts of all classes. Tuning it (Zhou et
 al. 2022, CoOp; Shu et al. 2022, TPT) needs the text tower's gradient for every class. Here it is computed for a group
-of classes at a time, each run forward again in its turn, so that memory does not grow with the number of classes.
+of classes at a time, each run forward again in its turn, so that memory does not grow with the number of classes. No
+group is longer than its longest prompt, where the tower allows it: see `apm.teachers.text_tower`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from apm.errors import UsageError
+from apm.teachers.text_tower import TextTower
 
 
 @runtime_checkable
@@ -35,14 +37,22 @@ class TunablePrompt:
         teacher: with an open text tower, see `PromptTunable`.
         class_names: C names.
         template: the prompt, with words before its ``{}``.
-        group: classes encoded at a time; bounds the memory.
+        group: classes encoded at a time where each is as long as the context allows, and more of shorter ones in the
+            same memory; changes answers by rounding only.
+        cut: False encodes every prompt at its full length, which takes longer and gives the same.
 
     Raises:
         UsageError: the teacher's text tower cannot be reached, or its tokenizer does not keep the context in one piece.
     """
 
     def __init__(
-        self, teacher: Any, class_names: Sequence[str], *, template: str = "a photo of a {}.", group: int = 32
+        self,
+        teacher: Any,
+        class_names: Sequence[str],
+        *,
+        template: str = "a photo of a {}.",
+        group: int = 32,
+        cut: bool = True,
     ) -> None:
         embedding = _word_embedding(teacher)
         if embedding is None:
@@ -50,19 +60,25 @@ class TunablePrompt:
                 f"Teacher {teacher.name} cannot tune its prompt: its text tower has no token embedding to reach. "
                 "Leave the method out, or take a CLIP of open_clip."
             )
-        self._model, self._embedding, self._group = teacher.model, embedding, group
+        self._embedding = embedding
         device = embedding.weight.device
         prompts = [template.replace("{}", name) for name in class_names]
-        self._tokens: Tensor = teacher.tokenizer(prompts).to(device)  # (C, L)
-        self._slots = _context_slots(teacher, template.partition("{}")[0].strip(), self._tokens)
-        rows = self._tokens[0, self._slots]
+        ids: Tensor = teacher.tokenizer(prompts).to(device)  # (C, L)
+        self._slots = _context_slots(teacher, template.partition("{}")[0].strip(), ids)
+        self._tower = TextTower(teacher.model, cut=cut)
+        self._batches = [(rows, ids[rows]) for rows in self._tower.batches(ids, tokens=group * ids.shape[1])]
+        rows = ids[0, self._slots]
         self.initial = embedding.weight.detach()[rows].float().clone()
         """(M, W) float32: the word vectors of the context as the teacher has them."""
 
     @torch.no_grad()
     def features(self, context: Tensor) -> Tensor:
         """Text features under a context (M, W): (C, D) float32 of unit length."""
-        return torch.cat([self._encode(tokens, context) for tokens in self._tokens.split(self._group)])
+        parts = [self._encode(ids, context) for _, ids in self._batches]
+        features = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1])
+        for (rows, _), part in zip(self._batches, parts, strict=True):
+            features[rows] = part
+        return features
 
     def gradient(self, context: Tensor, feature_gradient: Tensor) -> Tensor:
         """Pull a gradient in the features back to the context.
@@ -77,15 +93,14 @@ class TunablePrompt:
         leaf = context.detach().requires_grad_()
         total = torch.zeros_like(leaf)
         with torch.enable_grad():
-            groups = zip(self._tokens.split(self._group), feature_gradient.split(self._group), strict=True)
-            for tokens, upstream in groups:
-                (part,) = torch.autograd.grad(self._encode(tokens, leaf), leaf, upstream)
+            for rows, ids in self._batches:
+                (part,) = torch.autograd.grad(self._encode(ids, leaf), leaf, feature_gradient[rows])
                 total += part
         return total
 
-    def _encode(self, tokens: Tensor, context: Tensor) -> Tensor:
+    def _encode(self, ids: Tensor, context: Tensor) -> Tensor:
         with _replaced(self._embedding, self._slots, context):
-            return normalize(self._model.encode_text(tokens).float(), dim=1)
+            return normalize(self._tower.encode(ids).float(), dim=1)
 
 
 def _word_embedding(teacher: Any) -> nn.Embedding | None:
@@ -114,7 +129,7 @@ def _replaced(embedding: nn.Embedding, slots: slice, context: Tensor) -> Iterato
     """Let the embedding answer with `context` in the `slots` of every text, for as long as the block lasts."""
 
     def put(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        words = context.to(output.dtype).expand(len(output), -1, -1)  # (C, M, W)
+        words = context[: output.shape[1] - slots.start].to(output.dtype).expand(len(output), -1, -1)  # (C, M, W)
         return torch.cat([output[:, : slots.start], words, output[:, slots.stop :]], dim=1)
 
     handle = embedding.register_forward_hook(put)

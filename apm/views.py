@@ -119,9 +119,15 @@ def views(
         (count − start, 3, size, size) float32 on the CPU.
 
     Raises:
-        UsageError: no view is asked for, or `min_area` is no share.
+        UsageError: no view is asked for, `min_area` is no share, or the teacher's input is not square.
     """
     check(count, min_area)
+    height, width = getattr(teacher, "input_shape", (teacher.image_size, teacher.image_size))
+    if count > 1 and height != width:
+        raise UsageError(
+            f"The teacher {teacher.name} looks at images of {width}×{height} pixels, and the crops of views are"
+            " square: methods and targets with views (TPT, MTA, ZERO) need a teacher with a square input."
+        )
     made = [
         augmented_view(
             image,

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
 
 from apm.errors import UsageError
-from apm.files import WriteError, write_atomically
+from apm.files import WriteError, is_private, write_atomically
 from apm.labels import (
     PROMPT_NAMES,
     check_labels,
@@ -48,6 +48,7 @@ PROMPTS: dict[str, tuple[str, ...]]
 """All prompt sets by name; read from open_clip when first asked for."""
 _FORMAT = 1
 _log = logging.getLogger("apm")
+_told: set[Path] = set()
 
 
 def __getattr__(name: str) -> Any:
@@ -79,7 +80,7 @@ class ZeroShotHead:
         *,
         cache_dir: str | Path | None = None,
         cache: bool = True,
-        batch_size: int = 1024,
+        batch_size: int = 256,
         progress: Callable[[int, int], None] | None = None,
     ) -> ZeroShotHead:
         """Encode every label in every template, normalise, average over templates, and normalise again.
@@ -94,7 +95,8 @@ class ZeroShotHead:
                 writable: without it the features are computed each time, and a note is logged.
             cache: False neither reads nor writes the cache.
             batch_size: the number of texts held at a time.
-            progress: called with the number of labels done and their total.
+            progress: called with the number of labels done and their total, first with 0 before the first is encoded;
+                not at all where the features come from the cache.
 
         Raises:
             UsageError: fewer than two labels, an empty one, or a template without ``{}``.
@@ -141,13 +143,18 @@ def _encode(
     batch_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> Tensor:
-    """Compute the features (C, D), on the CPU, a few labels at a time."""
+    """Compute the features (C, D), on the CPU: the sum over each label's prompts, a few texts at a time."""
     features = torch.empty(len(labels), teacher.dim)
+    if progress:
+        progress(0, len(labels))
     for start, stop in _spans(len(labels), max(1, batch_size // len(templates))):
-        texts = [template.replace("{}", label) for label in labels[start:stop] for template in templates]
-        rows = functional.normalize(teacher.encode_text(texts).float(), dim=-1)  # (labels · templates, D)
-        means = rows.unflatten(0, (stop - start, len(templates))).mean(dim=1)  # (labels, D)
-        features[start:stop] = functional.normalize(means, dim=-1).cpu()
+        names = labels[start:stop]
+        total = torch.zeros(len(names), teacher.dim, device=teacher.device)
+        for first, last in _spans(len(templates), max(1, batch_size // len(names))):
+            texts = [template.replace("{}", name) for name in names for template in templates[first:last]]
+            rows = functional.normalize(teacher.encode_text(texts).float(), dim=-1)  # (names · templates, D)
+            total += rows.unflatten(0, (len(names), last - first)).sum(dim=1)
+        features[start:stop] = functional.normalize(total, dim=-1).cpu()
         if progress:
             progress(stop, len(labels))
     return features
@@ -173,14 +180,19 @@ def _checksum(path: Path, features: Tensor) -> str:
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    """Return the features kept at `path`, or None when there are none or they are not what was written."""
+    """Return the features kept at `path`, or None when there are none, or they are not what this user wrote."""
     try:
-        with safe_open(path, framework="pt") as file:
-            checksum = (file.metadata() or {}).get("sha256")
-            features: Tensor = file.get_tensor("features")
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            if not is_private(file):
+                _tell_once(path.parent, "hold entries that another user wrote or may change: computing them again")
+                return None
+            content = file.read()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        checksum = header["__metadata__"]["sha256"]
+        features = load(content)["features"]
+    except (FileNotFoundError, PermissionError, NotADirectoryError):  # told when it is to be written
         return None
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         _log.warning("The cached text features %s cannot be read (%s): computing them again.", path, error)
         return None
     if features.shape != shape or features.dtype != torch.float32 or checksum != _checksum(path, features):
@@ -192,6 +204,14 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
 def _write(path: Path, features: Tensor) -> None:
     """Put the features at `path` in one step: another process sees the whole entry or none."""
     try:
-        write_atomically(path, save({"features": features}, metadata={"sha256": _checksum(path, features)}))
+        content = save({"features": features}, metadata={"sha256": _checksum(path, features)})
+        write_atomically(path, content, private=True)
     except WriteError as error:
-        _log.warning("Text features are not kept for the next time, %s: %s", path.parent, error.reason)
+        _tell_once(path.parent, f"are not kept for the next time: {error.reason}")
+
+
+def _tell_once(folder: Path, what: str) -> None:
+    """Log a warning about a cache folder, the first time alone."""
+    if folder not in _told:
+        _told.add(folder)
+        _log.warning("The text features in %s %s.", folder, what)

@@ -16,7 +16,7 @@ from .corruptions import VERSION
 from .distributed import Group
 from .environment import describe
 from .file_state import FileState
-from .methods.base import Method
+from .methods.base import HasOwnPrompt, Method
 from .records import SCHEMA_VERSION, RunFolder, describe_differences, differences
 
 if TYPE_CHECKING:
@@ -116,6 +116,17 @@ def describe_cells(
             "warnings": list(dataset.warnings),
         }
     return headers, sets, states
+
+
+def add_own_prompts(
+    headers: Mapping[str, dict[str, Any]], sets: Mapping[str, Mapping[str, list[str]]], methods: Sequence[Method]
+) -> None:
+    """Note with each cell the methods that cannot use its prompts, and what they use instead."""
+    for header in headers.values():
+        templates = sets["prompt_sets"][header["prompt_set"]]
+        own = {method.name: method.own_prompt(templates) for method in methods if isinstance(method, HasOwnPrompt)}
+        if own := {name: prompt for name, prompt in own.items() if [prompt] != templates}:
+            header["own_prompts"] = own
 
 
 def configuration(

@@ -39,6 +39,7 @@ from .methods.base import Method, StreamMethod
 from .records import Row, RunFolder
 from .run_record import (
     RunOptions,
+    add_own_prompts,
     check_complete,
     check_same_data,
     configuration,
@@ -98,6 +99,7 @@ def run(
     *,
     group: Group = ALONE,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_texts: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] = logger.info,
     on_failure: Callable[[str], None] = logger.warning,
     on_warning: Callable[[str], None] = logger.warning,
@@ -113,6 +115,7 @@ def run(
         options: seed, limits, sizes.
         group: this process's place among those of the run.
         on_progress: called after every batch.
+        on_texts: called, while class names are encoded, with how many are done and how many there are.
         on_note: called with a sentence for people: what is continued.
         on_failure: called with a sentence for each image without an answer.
         on_warning: called with each warning of a data set, before anything is computed.
@@ -129,6 +132,7 @@ def run(
     folder = RunFolder(path)
     started = time.monotonic()
     headers, sets, states = describe_cells(cells, options, look=group.first)
+    add_own_prompts(headers, sets, methods)
     files = partial(check_files, folder, states, dict(zip(headers, cells, strict=True)))
     config = configuration(methods, teacher, headers, options)
     lock, record, refusal = None, None, None
@@ -148,7 +152,9 @@ def run(
             for warning in header["warnings"]:
                 on_warning(f"{cell}: {warning}")
         folder.join(record["sessions"][-1]["id"])
-        work = _Work(folder, methods, teacher, options, group, record, started, on_progress, on_note, on_failure)
+        work = _Work(
+            folder, methods, teacher, options, group, record, started, on_progress, on_note, on_failure, on_texts
+        )
         try:
             work.plan(headers)
             for number, (key, open_cell) in enumerate(zip(headers, cells, strict=True)):
@@ -182,10 +188,12 @@ class _Work:
         on_progress: Callable[[Progress], None],
         on_note: Callable[[str], None],
         on_failure: Callable[[str], None],
+        on_texts: Callable[[int, int], None] | None = None,
     ) -> None:
         self.folder, self.methods, self.teacher, self.options = folder, methods, teacher, options
         self.group, self.record, self.started = group, record, started
         self.on_progress, self.on_note, self.on_failure = on_progress, on_note, on_failure
+        self.on_texts = on_texts
         self.heads: dict[tuple[tuple[str, ...], tuple[str, ...]], ZeroShotHead] = {}
         self.earlier_seconds = record["wall_seconds"]
         self.lanes: dict[str, list[Lane]] = {}
@@ -256,7 +264,8 @@ class _Work:
     def _head(self, dataset: Dataset) -> ZeroShotHead:
         key = (tuple(dataset.class_names), tuple(dataset.templates))
         if key not in self.heads:
-            self.heads = {key: ZeroShotHead.build(self.teacher, *key)}  # one at a time: 1000 classes × D stay small
+            head = ZeroShotHead.build(self.teacher, *key, progress=self.on_texts)
+            self.heads = {key: head}  # one at a time: 1000 classes × D stay small
         return self.heads[key]
 
     def _batch_size(self) -> int:

@@ -29,6 +29,7 @@ MARKS = {
     "hub split": ("§", "split of the hub's copy, which is not CoOp's split: not comparable with the published row"),
     "incomplete": ("…", "incomplete: the run is not finished"),
     "failed": ("*", "some images have no answer; they are left out of the accuracy and counted in the details"),
+    "own prompt": ("¶", "another prompt than the run's, which the method cannot use: see the column of prompts"),
     "near chance": ("!", "within two standard errors of chance"),
 }
 
@@ -219,12 +220,12 @@ def _own_rows(layout: _Layout, runs: Sequence[Records], *, oracle: bool) -> tupl
     table_rows: list[TableRow] = []
     for (method, settings, *_), entries in found.items():
         run = next(iter(entries.values())).run
-        cells = {column: _score(one.rows, one.cell) for column, one in entries.items()}
+        cells = {column: _score(one.rows, one.cell, method) for column, one in entries.items()}
         row = TableRow(
             kind="ours",
             method=method,
             teacher=run.run["teacher"]["name"],
-            prompts=", ".join(dict.fromkeys(str(one.cell["prompts"]) for one in entries.values())),
+            prompts=", ".join(dict.fromkeys(_prompts(one.cell, method) for one in entries.values())),
             source=", ".join(dict.fromkeys(str(one.run.path) for one in entries.values())),
             cells=cells,
             total=_summary([one.rows for one in entries.values()]),
@@ -260,7 +261,13 @@ def _settings(run: Records, method: str) -> dict[str, Any]:
     return settings
 
 
-def _score(rows: MethodRows, cell: Mapping[str, Any]) -> Score:
+def _prompts(cell: Mapping[str, Any], method: str) -> str:
+    """The prompts that a method used: the name of the cell's set, or its own prompt."""
+    own = cell.get("own_prompts", {}).get(method)
+    return str(cell["prompts"]) if own is None else f'"{own}"'
+
+
+def _score(rows: MethodRows, cell: Mapping[str, Any], method: str) -> Score:
     """Score one method on one cell."""
     score = _summary([rows])
     marks = []
@@ -274,6 +281,8 @@ def _score(rows: MethodRows, cell: Mapping[str, Any]) -> Score:
         marks.append("incomplete")
     if score.failed:
         marks.append("failed")
+    if method in cell.get("own_prompts", {}):
+        marks.append("own prompt")
     if score.n and near_chance(int((rows.rank == 1).sum()), score.n, cell["classes"]):
         marks.append("near chance")
     return replace(score, marks=tuple(marks))

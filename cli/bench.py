@@ -18,6 +18,7 @@ from apm.labels import PROMPT_NAMES
 from apm.queries import parse_queries
 
 from .options import Debug
+from .progress import counted
 from .render import failure, notice, notice_if_slow, progress_on_terminal, warning
 from .table import as_text, show
 
@@ -258,7 +259,7 @@ def bench(
             fresh=fresh,
             command=("apm", *sys.argv[1:]),
         )
-        with _progress(quiet or not group.first) as report:
+        with _progress(quiet or not group.first) as (report, texts):
             try:
                 summary = run(
                     folder,
@@ -268,6 +269,7 @@ def bench(
                     options,
                     group=group,
                     on_progress=report,
+                    on_texts=texts,
                     on_note=(lambda text: None) if quiet else notice,
                     on_failure=failure,
                     on_warning=warning,
@@ -318,9 +320,13 @@ def _precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, group: G
 
 
 @contextmanager
-def _progress(silent: bool) -> Iterator[Callable[[Progress], None]]:
-    """Report on stderr: a bar on a terminal, else a line now and then."""
-    with progress_on_terminal(None, wanted=not silent, doing="bench") as bar:
+def _progress(silent: bool) -> Iterator[tuple[Callable[[Progress], None], Callable[[int, int], None]]]:
+    """Report images and the encoding of labels on stderr: a bar on a terminal, else a line now and then."""
+    doing = "encoding labels"
+    with (
+        progress_on_terminal(None, wanted=not silent, doing="bench") as bar,
+        counted(doing, wanted=bar is None and not silent) as line,
+    ):
         last = [time.monotonic()]
 
         def report(progress: Progress) -> None:
@@ -331,7 +337,12 @@ def _progress(silent: bool) -> Iterator[Callable[[Progress], None]]:
                 last[0] = time.monotonic()
                 typer.echo(f"{progress.done}/{progress.total} {progress_words(progress)}", err=True)
 
-        yield report
+        def texts(done: int, total: int) -> None:
+            if bar is not None:
+                bar.update(bar.task_ids[0], description=doing, completed=done, total=total)
+            line(done, total)
+
+        yield report, texts
 
 
 def progress_words(progress: Progress) -> str:

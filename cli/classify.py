@@ -18,6 +18,7 @@ from . import render
 from .answer_file import check_out
 from .answering import Answering, Form, Inputs, interrupted
 from .options import Debug
+from .progress import counted
 
 if TYPE_CHECKING:
     from apm.classifier import Classifier
@@ -201,28 +202,30 @@ def classify(
             from apm.classifier import Classifier
             from apm.images import MAX_PIXELS
 
-        classifier = Classifier(
-            teacher,
-            labels=names,
-            label_set=label_set,
-            prompts=prompts,
-            templates=template or None,
-            preset=preset,
-            readout=readout,
-            steps=steps,
-            lr=lr,
-            precision=precision,
-            device=device,
-            batch_size=size,
-            seed=seed,
-            target=target,
-            distil=distil,
-            rgb_weight=rgb_weight,
-            queries=locations,
-            top_k=top_k,
-            min_probability=min_probability,
-            max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
-        )
+        with counted("encoding labels", wanted=not quiet) as encoded:
+            classifier = Classifier(
+                teacher,
+                labels=names,
+                label_set=label_set,
+                prompts=prompts,
+                templates=template or None,
+                preset=preset,
+                readout=readout,
+                steps=steps,
+                lr=lr,
+                precision=precision,
+                device=device,
+                batch_size=size,
+                seed=seed,
+                target=target,
+                distil=distil,
+                rgb_weight=rgb_weight,
+                queries=locations,
+                top_k=top_k,
+                min_probability=min_probability,
+                max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+                progress=encoded,
+            )
     except KeyboardInterrupt:
         raise interrupted(0, inputs.total, form) from None
     for note in _notes(classifier, quiet=quiet, given=readout, chosen=chosen):

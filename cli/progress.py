@@ -6,12 +6,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
 from .render import above, progress_on_terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_EVERY = 10.0
 """Seconds between two lines."""
@@ -84,3 +87,34 @@ def progress(total: int | None, *, wanted: bool, doing: str) -> Iterator[Callabl
             beat.done += 1
 
         yield counted
+
+
+@contextmanager
+def counted(doing: str, *, wanted: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show on stderr how far some work is: a bar on a terminal, else a line every 10 seconds.
+
+    Args:
+        doing: what is done, in a word or two.
+        wanted: False shows nothing.
+
+    Yields:
+        A function to be called with how many are done and how many there are. Nothing is shown before its first call.
+    """
+    with ExitStack() as stack:
+        bar: Progress | None = None
+        last = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            nonlocal bar, last
+            if not wanted:
+                return
+            if sys.stderr is not None and sys.stderr.isatty():
+                if bar is None:
+                    bar = stack.enter_context(progress_on_terminal(total, wanted=True, doing=doing))
+                if bar is not None:
+                    bar.update(bar.task_ids[0], completed=done, total=total)
+            elif time.monotonic() - last >= LINE_EVERY:
+                last = time.monotonic()
+                typer.echo(f"{doing}: {done} of {total}", err=True)
+
+        yield show

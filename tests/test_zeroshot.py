@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
 from apm.errors import UsageError
 from apm.teachers import Teacher
-from apm.zeroshot import PROMPTS, ZeroShotHead, default_cache_dir
+from apm.zeroshot import PROMPTS, ZeroShotHead, _checksum, default_cache_dir
 from tests.fakes import FakeTeacher
 
 LABELS = ("cat", "dog", "a {} of braces", "missile", "missile")
@@ -163,6 +164,40 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert entries(tmp_path) == []
 
 
+def test_a_cache_that_cannot_be_written_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    for templates in (TEMPLATES, TEMPLATES[:1], TEMPLATES[:2]):
+        ZeroShotHead.build(FakeTeacher(), LABELS, templates, cache_dir=blocked)
+    assert len(caplog.records) == 1
+
+
+def test_what_others_may_write_is_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = FakeTeacher()
+    expected = ZeroShotHead.build(teacher, LABELS, TEMPLATES, cache_dir=tmp_path).features
+    (path,) = entries(tmp_path)
+    forged = torch.zeros_like(expected)
+    content = save({"features": forged}, metadata={"sha256": _checksum(path, forged)})
+    path.write_bytes(content)  # what this user wrote himself is taken: the forgery below is a good one
+    assert torch.equal(ZeroShotHead.build(teacher, LABELS, TEMPLATES, cache_dir=tmp_path).features, forged)
+    for mode in (0o620, 0o602):
+        path.write_bytes(content)
+        path.chmod(mode)
+        assert torch.equal(ZeroShotHead.build(teacher, LABELS, TEMPLATES, cache_dir=tmp_path).features, expected)
+        assert path.stat().st_mode & 0o777 == 0o600  # written anew
+    path.write_bytes(content)
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)  # the file is another user's then, unless he is root
+    if owner:
+        assert torch.equal(ZeroShotHead.build(teacher, LABELS, TEMPLATES, cache_dir=tmp_path).features, expected)
+    else:
+        os.chown(path, 54321, 54321)
+        assert torch.equal(ZeroShotHead.build(teacher, LABELS, TEMPLATES, cache_dir=tmp_path).features, expected)
+    assert [record for record in caplog.records if "another user" in record.getMessage()] == caplog.records[:1]
+
+
 def build_many(folder: Path, rounds: int, queue: multiprocessing.Queue[list[Tensor] | None]) -> None:
     """Build the same entries again and again, removing them in between, and report what came out."""
     try:
@@ -212,6 +247,6 @@ def test_ten_thousand_labels_are_encoded_a_few_at_a_time() -> None:
     )
     assert head.features.shape == (10_000, 4)
     assert teacher.largest <= 300
-    assert done == [*range(100, 10_000, 100), 10_000]
+    assert done == [*range(0, 10_000, 100), 10_000]
     single = ZeroShotHead.build(teacher, labels[7777:7779], TEMPLATES, cache=False).features
     torch.testing.assert_close(head.features[7777:7779], single, rtol=0, atol=1e-6)

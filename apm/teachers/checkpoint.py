@@ -1,23 +1,60 @@
-"""Refuse weight files that are damaged or could carry code, before open_clip reads them."""
+"""Read weight files, and refuse those that are damaged or could carry code, before open_clip reads them."""
 
 from __future__ import annotations
 
 import pickle
 import warnings
 import zipfile
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from apm.errors import TeacherError
+from apm.teachers.torchscript import is_torchscript, read_torchscript
+
+OPENAI_KEYS = frozenset({"input_resolution", "context_length", "vocab_size"})
+"""Entries beside the weights in the files that OpenAI publishes, and in no other."""
 
 
-def check_checkpoint(path: Path) -> None:
-    """Accept a safetensors file, or a torch file of tensors alone.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is in a weight file."""
 
-    A torch file is read with ``weights_only=True`` and mapped rather than copied, so the check costs little.
+    numbers: int
+    """How many numbers its tensors hold."""
+    state: dict[str, Tensor] | None = None
+    """The weights, where open_clip cannot read the file itself."""
+    from_openai: bool = False
+    """Whether it is one of OpenAI's own files, whose models have QuickGELU."""
+
+    def load_into(self, model: nn.Module) -> None:
+        """Put `state` into a model of open_clip.
+
+        Raises:
+            RuntimeError: names or shapes do not fit.
+        """
+        from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
+
+        state = dict(self.state or {})
+        if not hasattr(model, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)
+        # An archive holds buffers too that no state dict has, such as the causal mask.
+        unsaved = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+        state = {name: tensor for name, tensor in state.items() if name not in unsaved}
+        resize_pos_embed(state, model)
+        model.load_state_dict(state)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Accept a safetensors file, a torch file of tensors alone, or the tensors of a TorchScript archive.
+
+    A torch file is read with ``weights_only=True`` and mapped rather than copied, so the check costs little. Of an
+    archive nothing is run, see `apm.teachers.torchscript`.
 
     Raises:
         TeacherError: the file is empty, truncated, of another kind, or a pickle with more in it than tensors.
@@ -25,31 +62,33 @@ def check_checkpoint(path: Path) -> None:
     try:
         if path.stat().st_size == 0:
             raise TeacherError(f'The checkpoint "{path}" is empty.')
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            tensors: Any = dict.fromkeys(names)
-        else:
-            tensors = _read_torch(path)
+        checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     except OSError as error:
         raise TeacherError(f'The checkpoint "{path}" cannot be read: {error.strerror or error}.') from error
     except SafetensorError as error:
         raise TeacherError(f'The checkpoint "{path}" is damaged or no safetensors file ({error}).') from error
-    if not tensors:
+    if not checkpoint.numbers:
         raise TeacherError(f'The checkpoint "{path}" holds no tensors.')
+    return checkpoint
 
 
-def _read_torch(path: Path) -> Any:
-    """Return the state dict in a torch file, or refuse it."""
+def _read_safetensors(path: Path) -> Checkpoint:
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        numbers = sum(prod(file.get_slice(name).get_shape()) for name in names)
+        if not OPENAI_KEYS & set(names):
+            return Checkpoint(numbers=numbers)
+        return _openai({name: file.get_tensor(name) for name in names})
+
+
+def _read_torch(path: Path) -> Checkpoint:
+    """Read a torch file, or refuse it."""
     zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
-                raise TeacherError(
-                    f'The checkpoint "{path}" is a TorchScript archive, which carries code, so it is refused.'
-                    " Save the model's state dict instead, best as safetensors."
-                )
     try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if is_torchscript(archive):
+                    return _openai(read_torchscript(archive))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -64,9 +103,28 @@ def _read_torch(path: Path) -> Any:
         raise TeacherError(
             f'The checkpoint "{path}" is damaged: it cannot be read ({type(error).__name__}).'
         ) from error
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    return _plain(path, content)
+
+
+def _plain(path: Path, content: Any) -> Checkpoint:
+    """Check a torch file's content: a state dict, alone or under the key "state_dict"."""
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and (isinstance(value, Tensor) or name in OPENAI_KEYS) for name, value in state.items()
+    ):
         raise TeacherError(
             f'The checkpoint "{path}" holds no state dict: names with tensors, alone or under the key "state_dict".'
         )
-    return tensors
+    if OPENAI_KEYS & state.keys():
+        return _openai(state)
+    return Checkpoint(numbers=sum(value.numel() for value in state.values() if isinstance(value, Tensor)))
+
+
+def _openai(state: dict[str, Any]) -> Checkpoint:
+    """Take the weights apart from what OpenAI's files hold beside them."""
+    weights = {name: value for name, value in state.items() if name not in OPENAI_KEYS}
+    return Checkpoint(
+        numbers=sum(value.numel() for value in weights.values()),
+        state=weights,
+        from_openai=state.keys() >= OPENAI_KEYS,
+    )

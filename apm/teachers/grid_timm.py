@@ -13,7 +13,7 @@ from apm.errors import TeacherError, did_you_mean
 from apm.images import central_square, normalised
 from apm.teachers import hub
 from apm.teachers.base import TeacherUnavailable
-from apm.teachers.checkpoint import check_checkpoint
+from apm.teachers.checkpoint import read_checkpoint
 from apm.teachers.grid_towers import last_map
 from apm.teachers.openclip import quiet, weights_hash
 
@@ -73,7 +73,8 @@ def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeach
     path = Path(file).expanduser() if at else _from_hub(spec, name)
     if not path.is_file():
         raise TeacherError(f'The teacher "{spec}" cannot be loaded: there is no file {path}.')
-    check_checkpoint(path)
+    if read_checkpoint(path).state is not None:
+        raise TeacherError(f'The teacher "{spec}" cannot be loaded: {path} holds a CLIP of OpenAI, or TorchScript.')
     try:
         with quiet(), hub.no_network():
             model = timm.create_model(

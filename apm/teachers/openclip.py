@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from apm.errors import TeacherError
 from apm.images import central_square, normalised
 from apm.teachers import hub
-from apm.teachers.checkpoint import check_checkpoint
+from apm.teachers.checkpoint import Checkpoint, read_checkpoint
+from apm.teachers.folder_config import check_vocabulary
 from apm.teachers.grid_towers import GridTower
 from apm.teachers.sources import Source, from_folder
+from apm.teachers.text_tower import TextTower
 
 DEFAULT_VOCABULARY = 49408
 """Tokens of CLIP's own vocabulary, which open_clip assumes where a configuration says nothing."""
@@ -32,7 +35,10 @@ of Imagenette, 10 classes: the mean of the grid is right on 89.0 % at 96 pixels 
 85.0 at 192 (6 x 6), 85.0 at 224, 81.0 at 256; of its single cells 61.9, 54.0, 45.8, 41.1, 37.1 and 34.9 %."""
 _BATCH = 128
 _CPU_BATCH = 16  # what a processor's caches hold is soon full: larger batches are slower there
+_TEXTS = 1024  # turned into ids together
+_TOKENS, _CPU_TOKENS = 16384, 1024  # encoded together
 _MAX_ASPECT = 16
+_MAX_LOGIT_SCALE = 12  # before the exponential: logits up to 163,000
 
 
 class OpenClipTeacher:
@@ -50,7 +56,7 @@ class OpenClipTeacher:
         device: torch.device,
     ) -> None:
         config = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
-        size = config.size if isinstance(config.size, int) else config.size[0]
+        height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
         # convolutions are half as fast again with channels last; the numbers agree to rounding
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.tokenizer = tokenizer
@@ -58,13 +64,16 @@ class OpenClipTeacher:
         self.identity = f"{source.name}@{weights_hash(model.state_dict(), also=_settings(source, config))[:16]}"
         self.dim = int(source.config["embed_dim"])
         self.logit_scale = float(model.logit_scale.detach().exp())  # type: ignore[operator]
-        self.image_size = int(size)
+        self.input_shape = (int(height), int(width))
+        """Of the images that `preprocess` returns, in pixels; of a few models not square."""
+        self.image_size = int(height)
         self.mean = _triple(config.mean)
         self.std = _triple(config.std)
         self.notes = source.notes
         self.default_labels = source.labels
         self.default_templates = source.templates
         self.device = device
+        self._text = TextTower(model)
         self._tower = GridTower(model.visual, name=source.name, image_size=self.image_size)  # type: ignore[arg-type]
         small = self._tower.is_convolutional and self.image_size < CONVOLUTIONAL_GRID_SIZE
         self.grid_size = CONVOLUTIONAL_GRID_SIZE if small else self.image_size
@@ -101,11 +110,16 @@ class OpenClipTeacher:
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Encode T texts to (T, D), not normalised, 128 at a time. Texts beyond the context length are cut."""
+        """Encode T texts to (T, D), not normalised, a bounded number of tokens at a time.
+
+        Texts beyond the context length are cut. Short ones cost less where the tower allows it, see `TextTower`.
+        """
         features = torch.empty(len(texts), self.dim, device=self.device)
-        for start in range(0, len(texts), _BATCH):
-            ids = self.tokenizer(list(texts[start : start + _BATCH])).to(self.device)
-            features[start : start + _BATCH] = self.model.encode_text(ids)  # type: ignore[operator]
+        tokens = _CPU_TOKENS if self.device.type == "cpu" else _TOKENS
+        for start in range(0, len(texts), _TEXTS):
+            ids = self.tokenizer(list(texts[start : start + _TEXTS]))  # (n, L)
+            for batch in self._text.batches(ids, tokens=tokens):
+                features[start + batch] = self._text.encode(ids[batch].to(self.device))
         return features
 
 
@@ -120,27 +134,76 @@ def load_source(source: Source, *, device: str | torch.device = "cpu") -> OpenCl
     Raises:
         TeacherError: the weights are damaged, unsafe, not finite, or do not fit the model.
     """
-    check_checkpoint(source.weights)
+    checkpoint = read_checkpoint(source.weights)
+    if checkpoint.from_openai and not source.config.get("quick_gelu"):
+        note = f"{source.name}: QuickGELU is used: the file is one of OpenAI's own, whose weights were trained with it."
+        source = replace(source, config={**source.config, "quick_gelu": True}, notes=(*source.notes, note))
+    known = source.config["text_cfg"].get("vocab_size", DEFAULT_VOCABULARY)
+    if source.bpe:
+        check_vocabulary(source.bpe, known)
     device = torch.device(device)
     try:
         with quiet(), _network_for(source):
-            model = open_clip.create_model(
-                source.model,
-                load_weights=False,
-                pretrained_text=False,
-                force_preprocess_cfg=dict(source.preprocess),
-            )
-            open_clip.load_checkpoint(model, str(source.weights))
+            _check_size(source, checkpoint)
+            model = _build(source)
+            if checkpoint.state is None:
+                open_clip.load_checkpoint(model, str(source.weights))
+            else:
+                checkpoint.load_into(model)
             # A SigLIP tokenizer is chosen by the model's name; a vocabulary of the folder's own by its path.
             options = {"bpe_path": str(source.bpe)} if source.bpe else {}
             tokenizer = open_clip.get_tokenizer(source.model, **options)
+        _check_model(source, model, tokenizer, known)
+        teacher = OpenClipTeacher(model.to(device), tokenizer, source=source, device=device)
+        if _is_foreign(source):
+            _try(teacher)
+    except TeacherError:
+        raise
     except Exception as error:  # open_clip, timm and torch report what does not fit in many ways
         reason = " ".join(str(error).split())
         raise TeacherError(
             f'The teacher "{source.name}" cannot be loaded: {source.weights} does not fit the model'
-            f" {source.model} ({type(error).__name__}: {reason[:300]})."
+            f" {source.model} ({type(error).__name__}: {reason[:240]})."
         ) from error
-    known = source.config["text_cfg"].get("vocab_size", DEFAULT_VOCABULARY)
+    return teacher
+
+
+def _build(source: Source, device: str = "cpu") -> nn.Module:
+    """Build the model, with random weights."""
+    model: nn.Module = open_clip.create_model(
+        source.model,
+        device=device,
+        load_weights=False,
+        pretrained_text=False,
+        force_quick_gelu=bool(source.config.get("quick_gelu")),
+        force_preprocess_cfg=dict(source.preprocess),
+    )
+    return model
+
+
+def _is_foreign(source: Source) -> bool:
+    """Whether the architecture is described by a file that comes with the weights, and not by open_clip itself."""
+    return source.model.startswith(("local-dir:", "hf-hub:")) and source.name != "embedded"
+
+
+def _check_size(source: Source, checkpoint: Checkpoint) -> None:
+    """Refuse an architecture much larger than its weights before memory is taken for it."""
+    if not _is_foreign(source):
+        return
+    try:
+        with torch.device("meta"):
+            wanted = sum(parameter.numel() for parameter in _build(source, "meta").parameters())
+    except NotImplementedError:  # a few towers compute with their weights while they are built
+        return
+    if wanted > 2 * checkpoint.numbers + 10_000_000:  # position codes may be interpolated to more places
+        raise TeacherError(
+            f'The teacher "{source.name}" cannot be loaded: its configuration is of a model of {wanted:,} numbers, and'
+            f" {source.weights} holds {checkpoint.numbers:,}."
+        )
+
+
+def _check_model(source: Source, model: nn.Module, tokenizer: Any, known: int) -> None:
+    """Refuse weights and tokenizers that would only be noticed when something is asked of them."""
     if getattr(tokenizer, "vocab_size", 0) > known:
         raise TeacherError(
             f'The teacher "{source.name}" cannot be used: its tokenizer has {tokenizer.vocab_size} tokens and its text'
@@ -152,7 +215,29 @@ def load_source(source: Source, *, device: str | torch.device = "cpu") -> OpenCl
             f'The teacher "{source.name}" cannot be used: {source.weights} holds numbers that are not finite,'
             f" in {len(broken)} tensors, first {broken[0]}."
         )
-    return OpenClipTeacher(model.to(device), tokenizer, source=source, device=device)
+    exponent = float(model.logit_scale.detach())  # type: ignore[operator]
+    if abs(exponent) > _MAX_LOGIT_SCALE:
+        raise TeacherError(
+            f'The teacher "{source.name}" cannot be used: the logit_scale in {source.weights} is {exponent:g}. Its'
+            f" exponential multiplies every logit: CLIP's is about 4.6, and beyond ±{_MAX_LOGIT_SCALE} no probability"
+            " says anything."
+        )
+
+
+def _try(teacher: OpenClipTeacher) -> None:
+    """Ask for one image and one text, so that what is wrong shows now.
+
+    Raises:
+        TeacherError: an answer is not finite, or of another width than the configuration says.
+    """
+    image = teacher.encode_image(torch.zeros(1, 3, *teacher.input_shape))
+    text = teacher.encode_text(["a"])
+    for what, answer in (("image", image), ("text", text)):
+        if tuple(answer.shape) != (1, teacher.dim) or not bool(answer.isfinite().all()):
+            raise TeacherError(
+                f'The teacher "{teacher.name}" cannot be used: for a blank image and the text "a" its {what} features'
+                f" are of shape {tuple(answer.shape)}, where (1, {teacher.dim}) was expected, or not finite."
+            )
 
 
 def weights_hash(state: Mapping[str, Tensor], *, also: bytes = b"") -> str:

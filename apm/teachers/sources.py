@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from apm.errors import TeacherError, did_you_mean
 from apm.startup import import_open_clip
 from apm.teachers import catalog, hub
+from apm.teachers.folder_config import read_config, read_names
 
 _HUB, _FOLDER = "hf-hub:", "local-dir:"
 _CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -91,8 +91,8 @@ def from_folder(folder: Path, *, name: str) -> Source:
         weights=(preferred or candidates)[0],
         config=_read_config(config_path, name),
         bpe=bpe if bpe.is_file() else None,
-        labels=_read_lines(folder / _LABELS),
-        templates=_read_lines(folder / _TEMPLATES),
+        labels=read_names(folder / _LABELS, "labels"),
+        templates=read_names(folder / _TEMPLATES, "templates"),
     )
 
 
@@ -173,30 +173,10 @@ def _registered(spec: str, model: str) -> Mapping[str, Any]:
 
 
 def _read_config(path: Path, name: str) -> Mapping[str, Any]:
-    try:
-        model: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-        complete = isinstance(model["embed_dim"], int) and "image_size" in model["vision_cfg"]
-        foreign = _uses_transformers(model)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TeacherError(
-            f'The teacher "{name}" cannot be loaded: {path} is no configuration of open_clip'
-            f" ({type(error).__name__}: {error})."
-        ) from error
-    if not complete:
-        raise TeacherError(f'The teacher "{name}" cannot be loaded: {path} lacks embed_dim or image_size.')
-    if foreign:
+    model = read_config(path, name)
+    if _uses_transformers(model):
         _require_transformers(name)
     return model
-
-
-def _read_lines(path: Path) -> tuple[str, ...] | None:
-    if not path.is_file():
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"The teacher's file {path} cannot be read as UTF-8 text: {error}.") from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip()) or None
 
 
 def _uses_transformers(config: Mapping[str, Any]) -> bool:

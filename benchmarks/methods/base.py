@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image
@@ -179,6 +179,15 @@ class StreamMethod(Method, Protocol):
 
     def reset(self) -> None:
         """Forget every image seen."""
+        ...
+
+
+@runtime_checkable
+class HasOwnPrompt(Protocol):
+    """A method that uses one prompt, where it cannot use the run's."""
+
+    def own_prompt(self, templates: Sequence[str]) -> str:
+        """The prompt that it uses in a run with these templates."""
         ...
 
 

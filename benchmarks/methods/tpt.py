@@ -2,13 +2,14 @@
 
 What is tuned are the vectors of the words before the class name, "a photo of a" in the paper. Where the run has a
 single prompt with such words, it is taken, so that zero-shot and TPT start from the same prompt and TPT with zero steps
-is zero-shot, bit for bit. An ensemble of prompts cannot be tuned: then TPT takes the paper's, and says so in the log.
+is zero-shot, bit for bit. An ensemble of prompts cannot be tuned: then TPT takes the paper's, says so in the log,
+and the run's record and its tables name what was used.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,12 +87,17 @@ class TPT:
             },
         )
 
+    def own_prompt(self, templates: Sequence[str]) -> str:
+        """The prompt that is tuned in a run with these templates."""
+        usable = len(templates) == 1 and _has_context(templates[0])
+        return self._chosen.prompt or (templates[0] if usable else PAPER_PROMPT)
+
     def _prepare(self, batch: Batch) -> None:
         """Make the prompt and its untuned features, once for a teacher and its class names."""
         if self._run_head is batch.head:
             return
         own = batch.head.templates
-        template = self._chosen.prompt or (own[0] if len(own) == 1 and _has_context(own[0]) else PAPER_PROMPT)
+        template = self.own_prompt(own)
         names = batch.head.labels
         self._prompt = TunablePrompt(batch.teacher, names, template=template, group=self._chosen.group)
         if own == (template,):

@@ -30,6 +30,7 @@ KINDS = {
     "processes": "processes under torch's launcher",
     "queries": "fewer queries a step, on real images: agreement, accuracy, seconds",
     "startup": "where the seconds of a cold start go",
+    "tuning": "test-time prompt tuning with 1,000 class names, beside the published loop",
 }
 
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Make the record that the arguments ask for."""
-    from . import fewer_queries, pipeline, scaling, startup, step
+    from . import fewer_queries, pipeline, scaling, startup, step, tuning
 
     options = _options(given)
     some = (lambda values: values[:2]) if given.quick else (lambda values: values)  # --quick: two points of each sweep
@@ -88,6 +89,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     if given.kind == "processes":
         images = {} if given.images is None else {"images": given.images}
         return pipeline.sweep_processes(options, some(pipeline.PROCESSES), **images, **steps)
+    if given.kind == "tuning":
+        return tuning.measure_tuning(options, rounds=given.rounds or 3)
     if given.kind == "startup":
         return startup.measure_startup(options, _photograph(given), teacher=given.teacher)
     teacher = load_teacher(given.teacher, device=options.device)

@@ -79,7 +79,9 @@ def plot_name(record: Record) -> str:
 
 def _title(record: Record) -> str:
     device = "GPU" if record["environment"]["device"].startswith("cuda") else "CPU"
-    return f"{SECTIONS[record['kind']][0]} ({record['settings']['preset']} student, {device})"
+    settings = record["settings"]
+    what = settings["model"] if "model" in settings else f"{settings['preset']} student"
+    return f"{SECTIONS[record['kind']][0]} ({what}, {device})"
 
 
 def _step(record: Record) -> str:
@@ -264,6 +266,19 @@ def _startup(record: Record) -> str:
     return text
 
 
+def _tuning(record: Record) -> str:
+    settings, summary = record["settings"], record["summary"]
+    table = as_table(("one image", "time"), [(row["name"], time_text(row["seconds"])) for row in record["rows"]])
+    return (
+        f"{table}\n"
+        f"Test-time prompt tuning with {settings['labels']:,} class names, {settings['views']} views, 1 step. Published"
+        f" loop ÷ apm: {ratio_text(summary['published_over_apm'])}; without the views that both encode:"
+        f" {ratio_text(summary['published_over_apm_without_views'])}. Their logits differ by"
+        f" {summary['largest_difference_of_logits']:.1e} at most, where tuning moved them by"
+        f" {summary['largest_change_by_tuning']:.1e}.\n"
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "step": ("One step beside the floor", _step),
     "steps": ("Time against steps", _steps),
@@ -275,8 +290,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "processes": ("Processes", _processes),
     "queries": ("Fewer queries a step", _queries),
     "startup": ("A cold start", _startup),
+    "tuning": ("Test-time prompt tuning", _tuning),
 }
-PLOTTED = frozenset(SECTIONS) - {"startup"}
+PLOTTED = frozenset(SECTIONS) - {"startup", "tuning"}
 
 
 def provenance(record: Record) -> str:

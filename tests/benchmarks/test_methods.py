@@ -28,12 +28,12 @@ from apm.benchmarks.methods import (
     create_methods,
     parse_method,
 )
-from apm.benchmarks.methods.base import Method
+from apm.benchmarks.methods.base import HasOwnPrompt, Method
 from apm.benchmarks.methods.tda import Cache
 from apm.benchmarks.methods.tpt import marginal_entropy
 from apm.benchmarks.methods.zero import vote_logits, zero_votes
 from apm.errors import UsageError
-from apm.prompt_tuning import TunablePrompt
+from apm.prompt_tuning import TunablePrompt, _replaced
 from apm.queries import FEWER
 from apm.zeroshot import ZeroShotHead
 from tests.fakes import FakeTeacher
@@ -421,7 +421,10 @@ def test_tpt_does_what_adam_on_the_whole_loss_does(open_teacher: OpenTeacher) ->
     probabilities = (scale * views @ batch.head.features.T).softmax(1)
     kept = views[(-(probabilities * probabilities.log()).sum(1)).argsort()[:4]]
     context = prompt.initial.clone().requires_grad_()
-    mean = (scale * kept @ prompt._encode(prompt._tokens, context).T).softmax(1).mean(0)
+    whole = open_teacher.tokenizer([TEMPLATE.replace("{}", name) for name in CLASSES])  # at their full length
+    with _replaced(prompt._embedding, prompt._slots, context):
+        text = normalize(open_teacher.model.encode_text(whole), dim=1)
+    mean = (scale * kept @ text.T).softmax(1).mean(0)
     (-(mean * mean.log()).sum()).backward()
     torch.optim.AdamW([context], lr=5e-3).step()
     expected = scale * views[0] @ prompt.features(context.detach()).T
@@ -458,6 +461,16 @@ def test_tpt_takes_the_runs_own_single_prompt_and_says_when_it_cannot(
     paper = ZeroShotHead.build(open_teacher, CLASSES, (TEMPLATE,))
     assert torch.equal(answer.logits, paper.logits(batch.tokens()))
     assert "not what the run's other methods use" in caplog.text
+
+
+def test_tpt_says_which_prompt_it_uses() -> None:
+    own, paper = create_method("tpt:prompt=art of a {}"), create_method("tpt")
+    assert isinstance(own, HasOwnPrompt)
+    assert isinstance(paper, HasOwnPrompt)
+    assert not isinstance(create_method("zero-shot"), HasOwnPrompt)
+    assert own.own_prompt(["a photo of a {}."]) == "art of a {}"
+    assert paper.own_prompt(["this is a {}."]) == "this is a {}."
+    assert paper.own_prompt(["{} texture."]) == paper.own_prompt(["a {}", "the {}"]) == "a photo of a {}."
 
 
 def test_a_teacher_with_a_closed_text_tower_is_named() -> None:

@@ -24,7 +24,7 @@ import apm.classifier
 from apm.benchmarks.datasets import Dataset, Sample
 from apm.benchmarks.profile import ADAM_BYTES, middle_flops, trained_parameters
 from apm.benchmarks.speed import __main__ as command
-from apm.benchmarks.speed import options, pipeline, plots, record, report, scaling, startup, step, timing
+from apm.benchmarks.speed import options, pipeline, plots, record, report, scaling, startup, step, timing, tuning
 from apm.benchmarks.speed.fewer_queries import sweep_queries
 from apm.benchmarks.speed.machine import floor, rate_probe, stream_probe
 from apm.benchmarks.speed.options import TINY, Options, images_and_targets
@@ -308,6 +308,17 @@ def test_fewer_queries(tmp_path: Path) -> None:
     made = sweep_queries(QUICK, teacher, replace(dataset, samples=own), (2,), steps=2)
     assert made["summary"]["teacher_accuracy"] == 1.0
     assert all(row["agreement"] == row["accuracy"] for row in made["rows"])
+
+
+def test_prompt_tuning_beside_the_published_loop(tmp_path: Path) -> None:
+    made = tuning.measure_tuning(QUICK, rounds=1)
+    rows = check(made, "tuning", tmp_path)
+    assert [row["name"] for row in rows] == ["apm", "published loop", "views alone"]
+    summary = made["summary"]
+    assert summary["same_first_label"]
+    assert summary["largest_difference_of_logits"] < 1e-4
+    assert summary["largest_change_by_tuning"] > 1e-3  # there was something to agree on
+    assert "10 class names, 8 views" in report.as_markdown(made)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,32 @@ def test_names_cannot_break_the_markup(tmp_path: Path) -> None:
     assert "- digits: &lt;b> x" in markdown.splitlines()
     assert r"a\textbar{}b\_\&\%\{\}\textbackslash{}\textbar{}$<$i$>$ $>$ &" in latex
     assert next(csv.DictReader(io.StringIO(FORMATS["csv"](tables))))["method"] == "a|b_&%{}\\|<i>\n>"
+
+
+class Choosy(Plain):
+    """Cannot use several prompts at once."""
+
+    def own_prompt(self, templates: Sequence[str]) -> str:
+        return templates[0] if len(templates) == 1 else "an image of a {}"
+
+
+def test_a_method_with_a_prompt_of_its_own_is_marked(tmp_path: Path) -> None:
+    several = make_dataset(name="dtd", templates=("a {}", "the {}"), prompts_name="two")
+    single = make_dataset(name="pets")
+    make_run(tmp_path / "run", [Plain(), Choosy("choosy")], [several, single])
+    record = Records.open(tmp_path / "run")
+    assert record.cells["dtd"]["own_prompts"] == {"choosy": "an image of a {}"}
+    assert "own_prompts" not in record.cells["pets"]
+    schema = (resources.files("apm.benchmarks") / "schemas" / "run.schema.json").read_text()
+    jsonschema.validate(json.loads((tmp_path / "run" / "run.json").read_text()), json.loads(schema))
+    (table,) = make_tables([record], published=False)
+    plain, choosy = row_of(table, "plain"), row_of(table, "choosy")
+    assert "own prompt" in choosy.cells["dtd"].marks
+    assert not any("own prompt" in score.marks for score in (choosy.cells["pets"], *plain.cells.values()))
+    assert plain.prompts == "two, single"
+    assert choosy.prompts == '"an image of a {}", single'
+    sign, text = MARKS["own prompt"]
+    assert f"{sign} {text}" in table.notes
+    assert sign in FORMATS["markdown"]([table])
+    assert r"\P{}" in FORMATS["latex"]([table])
+    assert make_run(tmp_path / "run", [Plain(), Choosy("choosy")], [several, single]).failed == 0  # continued

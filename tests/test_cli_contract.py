@@ -267,20 +267,3 @@ def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
     asked = {**environment, "COMP_WORDS": "apm classify --pre", "COMP_CWORD": "2", "_APM_COMPLETE": "complete_bash"}
     shown = subprocess.run(command, capture_output=True, text=True, env=asked, cwd="/", check=False).stdout.split()
     assert shown == ["--preset", "--precision"]
-
-
-def test_work_that_takes_long_is_told_every_ten_seconds(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from apm.cli import progress
-
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    for wanted in (False, True):
-        with progress.counted("encoding labels", wanted=wanted) as show:
-            for second in range(25):
-                now[0] += 1.0
-                show(second, 25)
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.splitlines() == ["encoding labels: 9 of 25", "encoding labels: 19 of 25"]

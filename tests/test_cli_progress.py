@@ -37,3 +37,19 @@ def test_a_quick_command_says_nothing_and_an_unknown_total_is_left_out(monkeypat
         beat.done = 3
         assert beat.words() == "classify: 3 done in 0 s"
     assert stream.getvalue() == "" and LINE_EVERY == 10
+
+
+def test_work_that_takes_long_is_told_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "LINE_EVERY", LINE_EVERY)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for wanted in (False, True):
+        with progress.counted("encoding labels", wanted=wanted) as show:
+            for second in range(25):
+                now[0] += 1.0
+                show(second, 25)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == ["encoding labels: 9 of 25", "encoding labels: 19 of 25"]

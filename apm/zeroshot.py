@@ -184,7 +184,7 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
     try:
         with path.open("rb") as file:
             if not is_private(file):
-                _tell_once(path.parent, "hold entries that another user wrote or may change: computing them again")
+                _tell_once(path.parent, "are of another user, or may be changed by one: computing them again")
                 return None
             content = file.read()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

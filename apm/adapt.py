@@ -179,7 +179,7 @@ class TestTimeTrainer:
             keep_field: keep columns and weights, so that the result can tell features at any location.
             record_tokens: keep the token before each update as well.
             snapshots: numbers of steps, from 0 to all, after which to keep the field at the student's own locations,
-                in the precision of the steps.
+                read in float32 whatever the precision of the steps.
 
         Returns:
             The result, on the targets' device.

@@ -336,7 +336,7 @@ class Engine:
         Args:
             steps: K.
             record_tokens: whether to keep the token before each step, and the last.
-            snapshots: numbers of steps, 0 to K, after which to keep the field.
+            snapshots: numbers of steps, 0 to K, after which to keep the field, read in float32.
         """
         losses, cosines = (torch.zeros(self.batch, steps, device=self.device) for _ in range(2))
         shape = (self.batch, steps + 1, self.config.dim)
@@ -368,8 +368,12 @@ class Engine:
         return History(losses, cosines, tokens, fields)
 
     def _field(self) -> Tensor:
-        """Field (B, N, D) of the latest `evaluate` from all locations, in the precision of the steps."""
-        return product(self._h3, self.weights["mlp.head.weight"].mT) + self.weights["mlp.head.bias"][:, None]
+        """Field (B, N, D) at all locations, of the weights and the column of the latest `evaluate`.
+
+        In float32 whatever the steps are in: one target for all locations makes a field that is nearly constant, and
+        bfloat16 would round its smooth gradient into stripes.
+        """
+        return self.fold(self.batch).features(*grid_locations(self.config.grid))
 
     def fold(self, count: int) -> Folded:
         """Copy what the first ``count`` samples need to tell features later: columns, weights of the coordinate MLP."""

@@ -36,7 +36,7 @@ class Folded:
             raise UsageError('There is attention only where the object query reads the token: readout="query".')
         scores = []
         for some_rows, some_cols, features in self._parts(rows, cols):
-            keys = features + position_code(some_rows, some_cols, features.shape[2]).to(features.device)
+            keys = features + position_code(some_rows, some_cols, features.shape[2]).to(features)
             scores.append(product(self.query, keys.mT))
         return torch.cat(scores, dim=2).softmax(dim=2)
 
@@ -44,17 +44,23 @@ class Folded:
         """Yield rows, columns and features (B, at most CHUNK, D) of all locations in their order."""
         if len(rows) != len(cols):
             raise UsageError(f"Every location needs a row and a column; got {len(rows)} rows and {len(cols)} columns.")
-        device, cells = self.columns.device, self.columns.shape[1]
+        cells = self.columns.shape[1]
         by_column, by_position = self.weights["mlp.layer1.weight"].split((cells, self.position_dim), dim=2)
         shared = product(self.columns[:, None], by_column.mT) + self.weights["mlp.layer1.bias"][:, None]  # (B, 1, H1)
         for some_rows, some_cols in zip(rows.split(CHUNK), cols.split(CHUNK), strict=True):
-            positions = position_code(some_rows, some_cols, self.position_dim).to(device)
+            positions = position_code(some_rows, some_cols, self.position_dim).to(shared)
             x = product(positions.expand(len(self.columns), -1, -1), by_position.mT)
             x = (x + shared).relu_()
             for layer in ("mlp.layer2", "mlp.layer3", "mlp.head"):
                 x = product(x, self.weights[f"{layer}.weight"].mT) + self.weights[f"{layer}.bias"][:, None]
                 x = x if layer == "mlp.head" else x.relu_()
             yield some_rows, some_cols, x
+
+    def double(self) -> "Folded":
+        """Copy into float64: its answers tell how far rounding reaches into those of this one."""
+        weights = {name: value.double() for name, value in self.weights.items()}
+        query = None if self.query is None else self.query.double()
+        return Folded(self.columns.double(), weights, self.position_dim, query)
 
     @staticmethod
     def join(parts: "list[Folded]") -> "Folded":

@@ -136,21 +136,23 @@ class Pretrainer:
         """Whether all steps are made."""
         return self.step >= self.config.steps
 
-    def losses(self, numbers: NDArray[np.int64], places: NDArray[np.int64] | None = None) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, numbers: NDArray[np.int64], places: NDArray[np.int64] | None = None, *, precision: str = "fp32"
+    ) -> tuple[Tensor, Tensor]:
         """Squared errors of the images with these numbers in the cache: of the grid (B,) and of the colours (B,).
 
-        At the cells with the numbers `places`, or at all of them.
+        At the cells with the numbers `places`, or at all of them; ``precision`` is of the two middle layers.
         """
         at = slice(None) if places is None else torch.from_numpy(places).to(self.device)
         images = self.cache.inputs(numbers).to(self.device)
         grids = resample(self.cache.targets(numbers).to(self.device), self.model.config.grid)[:, at]  # (B, Q, D)
         colours = pooled_colours(images, self.model.config.patch_size)[:, at]  # (B, Q, 3)
-        features, seen = answer(self.model, self.model.column(images), self._positions[at], precision=self.precision)
+        features, seen = answer(self.model, self.model.column(images), self._positions[at], precision=precision)
         return (features - grids).square().mean((1, 2)), (seen - colours).square().mean((1, 2))
 
     @torch.no_grad()
     def held_out_losses(self) -> tuple[float, float]:
-        """Mean squared errors of grid and colours over the held-out images."""
+        """Mean squared errors of grid and colours over the held-out images, in float32."""
         parts = [self.losses(part) for part in _parts(self.held_out, self.config.batch_size)]
         grid, rgb = (torch.cat(kind).mean().item() for kind in zip(*parts, strict=True))
         return grid, rgb
@@ -162,7 +164,8 @@ class Pretrainer:
         self.optimiser.zero_grad()
         sums = torch.zeros(2, device=self.device)
         if len(mine):
-            grid, rgb = self.losses(mine, self.config.places(self.model.config.cells, self.step))
+            places = self.config.places(self.model.config.cells, self.step)
+            grid, rgb = self.losses(mine, places, precision=self.precision)
             # each process's part of the mean over the whole batch: the sum of gradients is the whole batch's gradient
             ((grid.sum() + self.config.rgb_weight * rgb.sum()) / len(numbers)).backward()
             sums = torch.stack((grid.detach().sum(), rgb.detach().sum()))

@@ -1,4 +1,4 @@
-"""Figures and arrays on disk: PNG, SVG, GIF and npz, each with its settings in sight. Needs matplotlib: extra ``viz``.
+"""Figures and arrays on disk: PNG, SVG, GIF and npz, each with its settings in sight.
 
 Nothing here touches pyplot or a screen, and every file appears whole or not at all.
 """
@@ -29,22 +29,9 @@ STYLE = {"svg.hashsalt": "apm", "svg.fonttype": "none", "font.size": 9, "text.us
 """The same numbers give the same bytes; text stays text."""
 
 
-def require_matplotlib(purpose: str = "Pictures") -> Any:
-    """Return the module matplotlib. Call it before the long computation whose result is to be drawn.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError(f"{purpose} need matplotlib, which is not installed: pip install 'apm[viz]'.") from error
-    return matplotlib
-
-
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of `width` × `height` inches, laid out by constraints, with no window behind it."""
-    matplotlib = require_matplotlib()
+    import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
@@ -66,7 +53,8 @@ def save(figure: Figure, path: str | os.PathLike[str], *, settings: str, dpi: in
     Raises:
         UsageError: another suffix than .png or .svg.
     """
-    matplotlib = require_matplotlib()
+    import matplotlib
+
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f'"{path.name}" is neither .png nor .svg: figures are written as one of these.')

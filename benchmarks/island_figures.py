@@ -95,7 +95,7 @@ def curves(
                 else:
                     one.plot(list(by_step), values, "o-", markersize=3, color=colour, linewidth=1.4, label=condition)
             one.set_xscale("symlog", linthresh=1)
-            one.set_xlim(left=0)
+            one.set_xlim(left=-0.3)  # a logarithmic scale from 1 on, and room for the points at 0
             one.tick_params(labelsize=7)
             if "regions" in name:
                 one.set_yscale("log")

@@ -1,8 +1,8 @@
 """What the islands in a student's field follow: `python -m apm.benchmarks.islands --root DIR`.
 
 Real images, each once with the token as the target and once with the teacher's grid, beside controls in which regions
-could not follow the image. Writes a JSON record; `--table RECORD…` prints records as markdown, which docs/islands.md
-holds.
+could not follow the image. Steps and readings are in float32: bfloat16 rounds a nearly constant field into stripes.
+Writes a JSON record; `--document` puts it, its tables and the pictures where docs/islands.md has them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,17 @@ from apm.explain import LR, STEPS
 from apm.grids import resample
 from apm.images import student_input
 from apm.model import PRESETS, APMConfig
+from apm.position import grid_locations
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 
+from . import island_tables
 from .datasets import open_dataset
 from .environment import describe, write_record
+from .island_tables import CONDITIONS, CONTROLS, TARGETS
 
 Field = NDArray[np.float32]
 
-TARGETS = ("cls", "grid")
-CONTROLS = {
-    "random target": "the image, with a target of random directions and the same lengths",
-    "shuffled image": "the image cut into 8 × 8 patches in random order, as the student and the teacher see it",
-    "other target": "the image, with the target of another image",
-    "no steps": "the student before its first step",
-}
-CONDITIONS = ("image", *CONTROLS)
 PATCHES = 8
 """Patches a side of the shuffled image."""
 
@@ -57,6 +53,8 @@ class Watched:
     """By the number of steps made: (H, H, D)."""
     losses: dict[int, float]
     """By the number of steps made."""
+    rounding: float | None = None
+    """How far the last field is from the same weights' in float64, root mean square, as a share of its spread."""
 
     @property
     def last(self) -> Field:
@@ -125,11 +123,12 @@ def prepare(
 def trainers(
     config: APMConfig, adapt: AdaptConfig, *, grid_lr: float = LR, device: str | torch.device = "cpu"
 ) -> dict[str, TestTimeTrainer]:
-    """Make one trainer for each target.
+    """Make one trainer for each target, in float32 whatever `adapt` says: the fields are looked at and measured.
 
     The grid trains no object query, so its student is read by the mean; and it has a learning rate of its own, because
     at a rate that suits the token its loss hardly falls.
     """
+    adapt = replace(adapt, precision="fp32")
     return {
         "cls": TestTimeTrainer(replace(config, readout="query"), replace(adapt, distil="cls"), device=device),
         "grid": TestTimeTrainer(
@@ -142,13 +141,21 @@ def watch(trainer: TestTimeTrainer, inputs: tuple[Tensor, Tensor, Tensor], snaps
     """Fit a fresh student and keep its field after so many steps each (the last must be the config's)."""
     pixels, token, grid = inputs
     by_grid = trainer.config.distil != "cls"
-    result = trainer.adapt(pixels, token, grids=grid if by_grid else None, snapshots=snapshots)
+    result = trainer.adapt(pixels, token, grids=grid if by_grid else None, snapshots=snapshots, keep_field=True)
+    assert result.folded is not None
     side = trainer.model.grid
     losses = [*result.losses[0].tolist(), float(result.final_losses[0])]
-    return Watched(
+    exact = result.folded.double().features(*grid_locations(side))[0].cpu().numpy()
+    watched = Watched(
         fields={step: field[0].reshape(side, side, -1).cpu().numpy() for step, field in result.fields.items()},
         losses={step: losses[step] for step in result.fields},
     )
+    apart = watched.last.reshape(exact.shape) - exact
+    return replace(watched, rounding=_root_mean_square(apart) / _root_mean_square(exact - exact.mean(axis=0)))
+
+
+def _root_mean_square(values: NDArray[np.floating]) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
 def watch_all(
@@ -225,7 +232,7 @@ def _observe(
 ) -> dict[str, Any]:
     """Fit all students of one image, and measure."""
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    losses, clusters = {}, {}
+    losses, clusters, spread, rounding = {}, {}, {}, {}
     for target, trainer in by_target.items():
         runs = watch_all(trainer, subject, (0, trainer.config.steps))
         rows[target] = {
@@ -233,6 +240,9 @@ def _observe(
         }
         losses[target] = runs["image"].losses[trainer.config.steps]
         clusters[target] = islands.clusters(runs["image"].last, parts)
+        field = runs["image"].last
+        spread[target] = _root_mean_square(field - field.mean(axis=(0, 1))) / _root_mean_square(field)
+        rounding[target] = runs["image"].rounding
     side = len(subject.superpixels)
     grid = subject.inputs["image"][2].reshape(side, side, -1).numpy()
     place = np.stack(np.meshgrid(*[np.arange(side, dtype=np.float64)] * 2, indexing="ij"), axis=-1)
@@ -245,6 +255,8 @@ def _observe(
         "rows": rows,
         "losses": losses,
         "clusters": clusters,
+        "spread": spread,
+        "rounding": rounding,
         "references": {name: islands.agreement(one, subject.superpixels) for name, one in partitions.items()},
         "contrast": islands.boundary_contrast(grid, subject.superpixels),
         "other contrast": islands.boundary_contrast(grid, subject.other_superpixels),
@@ -283,6 +295,8 @@ def _summarise(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         },
         "grid_variance": _mean([one["variance"] for one in found]),
         "final_loss": {t: _mean([one["losses"][t] for one in found]) for t in TARGETS},
+        "spread": {t: _mean([one["spread"][t] for one in found]) for t in TARGETS},
+        "rounding": {t: max(one["rounding"][t] for one in found) for t in TARGETS},
     }
 
 
@@ -295,84 +309,10 @@ def _summaries(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {name: _mean([row[name] for row in rows]) for name in rows[0]}
 
 
-COLUMNS = {
-    "cosine": "neighbours' cosine",
-    "regions": "regions",
-    "centred cosine": "cosine, mean taken out",
-    "centred regions": "regions, mean taken out",
-    "AMI image": "AMI, own superpixels",
-    "AMI other image": "AMI, another image's",
-    "contrast image": "contrast, own superpixels",
-    "contrast other image": "contrast, another image's",
-}
-TARGET_NAMES = {"cls": "the token", "grid": "the grid"}
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """Print a record as markdown: the measures of every condition, then what they are to be read against."""
-    settings = record["settings"]
-    grid = " × ".join(str(side) for side in record["teacher_grid"])
-    lines = [
-        f"**{settings['preset']} student**, {settings['locations']} × {settings['locations']} locations, "
-        f"{settings['steps']} steps, {record['images']} images; the teacher's grid is {grid}. Final loss: the token "
-        f"{record['final_loss']['cls'][0]:.1e}, the grid {record['final_loss']['grid'][0]:.1e} (of a variance of "
-        f"{record['grid_variance'][0]:.1e} over the places).",
-        "",
-        "| target | condition | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|---|" + "---:|" * len(COLUMNS),
-    ]
-    for target, condition in itertools.product(TARGETS, CONDITIONS):
-        values = record["conditions"][target][condition]
-        cells = " | ".join(_plus_minus(values[name], 1 if "regions" in name else 3) for name in COLUMNS)
-        lines.append(f"| {TARGET_NAMES[target]} | {condition} | {cells} |")
-    lines += [
-        "",
-        "| own superpixels, less … (paired) | token: AMI | grid: AMI | token: contrast | grid: contrast |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    pairs = list(itertools.product(("AMI", "contrast"), TARGETS))
-    for control in CONTROLS:
-        cells = " | ".join(_signed(record["differences"][t][control][f"{name} image"]) for name, t in pairs)
-        lines.append(f"| … the same in the control: {control} | {cells} |")
-    cells = " | ".join(_signed(record["image_against_other"][t][name]) for name, t in pairs)
-    teacher = record["teacher_contrast"]
-    return "\n".join(
-        [
-            *lines,
-            f"| … another image's superpixels | {cells} |",
-            "",
-            f"Clusters in the fields of two images agree by an AMI of {_plus_minus(record['same_regions']['cls'], 3)} "
-            f"(the token) and {_plus_minus(record['same_regions']['grid'], 3)} (the grid). What is no student's field "
-            "has an AMI with the superpixels of: "
-            + "; ".join(f"{name} {_plus_minus(value, 3)}" for name, value in record["references"].items())
-            + f". The teacher's grid itself has a contrast of {_plus_minus(teacher['image'], 3)}, with another image's "
-            f"superpixels {_plus_minus(teacher['other image'], 3)} (difference {_signed(teacher['difference'])}).",
-            "",
-            f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · {settings['parts']} "
-            f"clusters and superpixels · threshold {settings['threshold']} · lr {settings['lr']:g}, of the grid "
-            f"{settings['grid_lr']:g} · {settings['precision']} · seed {settings['seed']} · ± is the standard error "
-            "over images</sub>",
-        ]
-    )
-
-
-def _plus_minus(value: Sequence[float], digits: int) -> str:
-    return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
-
-
-def _signed(value: Sequence[float]) -> str:
-    return f"{value[0]:+.3f} ± {value[1]:.3f}"
-
-
-def tables(records: Iterable[Mapping[str, Any]]) -> str:
-    """Print several records, one below the other."""
-    return "\n\n".join(table(record) for record in records)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.islands", description=__doc__)
-    parser.add_argument("--table", type=Path, nargs="+", help="print these records instead of measuring")
+    parser.add_argument("--table", type=Path, help="print this record instead of measuring")
     parser.add_argument("--root", type=Path, help="a folder of images, one folder a class")
     parser.add_argument("--teacher", default="embedded")
     parser.add_argument("--preset", choices=PRESETS, default="small")
@@ -382,18 +322,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--grid-size", type=int, help="side, in pixels, at which the teacher's grid is made")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--parts", type=int, default=12)
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="where to write the record; standard output without it")
+    parser.add_argument(
+        "--document", action="store_true", help="write record, tables and pictures of docs/islands.md, in a clone"
+    )
     options = parser.parse_args(arguments)
     if options.table:
-        print(tables([json.loads(path.read_text(encoding="utf-8")) for path in options.table]))
+        print(island_tables.table(json.loads(options.table.read_text(encoding="utf-8"))))
         return
+    if options.document:
+        options.out = island_tables.RECORD
+        island_tables.draw()  # first: it takes half a minute, and says what is missing
     data = open_dataset("folder", options.root, limit=options.images, seed=options.seed)
     teacher = load_teacher(options.teacher, device=options.device)
     config = APMConfig.preset(options.preset, dim=teacher.dim)
-    adapt = AdaptConfig(steps=options.steps, precision=options.precision, seed=options.seed)
+    adapt = AdaptConfig(steps=options.steps, seed=options.seed)
     images = [sample.load() for sample in data.samples]
     began = time.perf_counter()
     found = study(
@@ -409,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
         progress=lambda done: print(f"{done} of {len(data.samples)} images", file=sys.stderr),
     )
     record = {
-        "command": "python -m apm.benchmarks.islands " + " ".join(arguments or sys.argv[1:]).partition(" --out")[0],
+        "command": f"python -m apm.benchmarks.islands {shlex.join(arguments or sys.argv[1:])}".partition(" --out")[0],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "sample_ids": [sample.id for sample in data.samples][: found["images"]],
         "teacher": teacher.identity,
@@ -421,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
             "lr": adapt.lr,
             "grid_lr": options.grid_lr,
             "grid_size": options.grid_size,
-            "precision": TestTimeTrainer(config, adapt, device=options.device).precision,
+            "precision": "fp32",
             "seed": options.seed,
             "threshold": options.threshold,
             "parts": options.parts,
@@ -432,6 +377,8 @@ def main(arguments: list[str] | None = None) -> None:
         **found,
     }
     write_record(record, options.out)
+    if options.document:
+        island_tables.write(record)
 
 
 if __name__ == "__main__":

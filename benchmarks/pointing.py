@@ -3,13 +3,15 @@
 The pointing game (Zhang et al. 2016) on images whose object's place is known because it was put there: a photograph of
 one class, made small, pasted at a random place on a photograph of another class. A map scores when its largest value
 lies in the pasted square. The class of the pasted photograph says which label's map is read, and nothing else: nothing
-that adapts sees it. Writes a JSON record; `--table RECORD` prints it as markdown, which docs/explain.md holds.
+that adapts sees it. Writes a JSON record; `--table RECORD` prints it as markdown; `--document` puts record, table
+and picture where docs/explain.md has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,11 +33,15 @@ from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.zeroshot import ZeroShotHead
 
+from . import documents
 from .datasets import open_dataset
 from .environment import describe, write_record
 from .islands import square_of
 from .stats import mcnemar, standard_error
 
+DOCUMENT = documents.ROOT / "docs" / "explain.md"
+PICTURE = documents.ROOT / "docs" / "explain-demo.png"
+RECORD = documents.ROOT / "benchmarks" / "results" / "pointing-small.json"
 SOURCES = {
     "teacher's grid": "map of the label in the teacher's grid, resampled bilinearly (the upper baseline)",
     "field, grid": "map of the label in the field of a student fitted to the grid",
@@ -130,8 +136,9 @@ class Mapper:
         device: str | torch.device = "cpu",
     ) -> None:
         self.teacher, self.head, self.size, self.grid = teacher, head, size, config.grid
-        # the token alone is fitted as `apm classify` does by default
-        token = AdaptConfig(steps=min(50, adapt.steps), precision=adapt.precision, seed=adapt.seed)
+        adapt = replace(adapt, precision="fp32")  # the fields are measured: bfloat16 would round nearly constant ones
+        # the token alone has the steps and the rate that `apm classify` takes by default
+        token = AdaptConfig(steps=min(50, adapt.steps), precision="fp32", seed=adapt.seed)
         self.trainers = {
             "field, grid": TestTimeTrainer(
                 replace(config, readout="mean"), replace(adapt, distil="grid"), device=device
@@ -273,17 +280,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=32, help="locations a side of the maps")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--lr", type=float, default=LR)
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="where to write the record; standard output without it")
+    parser.add_argument(
+        "--document", action="store_true", help="write record, table and picture of docs/explain.md, in a clone"
+    )
     options = parser.parse_args(arguments)
     if options.table:
         print(table(json.loads(options.table.read_text(encoding="utf-8"))))
         return
     teacher = load_teacher(options.teacher, device=options.device)
     config = APMConfig.preset(options.preset, dim=teacher.dim)
-    adapt = AdaptConfig(steps=options.steps, lr=options.lr, precision=options.precision, seed=options.seed)
+    adapt = AdaptConfig(steps=options.steps, lr=options.lr, seed=options.seed)
 
     def mapper(head: ZeroShotHead) -> Mapper:
         return Mapper(teacher, head, config, adapt, size=options.size, device=options.device)
@@ -296,6 +305,12 @@ def main(arguments: list[str] | None = None) -> None:
         if options.sheet:
             print(sheet(options.sheet, options.root, mapper, teacher, seed=options.seed))
         return
+    if options.document:
+        documents.require_clone()
+        from .pointing_figures import demo
+
+        options.out = RECORD
+        demo(PICTURE, mapper, teacher, seed=options.seed)
     data = open_dataset("folder", options.root)
     head = ZeroShotHead.build(teacher, data.class_names, data.templates)
     made = composites(data.samples, options.composites, canvas=options.canvas, side=options.side, seed=options.seed)
@@ -309,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(file=sys.stderr)
     record = {
-        "command": "python -m apm.benchmarks.pointing " + " ".join(arguments or sys.argv[1:]).partition(" --out")[0],
+        "command": f"python -m apm.benchmarks.pointing {shlex.join(arguments or sys.argv[1:])}".partition(" --out")[0],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "dataset": data.name,
         "composites": len(found["hits"]["random"]),
@@ -337,6 +352,8 @@ def main(arguments: list[str] | None = None) -> None:
         "environment": describe(options.device),
     }
     write_record(record, options.out)
+    if options.document:
+        documents.fill(DOCUMENT, "pointing", table(record))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from apm.images import load_image
 from apm.zeroshot import ZeroShotHead
 
 from .datasets import open_dataset
-from .figures import new_figure, require_matplotlib, save
+from .figures import new_figure, save
 from .islands import square_of
 from .pointing import Composite, Mapper, paste
 
@@ -34,7 +34,6 @@ MakeMapper = Callable[[ZeroShotHead], Mapper]
 
 def sheet(path: Path, root: Path | None, make: MakeMapper, teacher: Any, *, seed: int = 0) -> Path:
     """Draw maps of ten photographs of a folder of images, as they are: one of each class as far as there are ten."""
-    require_matplotlib()
     data = open_dataset("folder", root)
     head = ZeroShotHead.build(teacher, data.class_names, data.templates)
     order = np.random.default_rng(seed).permutation(len(data.samples)).tolist()
@@ -51,7 +50,6 @@ def sheet(path: Path, root: Path | None, make: MakeMapper, teacher: Any, *, seed
 
 def demo(path: Path, make: MakeMapper, teacher: Any, *, seed: int = 0) -> Path:
     """Draw maps of scikit-image's photographs, each pasted on the next one."""
-    require_matplotlib()
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"

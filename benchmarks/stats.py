@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr
+from scipy.stats import binomtest
 
 
 def standard_error(accuracy: float, n: int) -> float:
@@ -61,6 +62,64 @@ def reliability(confidence: NDArray[np.floating], correct: NDArray[np.bool_], *,
         np.bincount(index, weights=correct, minlength=bins).astype(np.float64),
         np.bincount(index, weights=confidence, minlength=bins).astype(np.float64),
     )
+
+
+PER_BIN, MOST_BINS = 25, 10
+"""Of a reliability diagram: answers that a bin holds at least (a standard error of 0.1 at most), and bins at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityBin:
+    """Answers of neighbouring confidence."""
+
+    count: int
+    least: float
+    """Confidence of the least confident of them."""
+    greatest: float
+    """Confidence of the most confident of them."""
+    confidence: float
+    """Mean confidence: the accuracy that they claim."""
+    accuracy: float
+    low: float
+    """Lower end of the accuracy's 95 % interval (Wilson 1927)."""
+    high: float
+    """Its upper end."""
+
+
+def reliability_bins(
+    confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, per_bin: int = PER_BIN, most: int = MOST_BINS
+) -> list[ReliabilityBin]:
+    """Sort answers into bins of as many answers each, as many bins as there are answers for.
+
+    Args:
+        confidence: (n,) probability given to the predicted class, in [0, 1].
+        correct: (n,) whether the prediction was right.
+        per_bin: answers that a bin holds at least.
+        most: bins at most.
+
+    Returns:
+        The bins from the least confident; none where there are too few answers for two.
+    """
+    count = min(most, len(confidence) // per_bin)
+    if count < 2:
+        return []
+    order = np.argsort(confidence, kind="stable")
+    bins = []
+    for part in np.array_split(order, count):
+        right = int(correct[part].sum())
+        interval = binomtest(right, len(part)).proportion_ci(0.95, method="wilson")
+        bins.append(
+            ReliabilityBin(
+                count=len(part),
+                least=float(confidence[part[0]]),
+                greatest=float(confidence[part[-1]]),
+                confidence=float(confidence[part].mean()),
+                accuracy=right / len(part),
+                low=float(interval.low),
+                high=float(interval.high),
+            )
+        )
+    return bins
 
 
 def expected_calibration_error(

@@ -109,8 +109,12 @@ def classify(
         ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Number format of the matrix products: auto, fp32 or bf16.", rich_help_panel=STUDENT)
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="Number format of the matrix products: auto, fp32 or bf16. Default: auto; fp32 with --explain.",
+            rich_help_panel=STUDENT,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=STUDENT)] = "auto",
     batch_size: Annotated[
         str,
@@ -183,7 +187,7 @@ def classify(
     size, locations = _batch_size(batch_size), parse_queries(queries)
     chosen: list[str] = []
     if explain is not None:
-        steps, lr, distil, chosen = _for_maps(explain, explain_size, steps, lr, distil)
+        steps, lr, distil, precision, chosen = _for_maps(explain, explain_size, steps, lr, distil, precision)
     distil = distil or "cls"
     if out is not None:
         check_out(out)
@@ -213,7 +217,7 @@ def classify(
                 readout=readout,
                 steps=steps,
                 lr=lr,
-                precision=precision,
+                precision=precision or "auto",
                 device=device,
                 batch_size=size,
                 seed=seed,
@@ -230,7 +234,7 @@ def classify(
         raise interrupted(0, inputs.total, form) from None
     for note in _notes(classifier, quiet=quiet, given=readout, chosen=chosen):
         render.notice(note)
-    render.notice_if_slow(precision, classifier.device)
+    render.notice_if_slow(precision or "auto", classifier.device)
     Answering(classifier, inputs, form).run()
 
 
@@ -252,22 +256,25 @@ def _notes(classifier: Classifier, *, quiet: bool, given: str | None, chosen: li
 
 
 def _for_maps(
-    folder: Path, size: int, steps: int | None, lr: float | None, distil: str | None
-) -> tuple[int, float, str, list[str]]:
-    """Check what --explain needs before anything is loaded; fill in steps, lr, distil, and say what was filled in."""
-    from apm.benchmarks.figures import require_matplotlib
+    folder: Path, size: int, steps: int | None, lr: float | None, distil: str | None, precision: str | None
+) -> tuple[int, float, str, str, list[str]]:
+    """Check what --explain needs before anything is loaded; fill in what was not given, and say what was filled in."""
     from apm.explain import LR, STEPS
 
-    require_matplotlib("Pictures of --explain")
     if size < 1:
         raise UsageError(f"--explain-size is {size}; it must be at least 1.")
     if distil == "cls":
         raise UsageError("--explain needs a target that says what is where: --distil both, or grid, not cls.")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--explain {printable(folder)} is a file; it must be a folder, or a name that is free.")
-    filled = (("--steps", steps, STEPS), ("--lr", lr, LR), ("--distil", distil, "both"))
+    filled = (
+        ("--steps", steps, STEPS),
+        ("--lr", lr, LR),
+        ("--distil", distil, "both"),
+        ("--precision", precision, "fp32"),  # bfloat16 steps would leave their rounding in the field
+    )
     told = [f"{name} {default}" for name, given, default in filled if given is None]
-    return steps or STEPS, LR if lr is None else lr, distil or "both", told
+    return steps or STEPS, LR if lr is None else lr, distil or "both", precision or "fp32", told
 
 
 def _labels(labels: str | None, labels_file: Path | None, label_set: str | None) -> tuple[str, ...] | None:

@@ -52,8 +52,6 @@ def field(
         raise UsageError(f"--chunk must be 1 or more, not {chunk}.")
     side = 224 if size is None else size
     from apm.benchmarks import figures
-
-    figures.require_matplotlib()
     from apm.benchmarks.unfolding import LIMIT, read_locations, write_field
     from apm.classifier import pick_device
     from apm.field import Student

@@ -1,19 +1,22 @@
-"""`make gallery`: makes the pictures of the README with the commands that a user has, on scikit-image's photographs."""
+"""`make gallery`: makes the pictures of the README with the commands that a user has, on scikit-image's photographs.
+
+It runs them in ``build/gallery``, where the photographs and the trained student lie under the names that the captions
+use: there every command of a caption runs as it is written.
+"""
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from .demo import LABELS, photographs
 
 ROOT = Path(__file__).resolve().parent.parent
 GALLERY = ROOT / "docs" / "gallery"
+WORKSHOP = ROOT / "build" / "gallery"
 CHECKPOINT = ROOT / "benchmarks" / "results" / "pretrained-student.safetensors"
 SMALL = ["--teacher", "embedded", "--preset", "small"]
 PICTURES: dict[str, tuple[list[str], str]] = {
@@ -28,20 +31,25 @@ PICTURES: dict[str, tuple[list[str], str]] = {
 }
 
 
+def lay_out(folder: Path) -> None:
+    """Make a new folder with the photographs and the trained student."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for plain, path in {**photographs(), "student.safetensors": CHECKPOINT}.items():
+        shutil.copyfile(path, folder / plain)
+
+
 def main() -> int:
     """Make every picture; returns the exit code of the first command that fails."""
     GALLERY.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for plain, path in photographs().items():
-            os.symlink(path, Path(folder, plain))
-        os.symlink(CHECKPOINT, Path(folder, "student.safetensors"))
-        for name, (arguments, pattern) in PICTURES.items():
-            print(f"$ apm {shlex.join(arguments)}", flush=True)
-            done = subprocess.run([sys.executable, "-m", "apm", *arguments], cwd=folder, check=False)
-            if done.returncode:
-                return done.returncode
-            (made,) = Path(folder).glob(pattern)
-            shutil.copyfile(made, GALLERY / f"{name}.png")
+    lay_out(WORKSHOP)
+    for name, (arguments, pattern) in PICTURES.items():
+        print(f"$ apm {shlex.join(arguments)}", flush=True)
+        done = subprocess.run([sys.executable, "-m", "apm", *arguments], cwd=WORKSHOP, check=False)
+        if done.returncode:
+            return done.returncode
+        (made,) = WORKSHOP.glob(pattern)
+        shutil.copyfile(made, GALLERY / f"{name}.png")
     return 0
 
 

@@ -35,9 +35,6 @@ def interpolate(
         raise UsageError(f"--frames must be from 2 (the two ends) to 1000, not {frames}.")
     if not 1 <= size <= 1024:
         raise UsageError(f"--size must be from 1 to 1024, not {size}.")
-    from apm.benchmarks import figures
-
-    figures.require_matplotlib()
     from apm.benchmarks.unfolding import write_walk
     from apm.classifier import pick_device
     from apm.field import Student

@@ -42,13 +42,12 @@ def islands(
     threshold: Annotated[float, typer.Option(help="Cosine from which on neighbours form one region.")] = 0.9,
     parts: Annotated[int, typer.Option(help="Number of clusters and of superpixels.")] = 12,
     controls: Annotated[bool, typer.Option(help="Also fit the controls, which takes four times as long.")] = True,
-    precision: Annotated[str, typer.Option(help="Number format of the matrix products: auto, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of first weights, random targets, order of patches, t-SNE.")] = 0,
     figure_format: Annotated[str, typer.Option("--format", help="File format of the figures: png or svg.")] = "png",
     debug: Debug = False,
 ) -> None:
-    """Watch the field form while a student is fitted to the token and to the grid of a teacher.
+    """Watch the field form while a student is fitted to the token and to the grid of a teacher, in float32.
 
     For each image: a strip of fields over the steps, curves of the islands' measures beside controls in which regions
     cannot follow the image, the parts found, an animation, the arrays (.npz) and the measures (.json). The control
@@ -57,9 +56,6 @@ def islands(
 
     Exit code: 0 all done, 1 some images could not be read, 2 wrong usage.
     """
-    from apm.benchmarks.figures import require_matplotlib
-
-    require_matplotlib("Pictures of islands")
     shown = _snapshots(snapshots, steps)
     if parts < 2 or parts > 20:
         raise UsageError(f"--parts is {parts}; it must be from 2 to 20.")
@@ -79,7 +75,7 @@ def islands(
     from apm.model import APMConfig
     from apm.teachers import load_default_teacher, load_teacher
 
-    adapt = AdaptConfig(steps=steps, lr=lr, precision=precision, seed=seed)  # type: ignore[arg-type]
+    adapt = AdaptConfig(steps=steps, lr=lr, seed=seed)
     APMConfig.preset(preset, dim=512)  # a wrong name is told before the teacher is loaded
     where = pick_device(device)
     source = load_teacher(teacher, device=where) if teacher else load_default_teacher(device=where)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 from pathlib import Path
-from typing import Any
 
 # Before anything imports them: no test may depend on the network or on what an earlier run left in the user's cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,19 +40,6 @@ def photographs() -> dict[str, Path]:
 
     folder = Path(skimage.__file__).parent / "data"
     return {name: folder / file for name, file in PHOTOGRAPHS.items()}
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every import of matplotlib fail, as where the extra ``viz`` is not installed."""
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
 
 
 @pytest.fixture

@@ -107,8 +107,3 @@ def test_wrong_usage(arguments: list[str], told: str, picture: Path, tmp_path: P
 def test_a_file_in_the_folders_place(picture: Path) -> None:
     result = explain(picture, picture)
     assert result.exit_code == 2 and "is a file" in result.stderr
-
-
-def test_without_matplotlib(picture: Path, tmp_path: Path, no_matplotlib: None) -> None:
-    result = explain(tmp_path / "out", picture)
-    assert result.exit_code == 2 and "pip install 'apm[viz]'" in result.stderr and result.stdout == ""

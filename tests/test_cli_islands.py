@@ -24,7 +24,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def islands(out: Path, *arguments: str | Path) -> Result:
-    fast = ["--device", "cpu", "--precision", "fp32", "--parts", "3"]
+    fast = ["--device", "cpu", "--parts", "3"]
     return CliRunner().invoke(app, ["islands", "--teacher", "x", *fast, "--out", str(out), *map(str, arguments)])
 
 
@@ -88,8 +88,3 @@ def test_one_image_alone_without_controls_as_svg(picture: Path, tmp_path: Path) 
 def test_wrong_usage(arguments: list[str], told: str, picture: Path, tmp_path: Path) -> None:
     result = islands(tmp_path / "out", *arguments, picture)
     assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "out").exists()
-
-
-def test_without_matplotlib(picture: Path, tmp_path: Path, no_matplotlib: None) -> None:
-    result = islands(tmp_path / "out", picture)
-    assert result.exit_code == 2 and "pip install 'apm[viz]'" in result.stderr

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,8 +35,30 @@ def test_the_gallery_of_the_readme_is_what_make_gallery_makes() -> None:
     assert gallery.CHECKPOINT.is_file()
 
 
+def captions() -> dict[str, list[str]]:
+    """Name of each picture of the README's gallery → the command that its caption begins with."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"!\[[^]]+\]\(docs/gallery/(\w+)\.png\)\n\n`([^`]+)`", text)
+    return {name: shlex.split(command) for name, command in found}
+
+
+def test_captions_name_the_very_commands_that_make_gallery_runs() -> None:
+    assert captions() == {name: ["apm", *arguments] for name, (arguments, _) in gallery.PICTURES.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["field", "walk"])
+def test_commands_of_captions_run_as_they_are_written(name: str, tmp_path: Path) -> None:
+    gallery.lay_out(tmp_path / "work")
+    command = [sys.executable, "-m", "apm", *captions()[name][1:]]
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "work").glob(gallery.PICTURES[name][1]))) == 1
+
+
 def test_the_gallery_stops_where_a_command_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "GALLERY", tmp_path)
+    monkeypatch.setattr(gallery, "WORKSHOP", tmp_path.parent / "workshop")
     monkeypatch.setattr(gallery, "PICTURES", {"nothing": (["clasify"], "*.png"), "later": (["--version"], "*.png")})
     assert gallery.main() == 2
     assert list(tmp_path.iterdir()) == []

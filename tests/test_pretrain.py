@@ -77,6 +77,17 @@ def test_losses_are_the_squared_errors_at_the_students_own_locations(cache: Grid
         )
 
 
+def test_held_out_errors_are_measured_in_float32(cache: GridCache, tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "c.safetensors", cache, precision="bf16")
+    with torch.no_grad():
+        for parameter in mine.model.parameters():  # large enough for bfloat16's rounding to be seen
+            parameter.mul_(20)
+        exact = [one.mean().item() for one in mine.losses(mine.held_out, precision="fp32")]
+        rounded = [one.mean().item() for one in mine.losses(mine.held_out, precision="bf16")]
+    assert mine.precision == "bf16" and rounded[0] != exact[0]
+    assert mine.held_out_losses() == pytest.approx(tuple(exact), rel=1e-6)
+
+
 def test_it_starts_from_the_means_and_learns(cache: GridCache, tmp_path: Path) -> None:
     mine = trainer(tmp_path / "c.safetensors", cache, replace(TRAINING, steps=150, held_out=0.2))
     grids = cache.grids[mine.train].astype(np.float64)

@@ -1,29 +1,54 @@
-"""The charts of a report, each with the numbers behind it as a table. What they show is decided in `sections`."""
+"""The charts of a report, each with the numbers behind it as a table. What they show is decided in `sections`.
+
+Every chart is plain matplotlib on one pair of axes; `drawing` makes it part of the page.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from ..stats import Reliability
-from .sheet import Sheet, sheet
-from .svg import SERIES, Drawing, Scale, decades, nice, number
+from apm.paths import printable
 
-WIDTH = 340
-"""Natural width of every chart: that of a telephone's page. A wider page shows several side by side."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 10, 38
+from ..figures import new_figure
+from ..stats import ReliabilityBin
+from .drawing import COLOUR, STYLE, colour, mark, short, to_markup
+from .sheet import Sheet, sheet
+
+NARROW, WIDE = 420, 960
+"""Natural widths in pixels: of a telephone's page or half of a wide one, and of a wide page."""
+Draw = Callable[[Any, int], None]
+"""Draws on axes, given the width in pixels."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and the numbers behind it."""
+    """What to draw, and the numbers behind it."""
 
     title: str
-    svg: Markup
     sheet: Sheet
+    description: str
+    draw: Draw
+    height: int
+    number: int
+    """Its own in the page."""
+    small: bool = False
+    """Whether it is one of several alike, which stand beside each other; else it is as wide as the page."""
+
+    def svg(self, width: int = NARROW) -> Markup:
+        """Draw it for a page of this width in pixels."""
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            figure = new_figure(width / 72, self.height / 72)
+            figure.patch.set_visible(False)
+            axes = figure.subplots()
+            self.draw(axes, width)
+            return to_markup(figure, f"chart-{self.number}-{width}", self.title, self.description)
 
 
 @dataclass(frozen=True)
@@ -64,56 +89,48 @@ def lines(
     """Lines over a common x.
 
     Args:
-        ids: source of ids of the page.
+        ids: source of numbers of the page's charts.
         title: what the chart shows.
         series: the lines.
         x_label: what x is.
         y_label: what y is.
         scale: values that the y axis must hold: shared by charts that stand beside each other.
         x_ticks: places and names of the ticks of x; round numbers without.
-        chance: a y to mark as that of guessing.
+        chance: a y to mark as that of guessing, if it lies on the scale.
         markers: whether each point has its series' shape; otherwise only the last has.
     """
-    height = 220
-    drawing = Drawing(WIDTH, height)
-    xs = [point.x for line in series for point in line.points]
-    y = nice(scale, height - _BOTTOM, _TOP, within=(0, 100))
-    low, high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 0.5, max(xs) + 0.5)
-    x = Scale(low, high, _LEFT + 14, WIDTH - _RIGHT - 14)
-    _y_axis(drawing, y, y_label)
-    for place, name in x_ticks or [(value, number(value)) for value in x.ticks()]:
-        drawing.text(x(place), height - _BOTTOM + 14, name, "tick", "middle")
-    drawing.text((_LEFT + WIDTH) / 2, height - 6, x_label, "axis-name", "middle")
-    if chance is not None and y.low <= chance <= y.high:
-        drawing.line(_LEFT, y(chance), WIDTH - _RIGHT, y(chance), "chance")
-        # at the end of the line from which the values are farther
-        first, last = (np.mean([abs(line.points[end].y - chance) for line in series]) for end in (0, -1))
-        side = (_LEFT + 4, "start") if first > last else (WIDTH - _RIGHT, "end")
-        drawing.text(side[0], y(chance) - 3, f"chance {chance:.3g} %", "tick", side[1])
-    # levels are few and far between: methods stand a little beside each other there, or they would hide each other
-    apart = min(3.5, 18 / len(series))
-    aside = {id(line): (place - (len(series) - 1) / 2) * apart if x_ticks else 0.0 for place, line in enumerate(series)}
-    for line in series:
-        across = [x(p.x) + aside[id(line)] for p in line.points]
-        colour = f"s{line.series % SERIES}"
-        for place, point in zip(across, line.points, strict=True):
-            if point.error:
-                ends = [y(min(max(point.y + sign * point.error, y.low), y.high)) for sign in (-1, 1)]
-                drawing.line(place, ends[0], place, ends[1], f"error {colour}")
-        drawing.path(
-            [(place, y(p.y)) for place, p in zip(across, line.points, strict=True)],
-            f"line {colour}" + (" dashed" if line.dashed else ""),
-        )
-        for place, point in list(zip(across, line.points, strict=True))[0 if markers else -1 :]:
-            said = f"{line.name}{', ' + line.what if line.what else ''}, {x_label} {number(point.x)}"
-            spread = f" ± {point.error:.1f}" if point.error else ""
-            drawing.marker(place, y(point.y), line.series, f"{said}: {point.y:.1f}{spread} % (n = {point.n})")
-    names = {place: name for place, name in x_ticks or ()}
+    names = dict(x_ticks or ())
+
+    def draw(axes: Any, width: int) -> None:
+        axes.set(xlabel=x_label, ylabel=y_label)
+        _hold(axes.set_ylim, scale)
+        if x_ticks:
+            axes.set_xticks(list(names), list(names.values()))
+        for place, line in enumerate(series):
+            # levels are few: methods stand a little beside each other there, or they would hide each other
+            aside = (place - (len(series) - 1) / 2) * min(0.05, 0.3 / len(series)) if x_ticks else 0.0
+            x, y = [p.x + aside for p in line.points], [p.y for p in line.points]
+            dashes = "--" if line.dashed else "-"
+            axes.plot(x, y, dashes, color=colour(line.series), linewidth=1.8, zorder=3)
+            for at, p in zip(x, line.points, strict=True):
+                if p.error:
+                    _error(axes, [at, at], [p.y - p.error, p.y + p.error], line.series)
+            for at, p in list(zip(x, line.points, strict=True))[0 if markers else -1 :]:
+                what = f"{line.name}{', ' + line.what if line.what else ''}, {x_label} {names.get(p.x, _number(p.x))}"
+                spread = f" ± {p.error:.1f}" if p.error else ""
+                mark(axes, at, p.y, line.series, printable(f"{what}: {p.y:.1f}{spread} % (n = {p.n})"))
+        axes.margins(x=0.06)
+        low, high = axes.get_ylim()
+        if chance is not None and low <= chance <= high:
+            axes.axhline(chance, color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
+            # in the margin, where nothing else is drawn
+            axes.text(1.01, chance, _chance(chance), transform=axes.get_yaxis_transform(), va="center", fontsize=10)
+
     rows = tuple(
         (
             line.name,
             line.what or y_label,
-            names.get(p.x, number(p.x)),
+            names.get(p.x, _number(p.x)),
             f"{p.y:.1f}",
             f"{p.error:.1f}" if p.error else "–",
             str(p.n),
@@ -122,8 +139,8 @@ def lines(
         for p in line.points
     )
     described = f"Lines of {y_label} over {x_label} for {_listed([line.name for line in series])}."
-    svg = drawing.finish(ids, title, described)
-    return Chart(title, svg, sheet(title, ("method", "what", x_label, "%", "± standard error", "n"), rows, text=(0, 1)))
+    numbers = sheet(title, ("method", "what", x_label, "%", "± standard error", "n"), rows, text=(0, 1))
+    return Chart(title, numbers, described, draw, 260, next(ids), small=True)
 
 
 @dataclass(frozen=True)
@@ -137,113 +154,110 @@ class Lane:
 
 def dots(ids: Iterator[int], title: str, lanes: Sequence[Lane], *, x_label: str, chance: float | None = None) -> Chart:
     """Values with their standard errors, a lane for each column of a table, series under each other within it."""
-    gap, head = 11, 20
-    heights = [head + gap * len(lane.entries) + 4 for lane in lanes]
-    height = sum(heights) + _BOTTOM
-    drawing = Drawing(WIDTH, height)
-    every = [p for lane in lanes for _, _, p in lane.entries]
-    reach = [edge for p in every for edge in (p.x - p.error, p.x + p.error)]
-    x = nice(reach if chance is None else [*reach, chance], 10, WIDTH - 12, within=(0, 100))
-    _x_axis(drawing, x, x_label, height)
-    if chance is not None:
-        drawing.line(x(chance), 0, x(chance), height - _BOTTOM, "chance")
-    top = 0.0
-    for lane, tall in zip(lanes, heights, strict=True):
-        drawing.line(10, top + tall, WIDTH - 12, top + tall, "grid")
-        drawing.text(10, top + 14, _cut(lane.name), "lane")
-        for place, (name, series, p) in enumerate(lane.entries):
-            y = top + head + gap * (place + 0.5)
-            ends = [x(min(max(p.x + sign * p.error, x.low), x.high)) for sign in (-1, 1)]
-            drawing.line(ends[0], y, ends[1], y, f"error s{series % SERIES}")
-            drawing.marker(x(p.x), y, series, f"{lane.name}, {name}: {p.x:.1f} ± {p.error:.1f} % (n = {p.n})")
-        top += tall
+    places = _Lanes([(lane.name, len(lane.entries)) for lane in lanes])
+
+    def draw(axes: Any, width: int) -> None:
+        every = [p for lane in lanes for _, _, p in lane.entries]
+        reach = [edge for p in every for edge in (p.x - p.error, p.x + p.error)]
+        _hold(axes.set_xlim, reach if chance is None else [*reach, chance])
+        places.lay(axes, width, x_label)
+        for lane, rows in zip(lanes, places.rows, strict=True):
+            if chance is not None:  # beside the values alone: names are not crossed
+                edges = [rows[0] - 0.5, rows[-1] + 0.5]
+                axes.plot([chance] * 2, edges, color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
+            for y, (name, series, p) in zip(rows, lane.entries, strict=True):
+                _error(axes, [p.x - p.error, p.x + p.error], [y, y], series)
+                said = f"{lane.name}, {name}: {p.x:.1f} ± {p.error:.1f} % (n = {p.n})"
+                mark(axes, p.x, y, series, printable(said))
+        if chance is not None:
+            above = axes.get_xaxis_transform()
+            axes.text(chance, 1.0, _chance(chance), transform=above, ha="center", va="bottom", fontsize=10)
+
     rows = tuple(
         (lane.name, name, f"{p.x:.1f}", f"{p.error:.1f}", str(p.n)) for lane in lanes for name, _, p in lane.entries
     )
     tail = "" if chance is None else f" A dashed line marks chance, {chance:.3g} %."
-    svg = drawing.finish(ids, title, f"{x_label} of each method in {len(lanes)} lanes, with standard errors.{tail}")
-    return Chart(title, svg, sheet(title, ("column", "method", "%", "± standard error", "n"), rows, text=(0, 1)))
+    described = f"{x_label} of each method in {len(lanes)} lanes, with standard errors.{tail}"
+    numbers = sheet(title, ("column", "method", "%", "± standard error", "n"), rows, text=(0, 1))
+    return Chart(title, numbers, described, draw, places.height, next(ids))
 
 
 def bars(ids: Iterator[int], title: str, values: Sequence[tuple[str, int, float, int]], *, x_label: str) -> Chart:
     """Horizontal bars from zero: (name, series, value, n)."""
-    row = 32
-    height = row * len(values) + _BOTTOM
-    drawing = Drawing(WIDTH, height)
-    x = nice([0.0, *(value for _, _, value, _ in values)], 10, WIDTH - 52)
-    _x_axis(drawing, x, x_label, height)
-    for place, (name, series, value, n) in enumerate(values):
-        top = row * place
-        drawing.text(10, top + 12, _cut(name), "lane")
-        drawing.box(
-            10, top + 16, x(value) - 10, 11, f"bar s{series % SERIES}", f"{name}: {value:.3g} {x_label} (n = {n})"
-        )
-        drawing.text(x(value) + 5, top + 25.5, f"{value:.3g}", "label")
+    places = _Lanes([(name, 1) for name, *_ in values])
+
+    def draw(axes: Any, width: int) -> None:
+        _hold(axes.set_xlim, [0.0, *(1.12 * value for _, _, value, _ in values)], within=(0, np.inf))
+        places.lay(axes, width, x_label)
+        for (y,), (name, series, value, n) in zip(places.rows, values, strict=True):
+            _bar(axes, y, 0, value, series, f"{name}: {value:.3g} {x_label} (n = {n})")
+            axes.annotate(f"{value:.3g}", (value, y), (5, 0), textcoords="offset points", va="center")
+
     rows = tuple((name, f"{value:.3g}", str(n)) for name, _, value, n in values)
-    svg = drawing.finish(ids, title, f"Bars of {x_label} for {_listed([name for name, *_ in values])}.")
-    return Chart(title, svg, sheet(title, ("method", x_label, "n"), rows, text=(0,)))
+    described = f"Bars of {x_label} for {_listed([name for name, *_ in values])}."
+    numbers = sheet(title, ("method", x_label, "n"), rows, text=(0,))
+    return Chart(title, numbers, described, draw, places.height, next(ids))
 
 
 def diverging(ids: Iterator[int], title: str, values: Sequence[tuple[str, int, int, int, int]]) -> Chart:
     """Flips right→wrong to the left, wrong→right to the right of a line: (name, series, lost, gained, n)."""
-    row, middle = 38, WIDTH / 2
-    height = row * len(values) + 24
-    drawing = Drawing(WIDTH, height)
-    most = max((max(lost, gained) for _, _, lost, gained, _ in values), default=0) or 1
-    scale = (WIDTH / 2 - 44) / most
-    drawing.line(middle, 18, middle, height - 4, "axis")
-    drawing.text(middle - 6, 12, "← right→wrong", "tick", "end")
-    drawing.text(middle + 6, 12, "wrong→right →", "tick")
-    for place, (name, series, lost, gained, n) in enumerate(values):
-        top = 20 + row * place
-        colour = f"s{series % SERIES}"
-        drawing.text(10, top + 11, _cut(name), "lane")
-        drawing.box(
-            middle - lost * scale,
-            top + 19,
-            lost * scale,
-            11,
-            f"bar hollow {colour}",
-            f"{name}: {lost} of {n} right→wrong",
-        )
-        drawing.box(middle, top + 19, gained * scale, 11, f"bar {colour}", f"{name}: {gained} of {n} wrong→right")
-        drawing.text(middle - lost * scale - 5, top + 28.5, str(lost), "label", "end")
-        drawing.text(middle + gained * scale + 5, top + 28.5, str(gained), "label")
+    places = _Lanes([(name, 1) for name, *_ in values])
+
+    def draw(axes: Any, width: int) -> None:
+        most = max((max(lost, gained) for _, _, lost, gained, _ in values), default=0) or 1
+        axes.set_xlim(-1.15 * most, 1.15 * most)
+        places.lay(axes, width, "")
+        axes.set_xticks([])
+        axes.axvline(0, color=COLOUR["soft"], linewidth=1)
+        for x, align, text in ((-0.02, "right", "← right→wrong"), (0.02, "left", "wrong→right →")):
+            axes.text(0.5 + x, 1.0, text, transform=axes.transAxes, ha=align, va="bottom", color=COLOUR["soft"])
+        for (y,), (name, series, lost, gained, n) in zip(places.rows, values, strict=True):
+            _bar(axes, y, 0, -lost, series, f"{name}: {lost} of {n} right→wrong", hollow=True)
+            _bar(axes, y, 0, gained, series, f"{name}: {gained} of {n} wrong→right")
+            for count, sign in ((lost, -1), (gained, 1)):
+                align = "right" if sign < 0 else "left"
+                offset = {"xytext": (5 * sign, 0), "textcoords": "offset points"}
+                axes.annotate(str(count), (sign * count, y), ha=align, va="center", **offset)
+
     rows = tuple((name, str(lost), str(gained), str(n)) for name, _, lost, gained, n in values)
-    svg = drawing.finish(
-        ids,
-        title,
-        "Bars to the left: images that the teacher has right and the method wrong; to the right: the reverse.",
+    described = "Bars to the left: images that the teacher has right and the method wrong; to the right: the reverse."
+    numbers = sheet(title, ("method", "right→wrong", "wrong→right", "n"), rows, text=(0,))
+    return Chart(title, numbers, described, draw, places.height, next(ids))
+
+
+def reliability_diagram(
+    ids: Iterator[int], title: str, name: str, series: int, bins: Sequence[ReliabilityBin]
+) -> Chart:
+    """Accuracy against confidence in bins of as many answers each, with intervals and the diagonal."""
+
+    def draw(axes: Any, width: int) -> None:
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="accuracy")
+        axes.plot([0, 1], [0, 1], color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
+        for one in bins:
+            _error(axes, [one.confidence] * 2, [one.low, one.high], series)
+            _error(axes, [one.least, one.greatest], [one.accuracy] * 2, series, width=1, opacity=0.45)
+            said = (
+                f"{name}: {one.count} answers of confidence {one.least:.2f} to {one.greatest:.2f}, mean "
+                f"{one.confidence:.2f}: accuracy {one.accuracy:.2f}, 95 % interval {one.low:.2f} to {one.high:.2f}"
+            )
+            mark(axes, one.confidence, one.accuracy, series, printable(said))
+
+    rows = tuple(
+        (
+            f"{one.least:.3f}–{one.greatest:.3f}",
+            f"{one.confidence:.3f}",
+            f"{one.accuracy:.3f}",
+            f"{one.low:.3f}–{one.high:.3f}",
+            str(one.count),
+        )
+        for one in bins
     )
-    return Chart(title, svg, sheet(title, ("method", "right→wrong", "wrong→right", "n"), rows, text=(0,)))
-
-
-def reliability_diagram(ids: Iterator[int], title: str, name: str, series: int, bins: Reliability) -> Chart:
-    """Accuracy against confidence, a bar for each bin that holds images, with the diagonal of perfect calibration."""
-    height, low_edge = 310, 48
-    drawing = Drawing(WIDTH, height)
-    x, y = Scale(0, 1, _LEFT, WIDTH - _RIGHT), Scale(0, 1, height - low_edge, _TOP)
-    _y_axis(drawing, y, "accuracy")
-    for value in x.ticks():
-        drawing.text(x(value), height - low_edge + 27, number(value), "tick", "middle")
-    drawing.text((_LEFT + WIDTH) / 2, height - 6, "confidence, and images in each bin", "axis-name", "middle")
-    drawing.path([(x(0), y(0)), (x(1), y(1))], "chance")
-    bins_wide, total, rows = len(bins.count), int(bins.count.sum()), []
-    for place, count in enumerate(bins.count.tolist()):
-        if not count:
-            continue
-        low, high = place / bins_wide, (place + 1) / bins_wide
-        right, sure = float(bins.right[place]) / count, float(bins.sure[place]) / count
-        tip = f"{name}: {count} of {total} images with mean confidence {sure:.2f}, accuracy {right:.2f}"
-        drawing.box(x(low) + 1, y(right), x(high) - x(low) - 2, y(0) - y(right), f"bar soft s{series % SERIES}", tip)
-        drawing.marker(x(sure), y(right), series, tip)
-        short = str(count) if count < 1000 else f"{count / 1000:.0f}k"
-        drawing.text(x((low + high) / 2), height - low_edge + 12, short, "count", "middle")
-        rows.append((f"{low:.2f}–{high:.2f}", f"{sure:.3f}", f"{right:.3f}", str(count)))
-    described = "Accuracy over confidence in equal bins; the dashed diagonal is perfect calibration."
-    described += " Bars below it mean too sure."
-    svg = drawing.finish(ids, title, described)
-    return Chart(title, svg, sheet(title, ("confidence", "mean confidence", "accuracy", "n"), rows, text=()))
+    described = (
+        "Accuracy over mean confidence, in bins of as many answers each; upright bars are 95 % intervals, level ones "
+        "the bin's range of confidence. The dashed diagonal is perfect calibration; below it the method is too sure."
+    )
+    headings = ("confidence", "mean confidence", "accuracy", "95 % interval", "n")
+    return Chart(title, sheet(title, headings, rows, text=()), described, draw, 330, next(ids), small=True)
 
 
 def boxes(
@@ -255,59 +269,109 @@ def boxes(
     log: bool,
 ) -> Chart:
     """Five-number summaries: whiskers from least to greatest, a box between the quartiles, the median in it."""
-    gap, head = 14, 20
-    heights = [head + gap * len(entries) + 4 for _, entries in lanes]
-    height = sum(heights) + _BOTTOM
-    drawing = Drawing(WIDTH, height)
-    every = [float(edge) for _, entries in lanes for _, _, v in entries for edge in (v.min(), v.max())]
-    x = decades(every, 10, WIDTH - 14) if log else nice(every, 10, WIDTH - 14)
-    _x_axis(drawing, x, x_label, height)
-    top, rows = 0.0, []
-    for (lane, entries), tall in zip(lanes, heights, strict=True):
-        drawing.line(10, top + tall, WIDTH - 14, top + tall, "grid")
-        drawing.text(10, top + 14, _cut(lane), "lane")
-        for place, (name, series, values) in enumerate(entries):
-            colour = f"s{series % SERIES}"
-            five = [float(q) for q in np.quantile(values, (0, 0.25, 0.5, 0.75, 1))]
-            y = top + head + gap * (place + 0.5)
-            told = ", ".join(f"{value:.4g}" for value in five)
-            drawing.line(x(five[0]), y, x(five[4]), y, f"error {colour}")
-            drawing.box(
-                x(five[1]),
-                y - 4,
-                x(five[3]) - x(five[1]),
-                8,
-                f"bar soft {colour}",
-                f"{lane}, {name}: {told} (n = {len(values)})",
-            )
-            drawing.marker(x(five[2]), y, series, f"{lane}, {name}: median {five[2]:.4g} (n = {len(values)})", size=3)
-            rows.append((lane, name, *(f"{value:.4g}" for value in five), str(len(values))))
-        top += tall
+    places = _Lanes([(name, len(entries)) for name, entries in lanes])
+    summaries = [
+        [(name, series, [float(q) for q in np.quantile(v, (0, 0.25, 0.5, 0.75, 1))], len(v)) for name, series, v in of]
+        for _, of in lanes
+    ]
+
+    def draw(axes: Any, width: int) -> None:
+        every = [edge for of in summaries for _, _, five, _ in of for edge in (five[0], five[4])]
+        if log:
+            axes.set_xscale("log")
+            axes.set_xlim(min(every) / 1.5, max(every) * 1.5)
+        else:
+            _hold(axes.set_xlim, every, within=(-np.inf, np.inf))
+        places.lay(axes, width, x_label)
+        for (lane, _), rows, of in zip(lanes, places.rows, summaries, strict=True):
+            for y, (name, series, five, n) in zip(rows, of, strict=True):
+                told = ", ".join(f"{value:.4g}" for value in five)
+                _error(axes, [five[0], five[4]], [y, y], series)
+                _bar(axes, y, five[1], five[3] - five[1], series, f"{lane}, {name}: {told} (n = {n})", opacity=0.4)
+                mark(axes, five[2], y, series, printable(f"{lane}, {name}: median {five[2]:.4g} (n = {n})"), size=6)
+
+    rows = tuple(
+        (lane, name, *(f"{value:.4g}" for value in five), str(n))
+        for (lane, _), of in zip(lanes, summaries, strict=True)
+        for name, _, five, n in of
+    )
     described = f"{x_label}: from the least to the greatest value, the middle half as a box, the median as a mark."
-    svg = drawing.finish(ids, title, described)
-    headings = ("column", "method", "least", "quartile", "median", "quartile", "greatest", "n")
-    return Chart(title, svg, sheet(title, headings, rows, text=(0, 1)))
+    headings = ("column", "method", "minimum", "quartile", "median", "quartile", "maximum", "n")
+    return Chart(title, sheet(title, headings, rows, text=(0, 1)), described, draw, places.height, next(ids))
 
 
-def _y_axis(drawing: Drawing, y: Scale, name: str) -> None:
-    for value in y.ticks():
-        drawing.line(_LEFT, y(value), WIDTH - _RIGHT, y(value), "grid")
-        drawing.text(_LEFT - 6, y(value) + 4, number(value), "tick", "end")
-    middle = (y.start + y.end) / 2
-    drawing.text(11, middle, name, "axis-name", "middle")
-    drawing.root[-1].set("transform", f"rotate(-90 11 {middle:.1f})")
+class _Lanes:
+    """Places of rows below one another, in lanes that have a line of their own for their name: y downward."""
+
+    ROW, HEAD = 17, 1.5
+    """Height of a row in pixels, and of a lane's name in rows."""
+
+    def __init__(self, lanes: Sequence[tuple[str, int]]) -> None:
+        self.names, self.rows, top = [], [], 0.0
+        for name, count in lanes:
+            self.names.append((name, top))
+            self.rows.append([top + self.HEAD + row for row in range(count)])
+            top += self.HEAD + count
+        self.bottom = top
+        self.height = round(self.ROW * top) + 60
+
+    def lay(self, axes: Any, width: int, x_label: str) -> None:
+        """Give the axes their height, names and rules."""
+        axes.set(ylim=(self.bottom, 0), yticks=[], xlabel=x_label)
+        axes.xaxis.set_major_formatter(lambda value, _: _number(value))
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        for name, top in self.names:
+            if top:
+                axes.axhline(top, color=COLOUR["rule"], linewidth=1, zorder=0)
+            halo = {"facecolor": COLOUR["paper"], "edgecolor": "none", "pad": 1}  # rules of the scale stop at names
+            at = axes.get_yaxis_transform()
+            axes.text(0, top + 0.6, short(name, width), transform=at, va="center", bbox=halo, zorder=3)
 
 
-def _x_axis(drawing: Drawing, x: Scale, name: str, height: float) -> None:
-    for value in x.ticks():
-        drawing.line(x(value), 0, x(value), height - _BOTTOM, "grid")
-        drawing.text(x(value), height - _BOTTOM + 14, number(value), "tick", "middle")
-    drawing.text(WIDTH / 2, height - 6, name, "axis-name", "middle")
+def _hold(
+    limit: Callable[[float, float], object], values: Sequence[float], *, within: tuple[float, float] = (0, 100)
+) -> None:
+    """Set limits a little wider than the values, but not past `within`; never a range of nothing."""
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    # at an end of the scale the marks still need room to be whole
+    edge = 0.02 * (high - low + 2 * room)
+    limit(max(low - room, within[0] - edge), min(high + room, within[1] + edge))
 
 
-def _cut(text: str, length: int = 46) -> str:
-    """A name as long as a lane is wide; the whole of it is in the table behind the chart."""
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _error(
+    axes: Any, x: Sequence[float], y: Sequence[float], series: int, *, width: float = 1.4, opacity: float = 0.75
+) -> None:
+    axes.plot(x, y, color=colour(series), linewidth=width, alpha=opacity, solid_capstyle="butt", zorder=3)
+
+
+def _bar(
+    axes: Any,
+    y: float,
+    start: float,
+    width: float,
+    series: int,
+    said: str,
+    *,
+    hollow: bool = False,
+    opacity: float = 0.85,
+) -> None:
+    look: dict[str, Any] = {"color": colour(series), "alpha": opacity}
+    if hollow:
+        look = {"facecolor": COLOUR["paper"], "edgecolor": colour(series), "linewidth": 1.5}
+    (bar,) = axes.barh([y], [width], 0.62, start, zorder=3, **look)
+    bar.set_gid(f"say:{printable(said)}")
+
+
+def _chance(value: float) -> str:
+    return f"chance {value:.3g} %"
+
+
+def _number(value: float) -> str:
+    """A tick's number: short, and powers of ten beyond the thousandths as such."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.6g}"
 
 
 def _listed(names: Sequence[str]) -> str:

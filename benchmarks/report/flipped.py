@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from apm.paths import printable
 
 from ..tables import Answers
+from .drawing import mark_class, shape
 from .pictures import Pictures
 from .series import Part
-from .svg import mark_class, shape
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,17 @@ from apm.files import write_atomically
 from apm.paths import printable
 
 from ..records import Records
-from ..stats import BINS
+from ..stats import BINS, PER_BIN
 from ..table_formats import DETAIL_HEADINGS, details, grid
 from ..tables import Table, make_tables
 from . import sections
+from .charts import NARROW, WIDE
+from .drawing import mark_class, shape
 from .flipped import flipped_images
 from .pictures import Pictures
 from .series import Part, name_rows
 from .settings import describe_run
 from .sheet import Sheet, sheet
-from .svg import mark_class, shape
 
 MARKER = '<meta name="generator" content="apm report">'
 """Stands near the start of every page: only a file that holds it is replaced."""
@@ -128,6 +129,9 @@ def render(runs: Sequence[Records], tables: Sequence[Table], options: Options) -
         calibration=sections.calibration(ids, parts),
         speed=sections.speed(ids, parts),
         bins=BINS,
+        per_bin=PER_BIN,
+        narrow=NARROW,
+        wide=WIDE,
         options=options,
     )
 

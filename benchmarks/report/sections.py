@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from apm.paths import printable
 
 from ..records import MethodRows
-from ..stats import reliability
+from ..stats import PER_BIN, reliability_bins
 from ..tables import Score
 from .charts import Chart, Lane, Line, Point, bars, boxes, diverging, dots, lines, reliability_diagram
 from .series import NamedRow, Part
@@ -158,19 +158,24 @@ def _together(charts: Sequence[Chart], notes: Sequence[str] = ()) -> list[Group]
 
 
 def calibration(ids: Iterator[int], parts: Sequence[Part]) -> list[Group]:
-    """A reliability diagram for each row of a table, over all its cells."""
+    """A reliability diagram for each row of a table, over all its cells; said in words where there is too little."""
     groups: list[Group] = []
     for part in parts:
-        charts = []
+        charts, notes = [], []
         for named, total in _totals(part):
             rows = [answers.rows for _, _, answers in named.cells()]
             kept = [_answered(one) for one in rows]
             sure = np.concatenate([one.probability[keep] for one, keep in zip(rows, kept, strict=True)])
             right = np.concatenate([(one.prediction == one.label)[keep] for one, keep in zip(rows, kept, strict=True)])
             title = f"{named.name}: ECE {total.ece:.3f}, NLL {total.nll:.3f}, n = {total.n}"
-            charts.append(reliability_diagram(ids, title, named.name, named.series, reliability(sure, right)))
-        if charts:
-            groups.append(Group(printable(part.table.title), tuple(charts), open=not groups))
+            bins = reliability_bins(sure, right)
+            if bins:
+                charts.append(reliability_diagram(ids, title, named.name, named.series, bins))
+            else:
+                notes.append(f"{title}: too few answers for a diagram, which needs {2 * PER_BIN}.")
+        if charts or notes:
+            told = tuple(map(printable, notes))
+            groups.append(Group(printable(part.table.title), tuple(charts), told, open=not groups))
     return groups
 
 

@@ -1,4 +1,4 @@
-"""Plots of the records, as SVG. Needs matplotlib: the extra ``viz``."""
+"""Plots of the records, as SVG."""
 
 from __future__ import annotations
 
@@ -6,25 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apm.errors import UsageError
-
 Record = Mapping[str, Any]
 
 
 def plot(record: Record, folder: Path) -> Path | None:
-    """Draw a record into ``folder``; returns the file, or None for a kind that has no plot.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Draw a record into ``folder``; returns the file, or None for a kind that has no plot."""
     draw = DRAWN.get(record["kind"])
     if draw is None:
         return None
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("Plots need matplotlib: pip install 'apm[viz]'.") from error
+    import matplotlib
+    from matplotlib.figure import Figure
+
     # the same record gives the same bytes; text stays text
     with matplotlib.rc_context({"svg.hashsalt": "apm", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(7, 3.2), layout="constrained")

@@ -56,13 +56,6 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-def test_without_matplotlib_it_is_said_what_to_install(no_matplotlib: None) -> None:
-    with pytest.raises(UsageError, match=r"Curves need matplotlib.*pip install 'apm\[viz\]'"):
-        figures.require_matplotlib("Curves")
-    with pytest.raises(UsageError, match="matplotlib"):
-        figures.new_figure(1, 1)
-
-
 def test_colours_are_of_one_basis_and_one_scale() -> None:
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.standard_normal((12, 3)))[0].T

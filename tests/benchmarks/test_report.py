@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from importlib import resources
 from itertools import combinations, count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,17 +24,19 @@ from PIL import Image
 from skimage.color import rgb2lab
 from typer.testing import CliRunner
 
+from apm.benchmarks import figures
 from apm.benchmarks.datasets import Sample, open_dataset
 from apm.benchmarks.datasets.files import read_rgb, stable_id
-from apm.benchmarks.records import Records
+from apm.benchmarks.records import MethodRows, Records
 from apm.benchmarks.report import Options, sections, write_report
+from apm.benchmarks.report.charts import NARROW, WIDE, Chart
+from apm.benchmarks.report.drawing import COLOUR, SERIES, STYLE, VARIABLES, shape
 from apm.benchmarks.report.flipped import flipped_images
 from apm.benchmarks.report.pictures import SIDE, Pictures
 from apm.benchmarks.report.series import name_rows
-from apm.benchmarks.report.svg import SERIES, Scale, nice, shape
-from apm.benchmarks.stats import expected_calibration_error, reliability
+from apm.benchmarks.stats import expected_calibration_error, reliability, reliability_bins
 from apm.benchmarks.table_formats import DETAIL_HEADINGS, details, grid
-from apm.benchmarks.tables import Table, make_tables
+from apm.benchmarks.tables import Table, TableRow, make_tables
 from apm.cli.main import app
 from apm.errors import UsageError
 from apm.paths import printable
@@ -245,15 +248,19 @@ def test_reliability_bins_give_the_calibration_error() -> None:
     assert expected_calibration_error(sure, right) == pytest.approx(apart / 500)
 
 
+def answers_of(row: TableRow) -> list[MethodRows]:
+    return [answers.rows for answers in row.answers.values()]
+
+
 def test_calibration_counts_all_cells_of_a_table(levels: Path) -> None:
     tables = tables_of(levels)
     for group, table in zip(sections.calibration(count(1), name_rows(tables)), tables, strict=True):
         for chart, row in zip(group.charts, table.rows, strict=True):
             assert row.total is not None and row.total.ece is not None
-            assert sum(int(line[3]) for line in chart.sheet.rows) == row.total.n == 72
-            ece = sum(int(n) * abs(float(sure) - float(right)) for _, sure, right, n in chart.sheet.rows) / 72
-            assert ece == pytest.approx(row.total.ece, abs=1e-3)
-            assert f"ECE {row.total.ece:.3f}" in chart.title
+            assert [int(line[4]) for line in chart.sheet.rows] == [36, 36] and row.total.n == 72
+            right = sum(float(line[2]) for line in chart.sheet.rows) / 2
+            assert right == pytest.approx(np.mean([rows.rank == 1 for rows in answers_of(row)]), abs=1e-3)
+            assert f"ECE {row.total.ece:.3f}" in chart.title  # the tables' own, over bins of equal width
 
 
 def test_flips_are_those_of_the_table_and_limited(levels: Path) -> None:
@@ -439,14 +446,105 @@ def test_colours_stand_out_from_the_page_in_both_themes() -> None:
     assert len({shape(0, 0, number, 4) for number in range(SERIES)}) == SERIES  # colour is never the only sign
 
 
-@pytest.mark.parametrize(
-    "values", [[0.0], [100.0], [3.0, 3.0], [99.2, 99.9], [0.001, 0.002], [-1.0, 1.0], [0.0, 100.0]]
-)
-def test_scales_hold_their_values(values: list[float]) -> None:
-    scale = nice(values, 0, 100)
-    assert all(0 - 1e-6 <= scale(value) <= 100 + 1e-6 for value in values)
-    assert 2 <= len(scale.ticks()) <= 12
-    assert Scale(1e-4, 1, 0, 100, log=True)(1e-2) == pytest.approx(50)
+def drawn(chart: Chart, width: int) -> Any:
+    """A chart's axes, laid out."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with matplotlib.rc_context(STYLE):
+        figure = figures.new_figure(width / 72, chart.height / 72)
+        axes = figure.subplots()
+        chart.draw(axes, width)
+        FigureCanvasAgg(figure).draw()
+    return axes
+
+
+def charts_of(run: Path) -> list[Chart]:
+    parts, ids = name_rows(tables_of(run)), count(1)
+    of = (sections.accuracy, sections.flips, sections.steps, sections.last_step, sections.calibration, sections.speed)
+    return [chart for section in of for group in section(ids, parts) for chart in group.charts]
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_marks_are_whole_within_the_frame_and_nothing_is_written_over(levels: Path, tmp_path: Path, width: int) -> None:
+    """At values of 0 and 100 too: no mark touches the frame, no text meets another or a line of chance."""
+    make_run(tmp_path / "one", [Plain(), Stream()], [make_dataset(24), make_dataset(24, corruption="fog", level=5)])
+    charts = charts_of(levels)[:6] + charts_of(tmp_path / "one")
+    assert len({chart.description[:12] for chart in charts}) >= 5
+    for chart in charts:
+        axes = drawn(chart, width)
+        frame = axes.get_window_extent()
+        marks = [line for line in axes.lines if str(line.get_gid()).startswith("say:")]
+        assert marks or axes.patches
+        for one in marks:
+            (x,), (y,) = one.get_data()
+            at = axes.transData.transform((x, y))
+            assert min(at[0] - frame.x0, frame.x1 - at[0], at[1] - frame.y0, frame.y1 - at[1]) > 3, chart.title
+        texts = [text.get_window_extent() for text in axes.texts if text.get_text()]
+        assert not any(one.overlaps(other) for one, other in combinations(texts, 2)), chart.title
+        for line in axes.lines:
+            if line.get_linestyle() != "-" and line.get_color() == COLOUR["soft"]:
+                box = line.get_path().transformed(line.get_transform()).get_extents()
+                assert not any(box.overlaps(text) for text in texts), chart.title
+
+
+def test_charts_have_the_pages_colours_and_can_be_read_by_keyboard(levels: Path) -> None:
+    page = Page(f"<html>{''.join(chart.svg() for chart in charts_of(levels)[:5])}</html>")
+    inside = [attributes for _, attributes in page.tags]
+    painted = {attributes[name] for attributes in inside for name in ("fill", "stroke") if name in attributes}
+    assert {"var(--c0)", "var(--c1)", "var(--rule)", "var(--soft)"} <= painted
+    assert painted <= {"none", *(f"var(--{name})" for name in VARIABLES)}
+    roots = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(roots) == 5 and all(one["tabindex"] == "0" for one in roots)
+    marks = [attributes for attributes in inside if attributes.get("class") == "said"]
+    assert len(marks) > 12 and all(one["tabindex"] == "-1" and ": " in one["aria-label"] for one in marks)
+    assert {tag for tag, _ in page.tags} <= {
+        "html",
+        "svg",
+        "title",
+        "desc",
+        "g",
+        "defs",
+        "path",
+        "use",
+        "text",
+        "tspan",
+    }
+
+
+def test_a_chart_alone_fills_the_page(levels: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", dataset=[make_dataset(), make_dataset(corruption="fog", level=5, generated=True)])
+    (page,) = [write_report([tmp_path / "run"], tmp_path / "out", Options())[0].read_text(encoding="utf-8")]
+    widths = re.findall(r'<div class="on-(wide|narrow)"><svg viewBox="0 0 (\d+)', page)
+    assert set(widths) == {("wide", str(WIDE)), ("narrow", str(NARROW))} and len(widths) >= 4
+
+
+def test_reliability_bins_hold_as_many_answers_each_with_their_intervals() -> None:
+    draw = np.random.default_rng(0)
+    sure = draw.random(260)
+    right = draw.random(260) < sure
+    bins = reliability_bins(sure, right)
+    assert [one.count for one in bins] == [26] * 10
+    order = np.argsort(sure).reshape(10, 26)
+    for one, part in zip(bins, order, strict=True):
+        assert (one.least, one.greatest) == (sure[part].min(), sure[part].max())
+        assert one.confidence == pytest.approx(sure[part].mean()) and one.accuracy == right[part].mean()
+        p, n, z = right[part].mean(), 26, 1.959964  # Wilson's interval, written out
+        middle, reach = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        assert (one.low, one.high) == pytest.approx(
+            ((middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n))
+        )
+    assert len(reliability_bins(sure[:50], right[:50])) == 2
+    assert reliability_bins(sure[:49], right[:49]) == []
+
+
+def test_too_few_answers_are_said_to_be_too_few(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [Plain()], [make_dataset(36)])
+    (group,) = sections.calibration(count(1), name_rows(tables_of(tmp_path / "run")))
+    assert group.charts == () and len(group.notes) == 1
+    assert re.search(r"ECE .*, n = 36: too few answers for a diagram, which needs 50", group.notes[0])
+    page = write_report([tmp_path / "run"], tmp_path / "out", Options())[0].read_text(encoding="utf-8")
+    assert "too few answers for a diagram" in page
 
 
 @pytest.mark.slow

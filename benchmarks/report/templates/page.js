@@ -43,6 +43,24 @@
     };
     body.append(...[...body.rows].sort(compare));
   };
+  // Charts: what the pointer or the arrow keys reach is told below the chart.
+  for (const chart of document.querySelectorAll("figure svg")) {
+    const marks = [...chart.querySelectorAll(".said")];
+    const line = chart.closest("figure").querySelector(".told");
+    const tell = (event) => { line.textContent = event.currentTarget.getAttribute("aria-label"); };
+    for (const mark of marks) {
+      mark.addEventListener("pointerenter", tell);
+      mark.addEventListener("focus", tell);
+    }
+    chart.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (!step || !marks.length) return;
+      event.preventDefault();
+      const at = marks.indexOf(document.activeElement);
+      const next = at < 0 ? (step > 0 ? 0 : marks.length - 1) : (at + step + marks.length) % marks.length;
+      marks[next].focus();
+    });
+  }
   for (const one of document.querySelectorAll("th > button")) {
     one.addEventListener("click", () => sort(one.parentElement));
   }

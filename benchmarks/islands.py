@@ -150,8 +150,10 @@ def watch(trainer: TestTimeTrainer, inputs: tuple[Tensor, Tensor, Tensor], snaps
         fields={step: field[0].reshape(side, side, -1).cpu().numpy() for step, field in result.fields.items()},
         losses={step: losses[step] for step in result.fields},
     )
-    apart = watched.last.reshape(exact.shape) - exact
-    return replace(watched, rounding=_root_mean_square(apart) / _root_mean_square(exact - exact.mean(axis=0)))
+    apart, spread = (
+        _root_mean_square(v) for v in (watched.last.reshape(exact.shape) - exact, exact - exact.mean(axis=0))
+    )
+    return replace(watched, rounding=apart / spread if spread else 0.0)  # the same everywhere: a student that died
 
 
 def _root_mean_square(values: NDArray[np.floating]) -> float:

@@ -19,7 +19,7 @@ from ..stats import ReliabilityBin
 from .drawing import COLOUR, STYLE, colour, mark, short, to_markup
 from .sheet import Sheet, sheet
 
-NARROW, WIDE = 420, 960
+NARROW, WIDE = 380, 960
 """Natural widths in pixels: of a telephone's page or half of a wide one, and of a wide page."""
 Draw = Callable[[Any, int], None]
 """Draws on axes, given the width in pixels."""
@@ -124,7 +124,8 @@ def lines(
         if chance is not None and low <= chance <= high:
             axes.axhline(chance, color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
             # in the margin, where nothing else is drawn
-            axes.text(1.01, chance, _chance(chance), transform=axes.get_yaxis_transform(), va="center", fontsize=10)
+            told = _chance(chance).replace(" ", "\n", 1)
+            axes.text(1.01, chance, told, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
 
     rows = tuple(
         (

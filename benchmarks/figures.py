@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".png", ".svg")
-STYLE = {"svg.hashsalt": "apm", "svg.fonttype": "none", "font.size": 9, "text.usetex": False}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "apm", "svg.fonttype": "none", "font.size": 9, "text.usetex": False}
 """The same numbers give the same bytes; text stays text."""
 
 

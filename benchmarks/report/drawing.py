@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -29,7 +28,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "<", "H")
 VARIABLES = ("ink", "soft", "rule", "paper", *(f"c{number}" for number in range(SERIES)))
 COLOUR = {name: f"#fe{number:02x}01" for number, name in enumerate(VARIABLES)}
 """Stand-ins for the style sheet's variables; no chart has colours of its own."""
-STYLE: Mapping[str, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
     "text.usetex": False,
     "text.parse_math": False,  # a dollar in a name is only a dollar

@@ -151,6 +151,23 @@ def boundary_contrast(field: ArrayLike, labels: ArrayLike) -> float:
     return float(cosines[same].mean() - cosines[~same].mean())
 
 
+def variation(field: ArrayLike) -> tuple[float, float]:
+    """How much of what differs between the places of a field (H, W, D) is simple.
+
+    Returns:
+        The share of the variance that lies in one direction of the features, and the share that is a sum of something
+        of the row and something of the column; each in [0, 1], and 0 where nothing differs.
+    """
+    values = _field(field)
+    values = values - values.mean(axis=(0, 1))
+    total = float((values**2).sum())
+    if total == 0:
+        return 0.0, 0.0
+    strongest = float(np.linalg.norm(values.reshape(-1, values.shape[-1]), 2) ** 2)
+    by_place = values.mean(axis=1, keepdims=True) + values.mean(axis=0, keepdims=True)  # (H, W, D)
+    return strongest / total, float((by_place**2).sum()) / total
+
+
 def random_like(target: Tensor, seed: int) -> Tensor:
     """Draw vectors of random directions and the same lengths: (…, D) → (…, D)."""
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(target.shape))).to(target)

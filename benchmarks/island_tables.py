@@ -22,6 +22,8 @@ CONTROLS = {
     "no steps": "the student before its first step",
 }
 CONDITIONS = ("image", *CONTROLS)
+VARIATION = ("in one direction", "of row plus column")
+"""What `apm.islands.variation` tells of how a field differs between places."""
 
 DOCUMENT = documents.ROOT / "docs" / "islands.md"
 RECORD = documents.ROOT / "benchmarks" / "results" / "islands-small.json"
@@ -57,8 +59,8 @@ def table(record: Mapping[str, Any]) -> str:
         f"**{settings['preset']} student**, {settings['locations']} × {settings['locations']} locations, "
         f"{settings['steps']} steps, {record['images']} images; the teacher's grid is {grid}. Final loss: the token "
         f"{record['final_loss']['cls'][0]:.1e}, the grid {record['final_loss']['grid'][0]:.1e} (of a variance of "
-        f"{record['grid_variance'][0]:.1e} over the places). After the last step the features differ between places by "
-        f"{_spread(record, 'cls')} (the token) and {_spread(record, 'grid')} (the grid).",
+        f"{record['grid_variance'][0]:.1e} over the places). After the last step the features differ between places: "
+        f"with the token by {_spread(record, 'cls')}; with the grid by {_spread(record, 'grid')}.",
         "",
         "| target | condition | " + " | ".join(COLUMNS.values()) + " |",
         "|---|---|" + "---:|" * len(COLUMNS),
@@ -106,7 +108,12 @@ def _plus_minus(value: Sequence[float], digits: int) -> str:
 def _spread(record: Mapping[str, Any], target: str) -> str:
     """How much a field varies, and how little of that is rounding."""
     share, rounding = record["spread"][target][0], record["rounding"][target]
-    return f"{100 * share:.2g} % of their size, of which rounding is at most {100 * rounding:.1g} %"
+    direction, places = (100 * record["variation"][target][name][0] for name in VARIATION)
+    return (
+        f"{100 * share:.2g} % of their size, of which rounding is at most {100 * rounding:.1g} %; of that variance "
+        f"{direction:.1f} % lie in one direction of the features, and {places:.1f} % are a sum of something of the row "
+        "and something of the column"
+    )
 
 
 def _signed(value: Sequence[float]) -> str:

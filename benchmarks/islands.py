@@ -37,7 +37,7 @@ from apm.teachers.base import Teacher
 from . import island_tables
 from .datasets import open_dataset
 from .environment import describe, write_record
-from .island_tables import CONDITIONS, CONTROLS, TARGETS
+from .island_tables import CONDITIONS, CONTROLS, TARGETS, VARIATION
 
 Field = NDArray[np.float32]
 
@@ -234,7 +234,7 @@ def _observe(
 ) -> dict[str, Any]:
     """Fit all students of one image, and measure."""
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    losses, clusters, spread, rounding = {}, {}, {}, {}
+    losses, clusters, spread, rounding, variation = {}, {}, {}, {}, {}
     for target, trainer in by_target.items():
         runs = watch_all(trainer, subject, (0, trainer.config.steps))
         rows[target] = {
@@ -245,6 +245,7 @@ def _observe(
         field = runs["image"].last
         spread[target] = _root_mean_square(field - field.mean(axis=(0, 1))) / _root_mean_square(field)
         rounding[target] = runs["image"].rounding
+        variation[target] = islands.variation(field)
     side = len(subject.superpixels)
     grid = subject.inputs["image"][2].reshape(side, side, -1).numpy()
     place = np.stack(np.meshgrid(*[np.arange(side, dtype=np.float64)] * 2, indexing="ij"), axis=-1)
@@ -259,6 +260,7 @@ def _observe(
         "clusters": clusters,
         "spread": spread,
         "rounding": rounding,
+        "variation": variation,
         "references": {name: islands.agreement(one, subject.superpixels) for name, one in partitions.items()},
         "contrast": islands.boundary_contrast(grid, subject.superpixels),
         "other contrast": islands.boundary_contrast(grid, subject.other_superpixels),
@@ -299,6 +301,10 @@ def _summarise(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "final_loss": {t: _mean([one["losses"][t] for one in found]) for t in TARGETS},
         "spread": {t: _mean([one["spread"][t] for one in found]) for t in TARGETS},
         "rounding": {t: max(one["rounding"][t] for one in found) for t in TARGETS},
+        "variation": {
+            t: {name: _mean([one["variation"][t][n] for one in found]) for n, name in enumerate(VARIATION)}
+            for t in TARGETS
+        },
     }
 
 

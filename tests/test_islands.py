@@ -157,3 +157,15 @@ def test_the_embedding_is_the_same_for_the_same_seed_and_parts_the_parts(quadran
     nearest = ((laid[:, None] - centres) ** 2).sum(-1).argmin(1)
     assert (nearest == labels).mean() > 0.95
     assert not islands.embed(np.ones((4, 4, 3))).any()
+
+
+def test_variation_knows_directions_and_rows_and_columns() -> None:
+    rows, cols, direction = np.sin(np.arange(6.0)), np.cos(2 * np.arange(5.0)), np.array([3.0, -1.0, 2.0])
+    added = rows[:, None] + cols
+    assert islands.variation(7 + added[..., None] * direction) == pytest.approx((1, 1))
+    times = (rows - rows.mean())[:, None] * (cols - cols.mean())  # a product of both is no sum
+    assert islands.variation(times[..., None] * direction) == pytest.approx((1, 0))
+    three = np.zeros((4, 4, 2))
+    three[:, :2, 0], three[:2, :, 1] = 2, 1  # by columns along one axis, and half as much by rows along the other
+    assert islands.variation(three) == pytest.approx((0.8, 1))
+    assert islands.variation(np.ones((3, 3, 2))) == (0, 0)

@@ -29,7 +29,7 @@ def fill(document: Path, name: str, text: str) -> None:
     old = document.read_text(encoding="utf-8")
     found = _find(old, document, name)
     new = f"{old[: found.start(2)]}{text.rstrip()}\n{old[found.end(2) :]}".encode()
-    write_atomically(document, lambda file: file.write(new))
+    write_atomically(document, new)
 
 
 def _find(text: str, document: Path, name: str) -> re.Match[str]:

@@ -22,8 +22,14 @@ from apm.answers import Adaptation, Answer, Perception, Prediction
 from apm.errors import ImageError, TeacherError, UsageError, unknown
 from apm.grids import resample
 from apm.images import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image, student_input
-from apm.labels import LABEL_SET_NAMES, check_labels, check_templates, prompt_templates
-from apm.labels import label_set as labels_of
+from apm.labels import (
+    LABEL_SET_NAMES,
+    check_labels,
+    check_templates,
+    choose_labels,
+    choose_templates,
+    prompt_templates,
+)
 from apm.model import APMConfig
 from apm.paths import printable
 from apm.queries import AUTO, locations_a_step
@@ -175,8 +181,8 @@ class Classifier:
         self.min_probability = min_probability
         self.max_pixels = max_pixels
         self.preset = preset
-        self.label_source, names = _choose_labels(labels, label_set, teacher)
-        self.prompt_source, chosen_templates = _choose_templates(prompts, templates, teacher)
+        self.label_source, names = choose_labels(labels, label_set, teacher.default_labels)
+        self.prompt_source, chosen_templates = choose_templates(prompts, templates, teacher.default_templates)
         self.head = ZeroShotHead.build(teacher, names, chosen_templates, progress=progress)
         self.student_config = APMConfig.preset(preset, dim=teacher.dim, readout=student.readout)
         self.trainer = TestTimeTrainer(
@@ -260,6 +266,11 @@ class Classifier:
         finally:
             prepared.close()
 
+    @property
+    def _wants_image(self) -> bool:
+        """Whether a target is made from the image itself: from its grid, or from views of it."""
+        return self.adapt_config.distil != "cls" or self._policy.kind != "cls"
+
     def _prepare_any(self, image: str | os.PathLike[str] | Image.Image, *, keep_image: bool = False) -> _Prepared:
         if isinstance(image, Image.Image):
             return self._prepare(None, from_pixels(image), keep_image=keep_image)
@@ -267,7 +278,7 @@ class Classifier:
 
     def _prepare_file(self, path: Path, *, keep_image: bool = False) -> _Prepared:
         try:
-            if keep_image or self.adapt_config.distil != "cls":
+            if keep_image or self._wants_image:
                 return self._prepare(path, load_image(path, max_pixels=self.max_pixels), keep_image=True)
             with opened_image(path, max_pixels=self.max_pixels) as loaded:
                 return self._prepare(path, loaded, keep_image=False)
@@ -275,7 +286,7 @@ class Classifier:
             return _Prepared(path=path, error=str(error))
 
     def _prepare(self, path: Path | None, loaded: LoadedImage, *, keep_image: bool) -> _Prepared:
-        keep_image = keep_image or self.adapt_config.distil != "cls" or self._policy.kind != "cls"
+        keep_image = keep_image or self._wants_image
         return _Prepared(
             path=path,
             image=loaded.image if keep_image else None,
@@ -405,24 +416,3 @@ def pick_device(name: str) -> torch.device:
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise UsageError(f'There is no device "{name}"; this machine has {torch.cuda.device_count()}, counted from 0.')
     return torch.device(name)
-
-
-def _choose_labels(
-    labels: Sequence[str] | None, label_set: str | None, teacher: Teacher
-) -> tuple[str, tuple[str, ...]]:
-    """Return where the labels come from, in a word, and the labels."""
-    if labels is not None:
-        return "labels", tuple(labels)
-    name = label_set or ("teacher" if teacher.default_labels else "imagenet")
-    return name, labels_of(name, teacher_labels=teacher.default_labels)
-
-
-def _choose_templates(
-    prompts: str | None, templates: Sequence[str] | None, teacher: Teacher
-) -> tuple[str, tuple[str, ...]]:
-    """Return where the templates come from, in a word, and the templates."""
-    if templates is not None:
-        return "templates", tuple(templates)
-    if prompts is None and teacher.default_templates is not None:
-        return "teacher", teacher.default_templates
-    return prompts or "single", prompt_templates(prompts or "single")

@@ -122,6 +122,27 @@ def prompt_templates(name: str) -> tuple[str, ...]:
     return tuple(function("{}") for function in functions)
 
 
+def choose_labels(
+    labels: Sequence[str] | None, name: str | None, teachers_own: Sequence[str] | None
+) -> tuple[str, tuple[str, ...]]:
+    """Return where the labels come from, in a word, and the labels: those given, a set's, the teacher's, ImageNet's."""
+    if labels is not None:
+        return "labels", tuple(labels)
+    source = name or ("teacher" if teachers_own else "imagenet")
+    return source, label_set(source, teacher_labels=teachers_own)
+
+
+def choose_templates(
+    prompts: str | None, templates: Sequence[str] | None, teachers_own: Sequence[str] | None
+) -> tuple[str, tuple[str, ...]]:
+    """Return where the templates come from, in a word, and the templates: those given, a set's, the teacher's, one."""
+    if templates is not None:
+        return "templates", tuple(templates)
+    if prompts is None and teachers_own is not None:
+        return "teacher", tuple(teachers_own)
+    return prompts or "single", prompt_templates(prompts or "single")
+
+
 def check_templates(templates: Iterable[str]) -> tuple[str, ...]:
     """Return `templates` as a tuple when each has a ``{}`` for the class name.
 

@@ -244,8 +244,8 @@ def _notes(classifier: Classifier, *, quiet: bool, given: str | None, chosen: li
         yield from classifier.teacher.notes
     if classifier.fell_back and classifier.label_source == "teacher":
         yield (
-            "The embedded teacher knows few things, and of all else it makes a wild guess among them. "
-            'Say what may be on the photographs: --labels "cat,dog,horse".'
+            "The embedded teacher knows few things and, without --labels, guesses wildly: it may call a cat a French"
+            ' horn. Say what may be in the photographs: --labels "cat,dog,horse".'
         )
     if quiet:
         return

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apm.errors import ApmError, ImageError, UsageError
-from apm.files import write_atomically, writing
+from apm.files import is_private, write_atomically, writing
 from apm.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, central_square
 from apm.pretrain_images import ImageSource
 
@@ -91,7 +91,8 @@ def build_cache(
 
     Raises:
         UsageError: fewer than two images can be read.
-        ApmError: the teacher's grids differ in shape, or hold numbers that are not finite or too large for float16.
+        ApmError: the teacher's grids differ in shape, or hold numbers that are not finite or too large for float16;
+            or the cache is of another user.
     """
     grid_size = teacher.grid_size if grid_size is None else grid_size
     key = {
@@ -105,6 +106,7 @@ def build_cache(
     where = Path(folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
     with writing(where):
         where.mkdir(parents=True, exist_ok=True)
+    _check_owner(where)
     index = _read_index(where) or {"key": key, "next": 0, "names": [], "skipped": [], "grid": None}
     if index["next"] < len(source):
         _extend(where, index, source, teacher, size, grid_size, max_pixels, on_image)
@@ -165,7 +167,7 @@ def _bytes_of(index: dict[str, Any], size: int, kind: str) -> int:
 
 def _open_at(path: Path, end: int) -> IO[bytes]:
     """Open for writing at `end`; what an interrupted run wrote beyond it is dropped."""
-    path.touch()
+    path.touch(mode=0o600)
     file = path.open("r+b")
     file.truncate(end)
     file.seek(end)
@@ -177,7 +179,19 @@ def _flush(where: Path, index: dict[str, Any], *files: IO[bytes]) -> None:
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-    write_atomically(where / "index.json", json.dumps(index).encode())
+    write_atomically(where / "index.json", json.dumps(index).encode(), private=True)
+
+
+def _check_owner(where: Path) -> None:
+    """Refuse a cache that another user wrote, or may change: what is trained on would be his."""
+    for name in ("index.json", "images.u8", "grids.f16"):
+        if (path := where / name).is_file():
+            with path.open("rb") as file:
+                if not is_private(file):
+                    raise ApmError(
+                        f"{path} is of another user, or may be changed by one. Name a cache folder of your own, or"
+                        f" remove {where}."
+                    )
 
 
 def _read_index(where: Path) -> dict[str, Any] | None:

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from apm.errors import TeacherError
+from apm.errors import TeacherError, UsageError
 from apm.teachers import load_teacher
+from apm.views import views
 from tests.test_teachers import random_model
 
 CONFIG: dict[str, Any] = {
@@ -206,6 +207,7 @@ def test_the_sound_one_answers(folder: Path) -> None:
         setting(f"{PRE}.fill_color", 3),
         setting(f"{VISION}.image_size", [16, 16]),
         setting(f"{VISION}.image_size", 32),  # position codes are interpolated
+        setting(f"{VISION}.image_size", [16, 24]),
         setting(f"{TEXT}.context_length", 16),
         setting(f"{TEXT}.eos_id", 3),
         setting("model_cfg.quick_gelu", True),
@@ -217,6 +219,15 @@ def test_the_sound_one_answers(folder: Path) -> None:
 def test_what_can_be_one_answers(folder: Path, change: Change) -> None:
     change(folder)
     assert_answers(folder)
+
+
+def test_a_teacher_that_is_not_square_answers_and_has_no_views(folder: Path) -> None:
+    setting(f"{VISION}.image_size", [16, 24])(folder)
+    teacher = load_teacher(f"local-dir:{folder}")
+    image = Image.new("RGB", (40, 20), (9, 99, 200))
+    assert teacher.preprocess(image).shape == (3, 16, 24)
+    with pytest.raises(UsageError, match="24×16 pixels"):
+        views(image, 8, teacher, seed=0, sample_id="a")
 
 
 def assert_answers(folder: Path) -> None:

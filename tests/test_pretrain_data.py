@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,19 @@ def test_a_damaged_cache_is_told(tmp_path: Path) -> None:
         build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
     (where / "index.json").write_text("{")
     with pytest.raises(ApmError, match="is damaged"):
+        build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners here")
+@pytest.mark.parametrize("name", ["index.json", "images.u8", "grids.f16"])
+def test_a_cache_that_others_may_change_is_refused(tmp_path: Path, name: str) -> None:
+    source = open_images(make_folder(tmp_path / "images", 4))
+    build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
+    (where,) = (tmp_path / "cache").iterdir()
+    assert [path.stat().st_mode & 0o777 for path in where.iterdir()] == [0o600] * 3
+    build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
+    (where / name).chmod(0o606)
+    with pytest.raises(ApmError, match=rf"{name} is of another user, or may be changed by one"):
         build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
 
 

@@ -56,7 +56,7 @@ class Teacher(GridTeacher, Protocol):
     """A frozen CLIP-like model: an image tower and a text tower into the same D-dimensional space.
 
     Anything with these attributes is a teacher: no base class is needed. One without `encode_grid` can be distilled by
-    its token alone.
+    its token alone. One whose input is not square says so by an attribute more, ``input_shape`` (height, width).
     """
 
     logit_scale: float

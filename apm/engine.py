@@ -12,7 +12,7 @@ What remains is the two middle layers. Everything lives in buffers made once: a 
 a GPU it is captured once as a graph and replayed.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.adam import adam
 
 from apm.field_losses import Distil, FieldLosses, Locations
 from apm.folded import Folded
@@ -33,6 +32,9 @@ Loss = Literal["mse", "cosine"]
 
 # Each parameter starts at a multiple of this many numbers, so that kernels meet the same alignment in every sample
 ALIGNMENT = 64
+
+# Numbers that a CPU converts from or to bfloat16 at a time, while they are still in its cache from the work before
+SPAN = 2**19
 
 
 @dataclass
@@ -164,7 +166,7 @@ class Engine:
                 for name, (s, size) in self._places.items()
                 if self._middle.start <= s < self._middle.stop
             }
-            self._scratch = torch.zeros(max(first * second, second * third), dtype=dtype, device=device)
+            self._scratch = torch.zeros(min(SPAN, max(first * second, second * third)), dtype=dtype, device=device)
         else:
             self._sums_half, self._d_sums_half = self._sums, self._d_sums
             self._h3_half, self._d3_half = self._h3, self._d3
@@ -286,28 +288,32 @@ class Engine:
 
     @torch.no_grad()
     def update(self) -> None:
-        """One Adam step of every sample that is not frozen: one pass over its memory, with its own step count."""
+        """One Adam step of every sample that is not frozen: one pass over its memory, with its own step count.
+
+        The bfloat16 copies of the weights are made in the same pass.
+        """
+        self.updates += 1 - self.frozen
         for row in range(self.batch):
-            adam(
-                [self._weights[row]],
-                [self._gradients[row]],
-                [self._first_moment[row]],
-                [self._second_moment[row]],
-                [],
-                [self.updates[row]],
-                fused=True,
-                found_inf=self.frozen[
-                    row
-                ],  # the fused kernel's own way to leave a row as it is, without asking the host
-                amsgrad=False,
-                beta1=0.9,
-                beta2=0.999,
-                lr=self.lr,
-                weight_decay=0.0,
-                eps=1e-8,
-                maximize=False,
-            )
-        self._halve_weights()
+            for span, halves in self._spans():
+                torch._fused_adam_(
+                    [self._weights[row, span]],
+                    [self._gradients[row, span]],
+                    [self._first_moment[row, span]],
+                    [self._second_moment[row, span]],
+                    [],
+                    [self.updates[row]],
+                    # the fused kernel's own way to leave a row as it is, without asking the host
+                    found_inf=self.frozen[row],
+                    amsgrad=False,
+                    beta1=0.9,
+                    beta2=0.999,
+                    lr=self.lr,
+                    weight_decay=0.0,
+                    eps=1e-8,
+                    maximize=False,
+                )
+                if halves is not None:
+                    self._middle_half[row, halves].copy_(self._weights[row, span])
 
     @torch.no_grad()
     def step(self) -> None:
@@ -417,10 +423,12 @@ class Engine:
         elif self.device.type == "cuda":
             torch.bmm(d_output.mT, inputs, out_dtype=torch.float32, out=out)
         else:  # no CPU kernel has a wider output: round once, then widen
-            narrow = self._scratch[: out[0].numel()].view(out.shape[1:])
+            rows = max(1, SPAN // inputs.shape[2])
             for d, x, o in zip(d_output, inputs, out, strict=True):
-                torch.mm(d.T, x, out=narrow)
-                o.copy_(narrow)
+                for some, wide in zip(d.T.split(rows), o.split(rows), strict=True):
+                    narrow = self._scratch[: wide.numel()].view(wide.shape)
+                    torch.mm(some, x, out=narrow)
+                    wide.copy_(narrow)
 
     def _halve(self, source: Tensor, target: Tensor) -> None:
         """Convert between a float32 buffer and its bfloat16 twin; nothing to do where they are one."""
@@ -430,6 +438,19 @@ class Engine:
     def _halve_weights(self) -> None:
         if self._half:
             self._middle_half.copy_(self._weights[:, self._middle])
+
+    def _spans(self) -> Iterator[tuple[slice, slice | None]]:
+        """Spans that make up a sample's row of parameters, each with its place among the bfloat16 copies, if any."""
+        start, stop, end = self._middle.start, self._middle.stop, self._weights.shape[1]
+        if not self._half:
+            yield slice(0, end), None
+            return
+        length = SPAN if self.device.type == "cpu" else stop - start  # a GPU has no such cache: few launches
+        yield slice(0, start), None
+        for at in range(start, stop, length):
+            to = min(at + length, stop)
+            yield slice(at, to), slice(at - start, to - start)
+        yield slice(stop, end), None
 
     def _draw(self, steps: int) -> Tensor | None:
         """Locations of each step (K, Q): from the seed and the step alone, so alike for every sample and batch."""

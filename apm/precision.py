@@ -33,6 +33,8 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if not _one_by_one(a):
         return torch.matmul(a, b, out=out)
+    if out is None and len(a) == 1:
+        return torch.matmul(a[0], b[0])[None]  # nothing to copy together
     if out is None:
         return torch.stack([torch.matmul(x, y) for x, y in zip(a, b, strict=True)])
     for x, y, z in zip(a, b, out, strict=True):

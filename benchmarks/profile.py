@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from apm.engine import Engine
+from apm.engine import SPAN, Engine
 from apm.field_losses import Locations
 from apm.model import APM, APMConfig, parameter_shapes
 from apm.teachers.base import Teacher
@@ -123,7 +123,7 @@ def engine_bytes(config: APMConfig, precision: str = "fp32", batch: int = 1) -> 
     copies = 2 * (h1 * h2 + h2 * h3) if half else 0
     shared = 4 * parameters + config.cells * (small * 2 * config.grid + 4 * config.dim)
     return {
-        "initial state and codes, shared": shared + (2 * h1 * h2 if half else 0),
+        "initial state and codes, shared": shared + (2 * min(SPAN, max(h1 * h2, h2 * h3)) if half else 0),
         "weights": batch * (4 * parameters + copies),
         "gradients": batch * 4 * parameters,
         "Adam's moments": batch * 8 * parameters,

@@ -18,11 +18,12 @@ from apm.teachers.base import Teacher
 from apm.zeroshot import ZeroShotHead
 
 from ..datasets import Dataset
-from ..profile import step_flops
+from ..profile import ADAM_BYTES, step_flops, trained_parameters
 from ..stats import mcnemar, standard_error
-from .options import Options
+from .machine import six_products, stream_probe
+from .options import Options, loaded_engine
 from .record import Recorder
-from .timing import spread, synchronize
+from .timing import Work, interleaved, spread, synchronize
 
 
 def sweep_queries(
@@ -95,9 +96,34 @@ def sweep_queries(
                 "cosine": spread(found[count]["cosine"]),
                 "seconds": spread(found[count]["seconds"]),
                 "flops": sum(step_flops(config, count).values()),
+                "step": parts_of_a_step(options, config, count),
             }
         )
     return recorder.finish(rows, {"teacher_accuracy": float((theirs == truth).mean())})
+
+
+def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str, dict[str, float | int]]:
+    """Seconds of one step of ``count`` locations beside what it cannot do without, in turn in the same rounds.
+
+    Returns:
+        ``products``: the six large products, bare; ``adam``: Adam's traffic at the bandwidth of scaling an array in
+        place; ``whole``: the step; ``ratio``: the whole to the sum of the two, round by round.
+    """
+    precision, device = options.chosen_precision, options.device
+    stream, traffic = stream_probe(config, 1, device)
+    engine = loaded_engine(config, precision, device, queries=None if count == config.cells else count)
+    engine.run(1)  # draws locations
+    works = {
+        "products": Work(six_products(config, precision, 1, device, queries=count), options.rounds),
+        "adam": Work(stream, options.rounds),
+        "whole": Work(engine.advance, options.rounds),
+    }
+    times = interleaved(works, device)
+    passes = ADAM_BYTES * trained_parameters(config) / traffic
+    times["adam"] = [seconds * passes for seconds in times["adam"]]
+    least = (products + adam for products, adam in zip(times["products"], times["adam"], strict=True))
+    times["ratio"] = [whole / floor for whole, floor in zip(times["whole"], least, strict=True)]
+    return {name: spread(values) for name, values in times.items()}
 
 
 def _config(options: Options, teacher: Teacher) -> APMConfig:

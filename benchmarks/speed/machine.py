@@ -35,12 +35,15 @@ def rate_probe(config: APMConfig, precision: str, batch: int, device: torch.devi
     return run, batch * sum(2 * rows * inner * cols for rows, inner, cols in shapes)
 
 
-def six_products(config: APMConfig, precision: str, batch: int, device: torch.device) -> Callable[[], object]:
+def six_products(
+    config: APMConfig, precision: str, batch: int, device: torch.device, *, queries: int | None = None
+) -> Callable[[], object]:
     """All six large products of a step, laid out in memory as the engine has them: the floor as its own code meets it.
 
-    Forward, weight gradient and input gradient of layers 2 and 3; weights are stored (outputs, inputs).
+    Forward, weight gradient and input gradient of layers 2 and 3, at so many locations (None: all); weights are stored
+    (outputs, inputs).
     """
-    (h1, h2, h3), dtype, n = config.hidden, DTYPES[precision], config.cells
+    (h1, h2, h3), dtype, n = config.hidden, DTYPES[precision], queries or config.cells
     jobs = []
     for inputs, outputs in ((h1, h2), (h2, h3)):
         x, d = _random(batch, n, inputs, dtype, device), _random(batch, n, outputs, dtype, device)

@@ -23,6 +23,11 @@ The *floor* of a step: the operations of its two middle layers (counted from the
 machine, in the same rounds, reached in the bare products of these layers, in the precision used; or Adam's traffic (28
 bytes a parameter) at the bandwidth it reached in scaling an array in place, if that is longer.
 """
+REST = """
+Beside its products and Adam's traffic, a step has the first layer (its weights are read twice and their gradient
+written, whatever the number of locations), in bf16 the weights' copies and the widening of their gradients, and the
+readout.
+"""
 NO_GPU = """
 ## On a GPU
 
@@ -247,11 +252,24 @@ def _queries(record: Record) -> str:
         "one image",
         "GFLOP a step",
     )
+    steps = [
+        (
+            f"{row['queries']:,}",
+            *(time_text(row["step"][part]) for part in ("products", "adam", "whole")),
+            ratio_text(row["step"]["ratio"]),
+        )
+        for row in record["rows"]
+        if "step" in row  # earlier records have none
+    ]
     settings, teachers_own = record["settings"], record["summary"]["teacher_accuracy"]
     text = (
         f"\n{settings['images']} images of {settings['classes']} classes, {settings['steps']} steps, "
         f"{settings['precision']}; the teacher `{settings['teacher']}` itself: {teachers_own:.1%}.\n"
     )
+    if steps:
+        text += (
+            "\n" + as_table(("locations", "six products", "Adam's traffic", "one step", "÷ their sum"), steps) + REST
+        )
     return as_table(titles, rows) + text
 
 

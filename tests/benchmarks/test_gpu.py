@@ -148,6 +148,7 @@ def _tensors(thing: Any, name: str = "engine") -> dict[str, torch.Tensor]:
 # -- the checks
 
 
+@pytest.mark.slow
 @both
 def test_every_check_holds_on_a_cpu(precision: Precision) -> None:
     rows = run_checks(Case(TINY, precision, CPU, steps=6))
@@ -169,6 +170,7 @@ WRONG: dict[str, tuple[Callable[[Engine], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", WRONG)
 def test_the_checks_see_a_wrong_engine(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil, seen = WRONG[fault]
@@ -183,6 +185,7 @@ def test_the_checks_see_a_wrong_engine(fault: str, monkeypatch: pytest.MonkeyPat
     assert not rows[seen]["held"]
 
 
+@pytest.mark.slow
 def test_the_checks_see_moments_that_survive_and_a_graph_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reset = Engine.reset
 
@@ -229,6 +232,7 @@ def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return asked
 
 
+@pytest.mark.slow
 def test_all_parts_on_a_cpu(tmp_path: Path, quiet_commands: list[list[str]], picture: Path) -> None:
     made = gpu.measure_gpu(Options(quick=True, rounds=2, precision="fp32"), picture, tests=tmp_path)
     assert gpu.failures(made) == []
@@ -257,6 +261,7 @@ def test_all_parts_on_a_cpu(tmp_path: Path, quiet_commands: list[list[str]], pic
     assert page.count("| yes |") == 30 and "apm bench under torchrun" in page and paths[0].name in page
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_and_hides_nothing(
     tmp_path: Path, quiet_commands: list[list[str]], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

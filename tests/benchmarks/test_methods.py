@@ -97,6 +97,7 @@ def test_everything_is_computed_once_however_many_methods_ask() -> None:
     assert batch.teacher.text_calls == len(CLASSES)
 
 
+@pytest.mark.slow
 def test_grids_are_computed_once_and_shared() -> None:
     batch = make_batch(3)
     methods = create_methods(["apm", "apm:distil=grid", "apm:distil=both", "apm:distil=both,target=mta"], SMALL)
@@ -312,6 +313,7 @@ def test_a_strangers_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatc
 # --- the same alone, in a batch, in any order -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["zero-shot", "tpt", "mta", "zero", "apm", "apm:target=confident"])
 def test_an_episodic_answer_depends_on_its_image_alone(spec: str) -> None:
     teacher = OpenTeacher()

@@ -62,6 +62,7 @@ def test_memory_of_a_batch() -> None:
     assert sum(counts.engine_bytes(config, "bf16", 3).values()) == pytest.approx(counts.held_bytes(engine), rel=0.01)
 
 
+@pytest.mark.slow
 def test_operations_of_the_published_loop() -> None:
     config = APMConfig.preset("small", dim=64)
     loop = PublishedLoop(config, torch.ones(1, 3, 224, 224), torch.ones(1, 64))

@@ -24,7 +24,19 @@ import apm.classifier
 from apm.benchmarks.datasets import Dataset, Sample
 from apm.benchmarks.profile import ADAM_BYTES, middle_flops, trained_parameters
 from apm.benchmarks.speed import __main__ as command
-from apm.benchmarks.speed import options, pipeline, plots, record, report, scaling, startup, step, timing, tuning
+from apm.benchmarks.speed import (
+    fewer_queries,
+    options,
+    pipeline,
+    plots,
+    record,
+    report,
+    scaling,
+    startup,
+    step,
+    timing,
+    tuning,
+)
 from apm.benchmarks.speed.fewer_queries import sweep_queries
 from apm.benchmarks.speed.machine import floor, rate_probe, stream_probe
 from apm.benchmarks.speed.options import TINY, Options, images_and_targets
@@ -252,6 +264,7 @@ def test_points_of_a_finer_grid_lie_evenly_over_the_cells() -> None:
     assert (rows.min(), cols.max(), len(rows)) == (-0.25, 3.25, 64)
 
 
+@pytest.mark.slow
 def test_sweeps_of_whole_answers(tmp_path: Path) -> None:
     teacher = FakeTeacher(dim=32)
     options = replace(QUICK, preset="small")
@@ -299,6 +312,9 @@ def test_fewer_queries(tmp_path: Path) -> None:
         assert row["accuracy"] * 6 == pytest.approx(whole["accuracy"] * 6 - row["lost"] + row["won"])
         assert row["mcnemar_p"] == mcnemar(row["lost"], row["won"])
         assert 0 <= row["agreement"] <= 1 and row["seconds"]["n"] == 6
+        assert {part: values["n"] for part, values in row["step"].items()} == dict.fromkeys(
+            ("products", "adam", "whole", "ratio"), QUICK.rounds
+        )
     # a picture of one's own token: labels given by the teacher make its accuracy one, and agreement is accuracy
     tokens = [teacher.encode_image(teacher.preprocess(one)[None]) for one in pictures]
     from apm.zeroshot import ZeroShotHead
@@ -319,6 +335,15 @@ def test_prompt_tuning_beside_the_published_loop(tmp_path: Path) -> None:
     assert summary["largest_difference_of_logits"] < 1e-4
     assert summary["largest_change_by_tuning"] > 1e-3  # there was something to agree on
     assert "10 class names, 8 views" in report.as_markdown(made)
+
+
+def test_a_step_is_held_to_its_products_and_adams_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every time is known; so the ratio is. The probe of the memory moves 8 bytes a parameter, Adam 28."""
+    known = {"products": [1.0, 2.0], "adam": [2.0, 2.0], "whole": [12.0, 18.0]}
+    monkeypatch.setattr(fewer_queries, "interleaved", lambda works, _: {name: known[name] for name in works})
+    parts = fewer_queries.parts_of_a_step(QUICK, TINY, 4)
+    assert (parts["adam"]["min"], parts["ratio"]["min"], parts["whole"]["median"]) == (7.0, 1.5, 15.0)
+    assert parts["ratio"]["median"] == pytest.approx((12 / 8 + 18 / 9) / 2)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from apm.model import APMConfig, parameter_shapes
 from apm.paths import printable
 
 _FORMAT = 1
+_MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise UsageError(f"{shown} is no safetensors file, or a damaged one ({error}).") from error
-    try:
-        record = json.loads(metadata["apm"])
-        sizes = {**record["student"], "hidden": tuple(record["student"]["hidden"])}
-        student = APMConfig(**sizes)
-        settings, step, form = dict(record["settings"]), int(record["step"]), record["format"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{shown} is no checkpoint of `apm pretrain`: it does not say how it was made.") from error
-    if form != _FORMAT:
-        raise UsageError(f"{shown} has format {form}; this version of apm reads format {_FORMAT}.")
+    if "apm" not in metadata:
+        raise UsageError(f"{shown} is no checkpoint of `apm pretrain`: it does not say how it was made.")
+    student, settings, step, finished = _parse(shown, metadata["apm"])
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
+    if finished == bool(moments):
+        raise _damaged(shown, f"finished is {finished}, and it holds {len(moments) or 'no'} moments")
     _check(shown, student, weights, moments)
     return Checkpoint(student, settings, step, weights, moments)
 
@@ -129,6 +126,46 @@ def check_settings(
         )
 
 
+def _damaged(shown: str, what: str) -> UsageError:
+    return UsageError(f"{shown} is damaged: {what}. Restore it, or train again with another --out.")
+
+
+def _parse(shown: str, text: str) -> tuple[APMConfig, dict[str, Any], int, bool]:
+    """Read the record of a checkpoint, with nothing taken on trust: student, settings, step, whether it is finished."""
+    try:
+        record = json.loads(text)
+        form = record["format"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise _damaged(shown, "its record of how it was made cannot be read") from None
+    if form != _FORMAT:
+        raise UsageError(f"{shown} has format {str(form)[:40]}; this version of apm reads format {_FORMAT}.")
+    student, settings = record.get("student"), record.get("settings")
+    step, finished = record.get("step"), record.get("finished")
+    if not isinstance(settings, dict) or any(isinstance(value, (dict, list)) for value in settings.values()):
+        raise _damaged(shown, "settings are no list of plain values")
+    if type(step) is not int or not 0 <= step <= _MOST_STEPS or type(finished) is not bool:
+        raise _damaged(shown, f"step is {str(step)[:40]} and finished {str(finished)[:40]}")
+    return _sizes(shown, student), settings, step, finished
+
+
+def _sizes(shown: str, found: Any) -> APMConfig:
+    """Make the student's config of values that each have the type of their field."""
+    defaults = asdict(APMConfig())
+    if not isinstance(found, dict) or (other := found.keys() - defaults.keys()):
+        named = f": {sorted(other)[0][:40]}" if isinstance(found, dict) else ""
+        raise _damaged(shown, f"student holds something else than sizes{named}")
+    sizes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    for name, value in sizes.items():
+        if type(value) is not type(defaults[name]) or (
+            name == "hidden" and not all(type(size) is int for size in value)
+        ):
+            raise _damaged(shown, f"student.{name} is {str(value)[:40]}")
+    try:
+        return APMConfig(**sizes)
+    except UsageError as error:
+        raise _damaged(shown, str(error).rstrip(".")) from None
+
+
 def _check(shown: str, student: APMConfig, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
     shapes = parameter_shapes(student)
     expected = dict(shapes)
@@ -138,8 +175,6 @@ def _check(shown: str, student: APMConfig, weights: Mapping[str, Tensor], moment
         found |= {name: tuple(tensor.shape) for name, tensor in moments.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise UsageError(
-            f"{shown} is damaged: {wrong[0]} is {found.get(wrong[0])} and should be {expected.get(wrong[0])}."
-        )
+        raise _damaged(shown, f"{wrong[0]} is {found.get(wrong[0])} and should be {expected.get(wrong[0])}")
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
         raise UsageError(f"{shown} holds weights that are not finite.")

@@ -20,7 +20,7 @@ from apm.errors import UsageError
 from apm.files import write_atomically
 
 from . import choose_target
-from .records import MethodRows, Records, Row, RunFolder
+from .records import MethodRows, Records, RunFolder
 from .stats import mcnemar, standard_error
 from .table_formats import markdown
 from .tables import Table, make_tables
@@ -143,9 +143,9 @@ def collect(run: Path, results: Path = RESULTS) -> None:
     if record is None:
         raise UsageError(f'No run at "{run}".')
     shutil.rmtree(target.path, ignore_errors=True)
+    shutil.copytree(source.path / "shards", target.path / "shards")
     for cell in record["cells"]:
-        rows = source.read(cell).sort_by([("position", "ascending"), ("method", "ascending")])
-        target.append(cell, [Row(**row) for row in rows.to_pylist()])
+        target.merge(cell)
     target.write_run(record)
 
 

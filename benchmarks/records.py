@@ -7,8 +7,9 @@
     RUN/.writing-<session>/           files that a session is writing
 
 A *cell* is one cell of a table: a data set, or one corruption of it at one level (``digits``, ``imagenet-c/fog/5``).
-A shard is written into the session's own folder, flushed to the disk, renamed into its place, and never touched again:
-a process that dies, or a disk that fills up, leaves whole shards and perhaps a temporary file.
+A shard is written into the session's own folder, flushed to the disk, renamed into its place, and never touched again
+until the run is complete, when the shards of each cell are merged into one: a process that dies, or a disk that fills
+up, leaves whole shards and perhaps a temporary file.
 
 A session begins by removing the folders of earlier sessions. A process of theirs that is still alive (its launcher was
 killed, or the lock does not reach from one machine to another) cannot write from then on: it stops, and no row comes
@@ -22,7 +23,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,31 +37,23 @@ from numpy.typing import NDArray
 from apm.errors import ApmError, UsageError
 from apm.files import WriteError, make_folder, write_atomically, writing
 
-SCHEMA_VERSION = 1
+from .run_json import SCHEMA_VERSION, read_run
+
 _STAGING = ".writing-"
 _HEX = "[0-9a-f]"
 _SHARD = f"{'[0-9]' * 8}-{_HEX * 12}"
 """Form of the names of shards: position of the first row, and a random part."""
+_MERGED_AT_MOST = 2**28
+"""Bytes of shards that are merged: they pass through memory."""
 _KEY = ["position", "method"]
 _TIMES = ("seconds", "shared_seconds")
-_RUN_KEYS = (
-    "config",
-    "teacher",
-    "stream_order",
-    "cells",
-    "label_sets",
-    "prompt_sets",
-    "sessions",
-    "counts",
-    "wall_seconds",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One image answered by one method.
 
-    Where `error` is set, everything from `prediction` to `step_predictions` is None.
+    Where `error` is set, everything from `prediction` to `logits` is None.
     """
 
     id: str
@@ -92,6 +85,8 @@ class Row:
     """Share of the wall time of what is computed once for all methods and this method uses: teacher token, views."""
     step_predictions: tuple[int, ...] | None = None
     """Prediction before the first step and after each, where per-step predictions were asked for."""
+    logits: tuple[float, ...] | None = None
+    """The logit of every class, where logits were asked for."""
     error: str | None = None
     """Why there is no answer: the image cannot be decoded, or the numbers are not finite."""
 
@@ -113,6 +108,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("seconds", pa.float32()),
         pa.field("shared_seconds", pa.float32()),
         pa.field("step_predictions", pa.list_(pa.int32())),
+        pa.field("logits", pa.list_(pa.float32())),
         pa.field("error", pa.string()),
     ],
     metadata={"apm.schema": str(SCHEMA_VERSION)},
@@ -163,21 +159,7 @@ class RunFolder:
         Raises:
             UsageError: the file cannot be read, is damaged or of another schema version.
         """
-        try:
-            text = self.run_file.read_text(encoding="utf-8")
-            run: dict[str, Any] = json.loads(text)
-            version = run["schema"]
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise UsageError(f"{self.run_file} cannot be read: {error.strerror}.") from None
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{self.run_file} is not a run record. Restore it, or start over with --fresh.") from None
-        if version != SCHEMA_VERSION:
-            raise UsageError(f"{self.run_file} has schema {version}; this version reads schema {SCHEMA_VERSION}.")
-        if missing := [key for key in _RUN_KEYS if key not in run]:
-            raise UsageError(f"{self.run_file} lacks {', '.join(missing)}. Restore it, or start over with --fresh.")
-        return run
+        return read_run(self.run_file)
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace run.json in one move."""
@@ -255,13 +237,37 @@ class RunFolder:
         """
         wanted = None if columns is None else list(dict.fromkeys([*columns, *_KEY]))
         shards = self.shards(cell)
-        tables = [_read_shard(shard, wanted) for shard in shards]
+        try:
+            tables = [_read_shard(shard, wanted) for shard in shards]
+        except UsageError:
+            if all(shard.exists() for shard in shards):
+                raise
+            return self.read(cell, columns)  # they were merged in this moment
         table = pa.concat_tables(tables) if tables else ROW_SCHEMA.empty_table()
         first = _first_rows(table)
         if len(first) < table.num_rows:
             _check_same_answers(cell, shards)
             table = table.take(first)
         return table if columns is None else table.select(columns)
+
+    def merge(self, cell: str) -> None:
+        """Put the rows of a cell that is complete into one shard, in their order, in place of many.
+
+        The new shard is on the disk before the first old one goes: whoever dies in between leaves rows twice, which are
+        read once, and the next session that ends merges them.
+
+        Raises:
+            ApmError: as `append`; UsageError: as `read`. All rows are there all the same.
+        """
+        old = self.shards(cell)
+        if len(old) < 2 or sum(shard.stat().st_size for shard in old) > _MERGED_AT_MOST:
+            return
+        rows = self.read(cell).sort_by([("position", "ascending"), ("method", "ascending")])
+        name = f"{rows['position'][0].as_py():08d}-{uuid.uuid4().hex[:12]}.parquet"
+        self._write(self.shard_folder(cell) / name, _encoded(rows))
+        with writing(self.path):
+            for shard in old:
+                shard.unlink(missing_ok=True)
 
     def begin(self) -> str:
         """Begin a session: fence off all earlier ones. Returns its name, for `join` in the other processes.
@@ -360,35 +366,11 @@ def _check_same_answers(cell: str, shards: Sequence[Path]) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):  # logits, step predictions
+        return all(map(_same, one, other))
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-3)  # rounding of other batches, other machines
     return bool(one == other)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Compare two configurations field by field.
-
-    Returns:
-        (dotted field, old value, new value) for each that differs; a field that one lacks is None there.
-    """
-    found: list[tuple[str, Any, Any]] = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append((f"{prefix}{key}", before, after))
-    return found
-
-
-def describe_differences(found: Iterable[tuple[str, Any, Any]]) -> str:
-    """Put differing fields into words: ``limit: 100 before, 200 now; …``, long values shortened."""
-
-    def short(value: Any) -> str:
-        text = json.dumps(value, ensure_ascii=False)
-        return text if len(text) <= 60 else text[:57] + "…"
-
-    return "; ".join(f"{field}: {short(before)} before, {short(after)} now" for field, before, after in found)
 
 
 @dataclass(frozen=True)
@@ -408,6 +390,8 @@ class MethodRows:
     error: NDArray[np.object_]
     step_predictions: NDArray[np.int64] | None
     """(n, K + 1); None where not recorded."""
+    logits: NDArray[np.float64] | None
+    """(n, C), nan in failed rows; None where not recorded."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -467,8 +451,9 @@ def _method_rows(table: pa.Table) -> MethodRows:
         values[:] = table[name].to_pylist()
         return values
 
-    steps = table["step_predictions"].to_pylist()
+    steps, logits = table["step_predictions"].to_pylist(), table["logits"].to_pylist()
     width = max((len(row) for row in steps if row is not None), default=0)
+    classes = max((len(row) for row in logits if row is not None), default=0)
     return MethodRows(
         ids=objects("id"),
         label=numbers("label", -1, np.int64),
@@ -482,6 +467,7 @@ def _method_rows(table: pa.Table) -> MethodRows:
         seconds=numbers("seconds", np.nan, np.float64) + numbers("shared_seconds", 0, np.float64),
         error=objects("error"),
         step_predictions=np.array([_padded(row, width) for row in steps]) if width else None,
+        logits=np.array([row or [np.nan] * classes for row in logits]) if classes else None,
     )
 
 

@@ -17,7 +17,8 @@ from .distributed import Group
 from .environment import describe
 from .file_state import FileState
 from .methods.base import HasOwnPrompt, Method
-from .records import SCHEMA_VERSION, RunFolder, describe_differences, differences
+from .records import RunFolder
+from .run_json import SCHEMA_VERSION, changed_configuration, describe_differences, differences
 
 if TYPE_CHECKING:
     from .datasets import Dataset
@@ -39,6 +40,8 @@ class RunOptions:
     templates: tuple[str, ...] | None = None
     """Its templates; given together with `prompts`."""
     record_steps: bool = False
+    record_logits: bool = False
+    """Whether rows hold the logit of every class; no part of the configuration, since it changes no answer."""
     batch_size: int = 8
     workers: int = 4
     """Threads that read and decode images while the teacher and the students compute."""
@@ -173,9 +176,9 @@ def prepare(
             "counts": {},
             "wall_seconds": 0.0,
         }
-    elif found := differences(record["config"], config):
+    elif found := changed_configuration(record, {"config": config, **sets}):
         raise UsageError(
-            f"{folder.path} holds a run of another configuration. {describe_differences(found)}. "
+            f"{folder.path} holds a run of another configuration. {found}. "
             "Give another folder with --out, or start over with --fresh."
         )
     files()

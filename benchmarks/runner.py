@@ -166,6 +166,8 @@ def run(
                 work.write_record()
         if group.first:
             check_complete(folder, record["counts"], headers, len(methods))
+            for cell in headers:
+                folder.merge(cell)
             folder.end()
         return Summary(path, record)
     finally:
@@ -320,7 +322,8 @@ class _Work:
             for method in methods:
                 prediction, own, shared = batch.measure(partial(method.predict, batch))
                 prediction.check(method.name, batch)
-                rows += score(method.name, prediction, readable, teacher, own / len(batch), shared / len(batch))
+                seconds = own / len(batch), shared / len(batch)
+                rows += score(method.name, prediction, readable, teacher, *seconds, self.options.record_logits)
         for item in items:
             if isinstance(item, Unreadable):
                 place: dict[str, Any] = {"id": item.sample.id, "position": item.position, "label": item.sample.label}

@@ -22,6 +22,7 @@ def score(
     teacher: Sequence[int],
     seconds: float,
     shared_seconds: float,
+    record_logits: bool = False,
 ) -> list[Row]:
     """Compare one method's logits with the labels: a row for each image."""
     logits = prediction.logits.detach().cpu().double()  # (B, C)
@@ -63,6 +64,7 @@ def score(
                 seconds=seconds,
                 shared_seconds=shared_seconds,
                 step_predictions=None if trails is None else tuple(trails[index]),
+                logits=tuple(logits[index].tolist()) if record_logits else None,
             )
         )
     return rows

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from .corruptions import CORRUPTIONS, MARK
 from .datasets.specs import SUITES
-from .records import MethodRows, Records, differences
+from .records import MethodRows, Records
+from .run_json import differences
 from .stats import expected_calibration_error, mcnemar, near_chance, standard_error
 
 NATURAL_SHIFTS, CROSS_DATASET = SUITES["natural-shifts"], SUITES["cross-dataset"]

@@ -15,12 +15,22 @@ import typer
 
 from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
+from apm.paths import printable
 from apm.queries import parse_queries
 
 from .options import Debug
 from .progress import counted
-from .render import failure, notice, notice_if_slow, progress_on_terminal, warning
-from .table import as_text, show
+from .render import (
+    failure,
+    notice,
+    notice_if_slow,
+    progress_line,
+    progress_on_terminal,
+    say,
+    say_json,
+    warning,
+)
+from .table import print_table, show
 
 if TYPE_CHECKING:
     from apm.benchmarks.distributed import Group
@@ -133,6 +143,10 @@ def bench(
     record_steps: Annotated[
         bool,
         typer.Option("--record-steps", help="apm: record the prediction after each step.", rich_help_panel=METHOD),
+    ] = False,
+    record_logits: Annotated[
+        bool,
+        typer.Option("--record-logits", help="Record every class's logit, for apm compare.", rich_help_panel=METHOD),
     ] = False,
     teacher: Annotated[
         str | None,
@@ -254,6 +268,7 @@ def bench(
             prompts="custom" if template else prompts,
             templates=templates,
             record_steps=record_steps,
+            record_logits=record_logits,
             batch_size=batch_size or (64 if loaded.device.type == "cuda" else 8),
             workers=workers,
             fresh=fresh,
@@ -276,7 +291,7 @@ def bench(
                 )
             except KeyboardInterrupt:
                 again = shlex.join(argument for argument in options.command if argument != "--fresh")
-                typer.echo(f"interrupted: what was answered is in {folder}. To continue: {again}", err=True)
+                progress_line(f"interrupted: what was answered is in {folder}. To continue: {again}")
                 raise typer.Exit(INTERRUPTED) from None
     if group.first:
         _print_summary(summary, as_json=as_json)
@@ -331,11 +346,11 @@ def _progress(silent: bool) -> Iterator[tuple[Callable[[Progress], None], Callab
 
         def report(progress: Progress) -> None:
             if bar is not None:
-                words = progress_words(progress)
+                words = printable(progress_words(progress))
                 bar.update(bar.task_ids[0], description=words, completed=progress.done, total=progress.total)
             elif not silent and (progress.done == progress.total or time.monotonic() - last[0] >= _LINE_EVERY):
                 last[0] = time.monotonic()
-                typer.echo(f"{progress.done}/{progress.total} {progress_words(progress)}", err=True)
+                progress_line(f"{progress.done}/{progress.total} {progress_words(progress)}")
 
         def texts(done: int, total: int) -> None:
             if bar is not None:
@@ -368,7 +383,7 @@ def _print_summary(summary: Summary, *, as_json: bool) -> None:
 
     tables = make_tables([Records.open(summary.path)])
     if as_json:
-        typer.echo(tables_as_json(tables), nl=False)
+        say_json(tables_as_json(tables), end="")
         return
     show(tables)
 
@@ -395,7 +410,7 @@ def _print_list(names: list[str], root: Path | None, *, as_json: bool) -> None:
         )
     if as_json:
         for row in rows:
-            typer.echo(json.dumps(row, ensure_ascii=False))
+            say_json(json.dumps(row, ensure_ascii=False))
         return
     headings = ["data set", "classes", "images", "prompt", "found", "from"]
     lines = [
@@ -409,7 +424,7 @@ def _print_list(names: list[str], root: Path | None, *, as_json: bool) -> None:
         ]
         for row in rows
     ]
-    typer.echo(as_text(headings, lines))
-    typer.echo("Suites: " + "; ".join(f"{suite} ({', '.join(members)})" for suite, members in SUITES.items()) + ".")
+    print_table(headings, lines)
+    say("Suites: " + "; ".join(f"{suite} ({', '.join(members)})" for suite, members in SUITES.items()) + ".")
     place = data_root(root)
-    typer.echo(f"Root: {place}." if place else "Root: none; give --root FOLDER or set APM_DATA.")
+    say(f"Root: {place}." if place else "Root: none; give --root FOLDER or set APM_DATA.")

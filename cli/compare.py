@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Debug
-from .render import failure
-from .table import as_text
+from .render import failure, notice, say_json
+from .table import print_table
 
 if TYPE_CHECKING:
     from apm.benchmarks.compare import Comparison
@@ -24,6 +24,14 @@ def compare(
     baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="Recorded run of the same configuration.")],
     tolerance: Annotated[float, typer.Option(help="Percentage points by which accuracy may fall, in any cell.")] = 0.5,
     max_changed: Annotated[float, typer.Option(help="Percent of predictions that may change, in any cell.")] = 1.0,
+    max_loss_change: Annotated[
+        float, typer.Option(help="Allowed change of the loss, relative: 0.01 is one percent.")
+    ] = 0.01,
+    max_cosine_change: Annotated[float, typer.Option(help="Allowed change of the student's cosine.")] = 0.001,
+    max_nll_change: Annotated[float, typer.Option(help="Allowed change of the negative log-likelihood, nats.")] = 0.01,
+    max_logits_change: Annotated[
+        float, typer.Option(help="Allowed change of the logits, where bench --record-logits recorded them.")
+    ] = 0.01,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON line for each cell and method, with all ids.")
     ] = False,
@@ -31,22 +39,39 @@ def compare(
 ) -> None:
     """Check a run against a baseline of the same configuration, paired by image.
 
-    Exit code: 0 within the limits; 1 accuracy fell by more than the tolerance, or more predictions changed than allowed
-    (cells and images are named on stderr); 2 the runs cannot be compared: their configurations differ.
+    Beside the answers, loss, cosine, negative log-likelihood and logits are compared: the root mean square of their
+    changes over the images of each cell, for each method. The limits are meant for fp32 on any CPU; what they were
+    chosen from is in benchmarks/regression.md.
+
+    Exit code: 0 within the limits; 1 something moved further (cell, method, what and images are named on stderr); 2 the
+    runs cannot be compared: their configurations differ.
     """
-    from apm.benchmarks.compare import Limits, compare
+    from apm.benchmarks.compare import MEASURES, Limits, compare, unchecked
     from apm.benchmarks.records import Records
 
-    results = compare(Records.open(new), Records.open(baseline), Limits(tolerance=tolerance, max_changed=max_changed))
+    limits = Limits(
+        tolerance=tolerance,
+        max_changed=max_changed,
+        loss=max_loss_change,
+        cosine=max_cosine_change,
+        nll=max_nll_change,
+        logits=max_logits_change,
+    )
+    results = compare(Records.open(new), Records.open(baseline), limits)
     if as_json:
         for result in results:
-            typer.echo(json.dumps(_record(result), ensure_ascii=False))
+            say_json(json.dumps(_record(result), ensure_ascii=False))
     else:
-        headings = ["cell", "method", "n", "baseline %", "new %", "changed", "right→wrong", "wrong→right", "p", ""]
-        typer.echo(as_text(headings, [_line(result) for result in results]))
+        headings = ["cell", "method", "n", "baseline %", "new %", "changed", "lost", "gained", "p"]
+        headings += ["Δ loss %" if name == "loss" else f"Δ {name}" for name in MEASURES] + [""]
+        print_table(headings, [_line(result) for result in results])
     for result in results:
         for reason in result.failures:
-            failure(f"{result.cell}, {result.method}: {reason}: {_some(result.changed)}")
+            ids = f": {_some(result.changed)}" if result.changed else ""
+            failure(f"{result.cell}, {result.method}: {reason}{ids}")
+    if missing := unchecked(results):
+        said = "; ".join(f"{name} of {', '.join(methods)}" for name, methods in missing.items())
+        notice(f"Not checked, since not recorded in both runs: {said}.")
     if any(not result.passed for result in results):
         raise typer.Exit(1)
 
@@ -55,7 +80,13 @@ def _record(result: Comparison) -> dict[str, Any]:
     return {**asdict(result), "mcnemar_p": result.mcnemar_p, "passed": result.passed}
 
 
+def _change(name: str, value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2g}" if name == "loss" else f"{value:.2g}"
+
+
 def _line(result: Comparison) -> list[str]:
+    from apm.benchmarks.compare import MEASURES
+
     return [
         result.cell,
         result.method,
@@ -66,6 +97,7 @@ def _line(result: Comparison) -> list[str]:
         str(len(result.right_to_wrong)),
         str(len(result.wrong_to_right)),
         f"{result.mcnemar_p:.3f}",
+        *(_change(name, result.moved.get(name)) for name in MEASURES),
         "ok" if result.passed else "FAILED",
     ]
 

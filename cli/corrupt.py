@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Debug
-from .render import failure, progress_on_terminal
+from .render import failure, progress_on_terminal, say
 
 
 def corrupt(
@@ -63,6 +63,6 @@ def corrupt(
             if progress is not None:
                 progress.advance(progress.task_ids[0])
     if not quiet:
-        typer.echo(f"{written:,} pictures written, {skipped:,} were there, {failed:,} images unreadable: {target}")
+        say(f"{written:,} pictures written, {skipped:,} were there, {failed:,} images unreadable: {target}")
     if failed:
         raise typer.Exit(1)

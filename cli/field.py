@@ -11,7 +11,7 @@ from apm.errors import UsageError, unknown
 from apm.paths import printable
 
 from .options import Debug
-from .render import notice
+from .render import notice, say
 
 ORDERS = ("reading", "random")
 
@@ -77,4 +77,4 @@ def field(
         chunk=chunk,
     )
     for file in files:
-        typer.echo(printable(file))
+        say(str(file))

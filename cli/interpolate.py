@@ -11,7 +11,7 @@ from apm.errors import UsageError
 from apm.paths import printable
 
 from .options import Debug
-from .render import notice
+from .render import notice, say
 
 
 def interpolate(
@@ -56,4 +56,4 @@ def interpolate(
         names=[printable(first.stem), printable(last.stem)],
     )
     for file in files:
-        typer.echo(printable(file))
+        say(str(file))

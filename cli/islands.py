@@ -174,7 +174,7 @@ def _one(
     text = (json.dumps(record, indent=1) + "\n").encode()
     made.append(write_atomically(out / f"{stem}.json", text))
     for path in made:
-        typer.echo(str(path))
+        render.say(str(path))
     sys.stdout.flush()
 
 

@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from apm.errors import ApmError, UsageError, unknown
 
 from .options import DEBUG_KEY
+from .render import failure
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module of this package, which holds a function of the same name; what `apm --help` says)
@@ -67,7 +68,7 @@ class LazyGroup(TyperGroup):
         except (ApmError, OSError) as error:
             if ctx.meta.get(DEBUG_KEY):
                 traceback.print_exc()
-            typer.echo(f"error: {error}", err=True)
+            failure(str(error))
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,7 @@ from apm.errors import UsageError, unknown
 from apm.paths import printable
 
 from .options import Debug
-from .render import failure, notice, notice_if_slow, progress_on_terminal
+from .render import failure, notice, notice_if_slow, progress_line, progress_on_terminal, say
 
 if TYPE_CHECKING:
     from apm.benchmarks.distributed import Group
@@ -191,14 +190,14 @@ def _train(trainer: Any, group: Group, evaluate_every: int, save_every: int, tal
             trainer.run(evaluate_every=evaluate_every, save_every=save_every, on_step=progress.step)
     except KeyboardInterrupt:
         if group.first:
-            typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+            progress_line("interrupted; the same command goes on from the last checkpoint")
         raise typer.Exit(130) from None
 
 
 def _summary(trainer: Any, out: Path) -> None:
     grid, rgb = trainer.held_out_losses()
-    typer.echo(
-        f"{printable(out)}: {trainer.step:,} steps on {len(trainer.train):,} images; held-out mean squared error on "
+    say(
+        f"{out}: {trainer.step:,} steps on {len(trainer.train):,} images; held-out mean squared error on "
         f"{len(trainer.held_out):,}: grid {grid:.5f}, colours {rgb:.5f}"
     )
 
@@ -243,6 +242,6 @@ class _Progress:
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
         if self._rich is not None:
-            self._rich.console.print(text)
+            self._rich.console.print(printable(text), markup=False)
         elif self.wanted:
-            print(f"{self.doing}: {text}", file=sys.stderr, flush=True)
+            progress_line(f"{self.doing}: {text}")

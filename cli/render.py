@@ -26,9 +26,37 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 120  # of output that goes to a file or a pipe, where no terminal gives a width
 
 
+def clean(text: str) -> str:
+    """Text that may hold file names, prompts and records of others, as lines that no terminal can take for commands.
+
+    Control characters and those that turn the direction of writing are escaped; line ends and tabs stay.
+    """
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Print data on stdout. Every command prints by this or `say_json`, and on stderr by the functions below."""
+    typer.echo(clean(text) + end, nl=False)
+
+
+def say_json(text: str, *, end: str = "\n") -> None:
+    """Print JSON on stdout: what a terminal could take for a command is written as JSON's own escapes."""
+    typer.echo("".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text) + end, nl=False)
+
+
+def _json_escape(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
+
+
+def progress_line(text: str) -> None:
+    """Say how far it is, on stderr, where there is no bar."""
+    typer.echo(printable(text), err=True)
+
+
 def notice(text: str) -> None:
     """Say one line on stderr."""
-    typer.echo(f"note: {' '.join(text.split())}", err=True)
+    typer.echo(f"note: {printable(' '.join(text.split()))}", err=True)
 
 
 def notice_if_slow(precision: str, device: torch.device) -> None:
@@ -41,12 +69,12 @@ def notice_if_slow(precision: str, device: torch.device) -> None:
 
 def failure(text: str) -> None:
     """Name one failed input on stderr."""
-    typer.echo(f"error: {' '.join(text.splitlines())}", err=True)  # a file's name may hold several blanks
+    typer.echo(f"error: {printable(' '.join(text.splitlines()))}", err=True)  # a file's name may hold several blanks
 
 
 def warning(text: str) -> None:
     """Say on stderr what must not be overlooked."""
-    typer.secho(f"WARNING: {text}", err=True, bold=True, fg="red")
+    typer.secho(f"WARNING: {printable(' '.join(text.splitlines()))}", err=True, bold=True, fg="red")
 
 
 def data_console() -> Console:
@@ -76,7 +104,7 @@ def progress_on_terminal(total: int | None, *, wanted: bool, doing: str = "class
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         progress.add_task(doing, total=total)
         yield progress

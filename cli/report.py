@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Debug
+from .render import say
 
 
 def report(
@@ -40,4 +41,4 @@ def report(
     options = Options(published=published, oracle=oracle, flips=flips, pictures=images)
     page, tables = write_report(runs, out, options)
     warn(tables)
-    typer.echo(page)
+    say(str(page))

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apm.errors import UsageError, unknown
+from apm.paths import printable
 
 from .options import Debug
-from .render import warning
+from .render import say, say_json, warning
 
 if TYPE_CHECKING:
     from apm.benchmarks.tables import Table
@@ -52,7 +53,8 @@ def table(
     if not tables:
         raise UsageError(f"No rows yet in {', '.join(map(str, runs))}.")
     if as_json or format != "rich":
-        typer.echo(FORMATS["json" if as_json else format](tables), nl=False)
+        name = "json" if as_json else format
+        (say_json if name == "json" else say)(FORMATS[name](tables), end="")
         warn(tables)
     else:
         show(tables)
@@ -65,10 +67,11 @@ def show(tables: Sequence[Table]) -> None:
     for one in tables:
         headings, rows = grid(one)
         kinds = ["" if row.kind == "ours" else "dim" if row.kind == "published" else "yellow" for row in one.rows]
-        typer.echo(as_text(headings, rows, title=one.title, styles=kinds))
+        print_table(headings, rows, title=one.title, styles=kinds)
         if detailed := details(one):
-            typer.echo("\n" + as_text(DETAIL_HEADINGS, detailed, title="all cells together, against the teacher"))
-        typer.echo("".join(f"\n  {note}" for note in one.notes) + "\n")
+            say("")
+            print_table(DETAIL_HEADINGS, detailed, title="all cells together, against the teacher")
+        say("".join(f"\n  {' '.join(note.splitlines())}" for note in one.notes) + "\n")
     warn(tables)
 
 
@@ -79,21 +82,22 @@ def warn(tables: Sequence[Table]) -> None:
             warning(text)
 
 
-def as_text(
+def print_table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, styles: Sequence[str] = ()
-) -> str:
-    """Lay out a table as lines that are never cut; coloured where stdout is a terminal."""
+) -> None:
+    """Print a table on stdout as lines that are never cut; coloured where that is a terminal."""
     from rich.console import Console
     from rich.table import Table as View
     from rich.text import Text
 
-    view = View(box=None, pad_edge=False, title=title and Text(title, style="bold"), title_justify="left")
-    for number, heading in enumerate(headings):
+    heading = Text(printable(title), style="bold") if title else None
+    view = View(box=None, pad_edge=False, title=heading, title_justify="left")
+    for number, name in enumerate(headings):
         numeric = all(row[number][:1] in "0123456789–<" for row in rows)
-        view.add_column(Text(heading, style="bold"), justify="right" if numeric else "left", no_wrap=True)
+        view.add_column(Text(printable(name), style="bold"), justify="right" if numeric else "left", no_wrap=True)
     for number, row in enumerate(rows):
-        view.add_row(*(Text(cell) for cell in row), style=styles[number] if styles else "")
+        view.add_row(*(Text(printable(cell)) for cell in row), style=styles[number] if styles else "")
     console = Console(width=_WIDE, highlight=False, force_terminal=sys.stdout.isatty())
     with console.capture() as captured:
         console.print(view)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))  # its cells are clean

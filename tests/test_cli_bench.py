@@ -293,3 +293,33 @@ def test_compare_passes_on_the_same_and_fails_by_name_on_another() -> None:
 def test_grayscale_folders_work_too(animals: Path) -> None:
     Image.new("L", (5, 5)).save(animals / "cat" / "grey.png")
     assert bench("folder", "--root", animals, "--method", "zero-shot", "--out", "run").exit_code == 0
+
+
+def test_no_name_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
+    """File names, class names, templates and run.json hold what clears a screen, turns text round, or ends a line."""
+    evil = "x\x1b[2J\x9b3m\x07\u202e\x7f"
+    for name in ("cat", f"dog{evil}"):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        for number in range(3):
+            picture(number).save(tmp_path / "animals" / name / f"{number}{evil}.png")
+    (tmp_path / "animals" / "cat" / f"broken{evil}.png").write_bytes(b"no picture")
+    run, plain = f"run{evil}", ("--root", tmp_path / "animals", "--method", "zero-shot")
+    results = [
+        bench("folder", *plain, "--template", f"a {evil} {{}}.", "--out", run),
+        bench("folder", *plain, "--template", f"a {evil}.", "--out", run),
+        bench("folder", *plain, "--template", f"the {evil} {{}}.", "--out", run),
+        bench(f"fold{evil}"),
+    ]
+    record = json.loads((Path(run) / "run.json").read_text())
+    for cell in record["cells"].values():
+        cell.update(title=evil, notes=[evil], prompts=evil)
+    record["teacher"]["name"] = evil
+    (Path(run) / "run.json").write_text(json.dumps(record))
+    results += [apm_("table", run, "--format", name) for name in ("rich", "markdown", "csv", "json", "latex")]
+    results += [apm_("compare", run, run), apm_("compare", run, run, "--json"), apm_("report", run, "--out", evil)]
+    for result in results:
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        for text in (result.stdout, result.stderr):
+            assert all(c.isprintable() or c in "\n\t" for c in text), text
+    assert "\\x1b[2J" in results[0].stderr
+    assert json.loads(results[7].stdout)["tables"][0]["rows"][0]["teacher"] == evil  # JSON holds the name itself

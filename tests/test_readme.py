@@ -132,7 +132,7 @@ def test_readme_names_only_options_that_exist() -> None:
 
 def test_contributing_method(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method is one file and one line, as CONTRIBUTING.md shows it."""
-    from apm.benchmarks.methods import REGISTRY, Batch, create_method
+    from apm.benchmarks.methods import REGISTRY, Batch, create_method, create_methods
 
     method_block = next(block for block in blocks("CONTRIBUTING.md", "python") if "class Mirror:" in block)
     assert len(method_block.splitlines()) <= 40
@@ -149,6 +149,7 @@ def test_contributing_method(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(plain, head.logits(batch.tokens()))
     assert not torch.allclose(plain, mirrored)
     assert create_method("mirror").settings == {"weight": 0.5}
+    assert [one.name for one in create_methods(["mirror", "mirror:weight=0.2"])] == ["mirror", "mirror[weight=0.2]"]
 
 
 def test_contributing_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from apm.benchmarks.records import SCHEMA_VERSION, Records, Row, RunFolder
+from apm.benchmarks.records import Records, Row, RunFolder
+from apm.benchmarks.run_json import SCHEMA_VERSION
 from apm.benchmarks.table_formats import FORMATS
 from apm.benchmarks.tables import make_tables
 
@@ -24,6 +25,22 @@ SUFFIXES = {"markdown": "md", "csv": "csv", "json": "json", "latex": "tex"}
 APM = {"stream": False, "steps": 3, "target": "cls"}
 ZERO_SHOT: dict[str, Any] = {"stream": False}
 TDA = {"stream": True}
+SESSION = {
+    "command": ["apm", "bench"],
+    "started": "2026-01-01T00:00:00+00:00",
+    "seconds": 0.0,
+    "processes": 1,
+    "batch_size": 8,
+    "workers": 4,
+    "git_commit": None,
+    "versions": {},
+    "system": "a system",
+    "processor": "a processor",
+    "cores": 2,
+    "device": "cpu",
+    "device_name": "a processor",
+    "threads": 2,
+}
 
 
 def cell(name: str, images: int, total: int, classes: int, **changes: Any) -> dict[str, Any]:
@@ -39,7 +56,7 @@ def cell(name: str, images: int, total: int, classes: int, **changes: Any) -> di
         "split": "test",
         "fingerprint": "0" * 64,
         "classes": classes,
-        "label_set": "labels",
+        "label_set": f"{classes} classes",
         "prompts": "single",
         "prompt_set": "prompts",
         "images": images,
@@ -98,18 +115,27 @@ def write_run(
                 )
         shard = folder.append(key, rows)
         shard.rename(shard.with_name("00000000-000000000000.parquet"))
+    identity = ("fingerprint", "label_set", "prompt_set")
     folder.write_run(
         {
             "schema": SCHEMA_VERSION,
-            "config": {"methods": methods, "prompts": None, "seed": 0},
+            "config": {
+                "teacher": "embedded@0123456789abcdef",
+                "methods": methods,
+                "cells": {key: {**{k: one[k] for k in identity}, "generated": None} for key, one in cells.items()},
+                "seed": 0,
+                "limit": None,
+                "prompts": None,
+                "record_steps": True,
+            },
             "teacher": {"name": "embedded", "identity": "embedded@0123456789abcdef", "notes": []},
             "stream_order": {"generator": "numpy PCG64 permutation", "seed": 0},
             "cells": cells,
-            "label_sets": {},
-            "prompt_sets": {},
+            "label_sets": {one["label_set"]: [f"class {i}" for i in range(one["classes"])] for one in cells.values()},
+            "prompt_sets": {"prompts": ["a photo of a {}."]},
             "counts": {},
             "wall_seconds": 0.0,
-            "sessions": [{"device_name": "a processor", "threads": 2, "processes": 1}],
+            "sessions": [SESSION],
         }
     )
 

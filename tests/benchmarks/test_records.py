@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from apm import files
-from apm.benchmarks.records import ROW_SCHEMA, Records, Row, RunFolder, describe_differences, differences
+from apm.benchmarks.records import ROW_SCHEMA, Records, Row, RunFolder
+from apm.benchmarks.run_json import describe_differences, differences
 from apm.errors import ApmError, UsageError
 
 
@@ -28,14 +29,25 @@ def rows(start: int = 0, n: int = 3) -> list[Row]:
 
 
 def minimal_run(**changes: object) -> dict[str, object]:
+    identity = {"fingerprint": "f", "label_set": "l", "prompt_set": "p", "generated": None}
+    about = {"dataset": "digits", "title": "digits", "corruption": None, "level": None, "layout": "", "source": ""}
+    counted = {"split": "", "prompts": "digits", "classes": 3, "images": 3, "total": 3, "notes": []}
     return {
         "schema": 1,
-        "config": {"methods": {"m": {}}},
-        "teacher": {},
-        "stream_order": {},
-        "cells": {"digits": {"images": 3}},
-        "label_sets": {},
-        "prompt_sets": {},
+        "config": {
+            "teacher": "t@1",
+            "methods": {"m": {"stream": False}},
+            "cells": {"digits": identity},
+            "seed": 0,
+            "limit": None,
+            "prompts": None,
+            "record_steps": False,
+        },
+        "teacher": {"name": "t", "identity": "t@1", "notes": []},
+        "stream_order": {"generator": "numpy PCG64 permutation", "seed": 0},
+        "cells": {"digits": {**identity, **about, **counted, "generated": False}},
+        "label_sets": {"l": ["a", "b", "c"]},
+        "prompt_sets": {"p": ["a {}."]},
         "sessions": [],
         "counts": {},
         "wall_seconds": 0.0,
@@ -61,12 +73,16 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
         seconds=1.5,
         shared_seconds=0.5,
         step_predictions=(0, 3),
+        logits=(0.5, -1.0),
     )
     failed = Row(id="c", position=8, label=0, method="m", error="cut off")
     path = folder.append("imagenet-c/fog/5", [whole, failed])
     assert path.parent == tmp_path / "shards" / "imagenet-c--fog--5"
     found = folder.read("imagenet-c/fog/5").to_pylist()
-    assert found[0] == {name: getattr(whole, name) for name in ROW_SCHEMA.names} | {"step_predictions": [0, 3]}
+    assert found[0] == {name: getattr(whole, name) for name in ROW_SCHEMA.names} | {
+        "step_predictions": [0, 3],
+        "logits": [0.5, -1.0],
+    }
     assert found[1] == {name: getattr(failed, name) for name in ROW_SCHEMA.names}
     assert pq.read_schema(path).metadata[b"apm.schema"] == b"1"
 
@@ -104,7 +120,7 @@ def test_a_full_disk_leaves_whole_rows_and_a_sentence(
 class _open_full:
     """A file that takes some bytes and then no more."""
 
-    def __init__(self, path: Path, mode: str) -> None:
+    def __init__(self, path: Path, mode: str, opener: object = None) -> None:
         self.file = open(path, mode)  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> _open_full:
@@ -242,8 +258,10 @@ def test_a_damaged_run_file_is_named(tmp_path: Path, text: bytes) -> None:
 
 
 def test_a_run_file_of_which_parts_are_gone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "config": {}, "cells": {}}))
-    with pytest.raises(UsageError, match=r"run\.json lacks teacher, stream_order, label_sets"):
+    record = minimal_run()
+    del record["teacher"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"run\.json is damaged: the record: 'teacher' is a required property"):
         Records.open(tmp_path)
 
 

@@ -282,7 +282,10 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_it_goes_on_later(
     assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_damaged_shard_can_be_removed_and_its_images_are_answered_anew(tmp_path: Path) -> None:
+def test_a_damaged_shard_can_be_removed_and_its_images_are_answered_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "merge", lambda folder, cell: None)  # as a run that has not ended leaves them
     methods = [Plain(), Stream()]
     make_run(tmp_path / "whole", methods)
     make_run(tmp_path / "parts", methods, flush_seconds=0.0)
@@ -357,10 +360,13 @@ def test_a_run_refuses_a_folder_in_use(tmp_path: Path) -> None:
         ({"record_steps": True}, "record_steps: false before, true now"),
         ({"methods": [Plain(turn=4.0)]}, "methods.plain.turn: 3.0 before, 4.0 now"),
         ({"methods": [Plain(), Stream()]}, "methods.stream: null before"),
-        ({"dataset": make_dataset(13)}, "cells.digits.fingerprint: "),
-        ({"dataset": make_dataset(name="dtd")}, "cells.digits: "),
-        ({"dataset": make_dataset(class_names=("cat", "dog", "eft"))}, "cells.digits.label_set: "),
-        ({"prompts": "mine", "templates": ("{}!",)}, "cells.digits.prompt_set: "),
+        ({"dataset": make_dataset(13)}, "the images, their order or their labels (fingerprint): "),
+        ({"dataset": make_dataset(name="dtd")}, "cells only before: digits; cells only now: dtd"),
+        (
+            {"dataset": make_dataset(class_names=("cat", "dog", "eft"))},
+            'class names: "newt" before, "eft" now (cells: digits)',
+        ),
+        ({"prompts": "mine", "templates": ("{}!",)}, 'prompts: "a photo of a {}." before, "{}!" now (cells: digits)'),
     ],
 )
 def test_another_configuration_is_refused_naming_the_field(tmp_path: Path, change: dict[str, Any], field: str) -> None:
@@ -504,3 +510,29 @@ def test_images_are_decoded_a_bounded_number_ahead(tmp_path: Path) -> None:
     assert len(loaded) == 60
     assert max(ahead) > 0  # decoding runs ahead …
     assert max(ahead) <= 4 + 2 + 1  # … by a batch and the workers
+
+
+def test_the_shards_of_a_complete_run_are_merged_and_a_kill_in_between_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = [Plain(), Stream()]
+    make_run(tmp_path / "whole", methods)
+    assert len(RunFolder(tmp_path / "whole").shards("digits")) == 1
+    unlink, removed = Path.unlink, []
+
+    def dying(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".parquet":
+            if len(removed) == 2:
+                raise KeyboardInterrupt
+            removed.append(path)
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            make_run(tmp_path / "parts", methods, flush_seconds=0.0)
+    assert len(RunFolder(tmp_path / "parts").shards("digits")) > 2  # the merged one, and old ones that are in it
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    make_run(tmp_path / "parts", methods)
+    assert len(RunFolder(tmp_path / "parts").shards("digits")) == 1
+    assert_same(tmp_path / "parts", tmp_path / "whole")

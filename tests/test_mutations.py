@@ -1,0 +1,197 @@
+"""The regression check fails, and names what moved, when the code computes something else than it should.
+
+Each mutation runs a part of the recorded baseline (tests/baseline: digits, one cell) with one thing made wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor
+from typer.testing import CliRunner
+
+import apm.engine
+import apm.teachers
+import apm.views
+from apm.benchmarks import baseline, runner
+from apm.benchmarks.compare import Comparison, compare
+from apm.benchmarks.datasets import DATASETS, readers
+from apm.benchmarks.datasets.dataset import Sample
+from apm.benchmarks.decoding import Readable
+from apm.benchmarks.methods import base
+from apm.benchmarks.methods.base import Prediction
+from apm.benchmarks.records import Records, Row
+from apm.cli.main import app
+from apm.engine import Engine
+from apm.errors import UsageError
+from apm.images import central_square, normalised
+from apm.model import APMConfig
+from apm.teachers import load_teacher
+from apm.zeroshot import ZeroShotHead
+
+pytestmark = pytest.mark.slow
+
+_load_once = cache(load_teacher)
+_METHODS = ("tpt", "apm")
+Patch = pytest.MonkeyPatch
+
+
+def part_of(records: Records) -> Records:
+    """The record of the cell and the methods that are run again here, with the limits of the baseline's own check."""
+    run = deepcopy(records.run)
+    run["config"]["cells"] = {"digits": run["config"]["cells"]["digits"]}
+    run["cells"] = {"digits": run["cells"]["digits"]}
+    methods = run["config"]["methods"]
+    run["config"]["methods"] = {name: methods[name] for name in methods if name.partition("[")[0] in _METHODS}
+    return Records(records.path, run)
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: Patch) -> Callable[[], dict[str, Comparison]]:
+    """Run the part again, as the code is now, and compare; by method."""
+
+    def run_again() -> dict[str, Comparison]:
+        methods = [f"--method={name}" for name in _METHODS]
+        with monkeypatch.context() as patch:
+            patch.setattr(apm.teachers, "load_teacher", _load_once)
+            done = CliRunner().invoke(
+                app, ["bench", "digits", *methods, *baseline.SETTINGS, "--out", str(tmp_path / "new"), "-q"]
+            )
+        assert done.exit_code == 0, done.stderr
+        results = compare(Records.open(tmp_path / "new"), part_of(Records.open(baseline.FOLDER)), baseline.LIMITS)
+        return {result.method: result for result in results}
+
+    return run_again
+
+
+def moved(result: Comparison) -> set[str]:
+    """First words of what a comparison complains of."""
+    return {failure.split(" ")[0] for failure in result.failures}
+
+
+def test_the_code_as_it_is_passes(check: Callable[[], dict[str, Comparison]]) -> None:
+    results = check()
+    assert list(results) == ["tpt", "apm", "apm[mta,8]"]
+    assert all(result.passed for result in results.values()), results
+
+
+def slower(patch: Patch) -> None:
+    make = Engine.__init__
+
+    def wrong(self: Engine, *arguments: object, lr: float, **settings: object) -> None:
+        make(self, *arguments, lr=0.7 * lr, **settings)  # type: ignore[arg-type]
+
+    patch.setattr(Engine, "__init__", wrong)
+
+
+def moments_kept(patch: Patch) -> None:
+    reset = Engine.reset
+
+    def wrong(self: Engine) -> None:
+        kept = self._first_moment.clone(), self._second_moment.clone()
+        reset(self)
+        self._first_moment.copy_(kept[0])
+        self._second_moment.copy_(kept[1])
+
+    patch.setattr(Engine, "reset", wrong)
+
+
+def bias_dropped(patch: Patch) -> None:
+    right, width = apm.engine.affine, APMConfig.preset("small", dim=512).hidden[1]
+
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+        return right(x, weight, torch.zeros_like(bias) if bias.shape[1] == width else bias, out)
+
+    patch.setattr(apm.engine, "affine", wrong)
+
+
+def teachers_normalisation(patch: Patch) -> None:
+    # CLIP's, since the embedded teacher has the student's own
+    mean, std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    patch.setattr(base, "student_input", lambda image, size: normalised(central_square(image, size), mean, std))
+
+
+def other_views(patch: Patch) -> None:
+    right = apm.views.view_generator
+    patch.setattr(apm.views, "view_generator", lambda seed, name, index: right(seed + 1, name, index))
+
+
+def shifted(sample: Sample) -> Sample:
+    return replace(sample, label=(sample.label + 1) % 10)
+
+
+def labels_shifted_when_scored(patch: Patch) -> None:
+    right = runner.score
+
+    def wrong(method: str, prediction: Prediction, items: list[Readable], *rest: Any, **settings: Any) -> list[Row]:
+        return right(method, prediction, [replace(i, sample=shifted(i.sample)) for i in items], *rest, **settings)
+
+    patch.setattr(runner, "score", wrong)
+
+
+def texts_shifted(patch: Patch) -> None:
+    right = ZeroShotHead.build
+    patch.setattr(
+        ZeroShotHead, "build", lambda teacher, names, templates: right(teacher, [*names[1:], names[0]], templates)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mutation", "expected"),
+    [
+        (slower, {"apm": {"loss", "cosine", "logits"}}),
+        (moments_kept, {"apm": {"loss", "cosine", "logits"}}),
+        (bias_dropped, {"apm": {"loss", "cosine", "logits"}}),
+        (teachers_normalisation, {"apm": {"loss", "cosine", "logits"}}),
+        (other_views, {"tpt": {"nll", "logits"}, "apm[mta,8]": {"loss", "logits"}}),
+        (labels_shifted_when_scored, {"tpt": {"10", "accuracy", "nll"}, "apm": {"10", "accuracy", "nll"}}),
+        (texts_shifted, {"tpt": {"accuracy", "nll", "logits"}, "apm": {"accuracy", "nll", "logits"}}),
+    ],
+)
+def test_a_mutation_is_caught(
+    mutation: Callable[[Patch], None],
+    expected: dict[str, set[str]],
+    check: Callable[[], dict[str, Comparison]],
+    monkeypatch: Patch,
+) -> None:
+    mutation(monkeypatch)
+    results = check()
+    for method, names in expected.items():
+        assert names <= moved(results[method]), (method, results[method])
+
+
+def one_template(patch: Patch) -> None:
+    patch.setitem(DATASETS, "digits", replace(DATASETS["digits"], template="a drawing of a {}."))
+
+
+def labels_shifted_when_read(patch: Patch) -> None:
+    right = readers.read_digits
+    patch.setattr(
+        readers,
+        "read_digits",
+        lambda: replace(listing := right(), samples=[shifted(sample) for sample in listing.samples]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mutation", "message"),
+    [
+        (one_template, 'prompts: "a handwritten {}." before, "a drawing of a {}." now'),
+        (labels_shifted_when_read, "the images, their order or their labels (fingerprint): "),
+    ],
+)
+def test_other_prompts_and_labels_are_another_configuration(
+    mutation: Callable[[Patch], None], message: str, check: Callable[[], dict[str, Comparison]], monkeypatch: Patch
+) -> None:
+    mutation(monkeypatch)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        check()

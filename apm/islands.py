@@ -50,13 +50,19 @@ def neighbour_cosines(field: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np
     return (unit[:, :-1] * unit[:, 1:]).sum(-1), (unit[:-1] * unit[1:]).sum(-1)
 
 
-def regions(field: ArrayLike, threshold: float) -> Labels:
-    """Number (H, W) the connected regions of a field (H, W, D): neighbours with a cosine ≥ threshold are joined."""
+def regions(field: ArrayLike, threshold: float, *, within: Labels | None = None) -> Labels:
+    """Number (H, W) the connected regions of a field (H, W, D): neighbours with a cosine ≥ threshold are joined.
+
+    Where `within` (H, W) is given, only those that have the same number there.
+    """
     right, below = neighbour_cosines(field)
     height, width = below.shape[0] + 1, below.shape[1]
     number = np.arange(height * width).reshape(height, width)
     # a cosine of equal vectors may come out one rounding below 1
     joined_right, joined_below = right >= threshold - 1e-9, below >= threshold - 1e-9
+    if within is not None:
+        joined_right = joined_right & (within[:, 1:] == within[:, :-1])
+        joined_below = joined_below & (within[1:] == within[:-1])
     starts = np.concatenate([number[:, :-1][joined_right], number[:-1][joined_below]])
     ends = np.concatenate([number[:, 1:][joined_right], number[1:][joined_below]])
     graph = coo_matrix((np.ones(len(starts), dtype=np.int8), (starts, ends)), shape=(number.size, number.size))

@@ -17,6 +17,7 @@ FOLDER = ROOT / "tests" / "baseline"
 EXAMPLE = ROOT / "benchmarks" / "examples" / "imagenet_c_regression.yml"
 
 
+@pytest.mark.slow
 def test_the_recorded_baseline_is_reproduced(capfd: pytest.CaptureFixture[str]) -> None:
     if not (FOLDER / "run.json").is_file():
         pytest.skip("no baseline recorded: python -m apm.benchmarks.baseline record tests/baseline")

@@ -103,6 +103,7 @@ def test_the_teachers_ranking_is_its_zero_shot_answer(picture: Path) -> None:
     torch.testing.assert_close(torch.tensor([got[label] for label in LABELS]), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_enough_steps_make_the_student_answer_as_its_teacher(picture: Path) -> None:
     answer = build(steps=120, lr=1e-3)(picture)
     assert answer.agree and answer.adaptation is not None and answer.adaptation.cosine > 0.999

@@ -514,6 +514,7 @@ print(sizes[0], peak() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_decoding_stays_within_its_bytes(tmp_path: Path) -> None:
     """A small file that is large when decoded: four in threads took 11 GB once, and one 3.5 GB."""

@@ -93,6 +93,7 @@ def test_readme_table_of_steps_is_made_from_the_records() -> None:
     assert shown.strip() == steps.table([json.loads(record.read_text()) for record in records])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
 def test_readme_python(number: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not WEIGHTS.exists():
@@ -171,6 +172,7 @@ def test_contributing_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert dataset.templates == ("a photo of a {}, a type of bird.",)
 
 
+@pytest.mark.slow
 def test_contributing_teacher() -> None:
     """A teacher is any object with the protocol's attributes, as CONTRIBUTING.md shows it."""
     names: dict[str, Any] = {}

@@ -127,7 +127,7 @@ def check_settings(
 
 
 def _damaged(shown: str, what: str) -> UsageError:
-    return UsageError(f"{shown} is damaged: {what}. Restore it, or train again with another --out.")
+    return UsageError(f"{shown} is damaged: {printable(what[:200])}. Restore it, or train again with another --out.")
 
 
 def _parse(shown: str, text: str) -> tuple[APMConfig, dict[str, Any], int, bool]:

@@ -94,29 +94,56 @@ _LATEX = str.maketrans(
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """All tables as LaTeX tabulars, with no package needed but a UTF-8 engine for names that are not ASCII."""
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+    """All tables as LaTeX floats, ready to paste: with booktabs, the best of our own rows in each column in bold."""
 
     def block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        body = [line(headings), r"\hline", *(line(row) for row in rows)]
-        return [
-            rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
-            r"\hline",
-            *body,
-            r"\hline",
-            r"\end{tabular}",
-            "",
-        ]
+        sides = "".join("l" if heading in ("method", "teacher", "prompts", "source") else "r" for heading in headings)
+        lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
+        lines += [" & ".join(heading.translate(_LATEX) for heading in headings) + r" \\", r"\midrule"]
+        return [*lines, *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule", r"\end{tabular}"]
 
-    out: list[str] = []
+    out: list[str] = [r"% needs \usepackage{booktabs}"]
     for table in tables:
-        out += ["% " + table.title.replace("\n", " "), *block(*grid(table))]
+        headings, rows = grid(table)
+        best = _best(table, headings)
+        shown = [
+            [_bold(cell.translate(_LATEX), (number, place) in best) for place, cell in enumerate(row)]
+            for number, row in enumerate(rows)
+        ]
+        out += [
+            "",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{table.title.translate(_LATEX)}}}",
+            *block(headings, shown),
+        ]
         if detailed := details(table):
-            out += ["% all cells together, against the teacher", *block(DETAIL_HEADINGS, detailed)]
-        out += [rf"\par {note.translate(_LATEX)}" for note in (*table.warnings, *table.notes)] + [""]
-    return "\n".join(out)
+            plain = [[cell.translate(_LATEX) for cell in row] for row in detailed]
+            out += ["", r"\medskip", "All cells together, against the teacher:", "", *block(DETAIL_HEADINGS, plain)]
+        out += [rf"\par\footnotesize {note.translate(_LATEX)}" for note in (*table.warnings, *table.notes)]
+        out.append(r"\end{table}")
+    return "\n".join(out) + "\n"
+
+
+def _best(table: Table, headings: Sequence[str]) -> set[tuple[int, int]]:
+    """Row and column, in `grid`, of the highest accuracy among our own rows; none where there is one row alone."""
+    ours = [(number, row) for number, row in enumerate(table.rows) if row.kind == "ours"]
+    found: set[tuple[int, int]] = set()
+    for place, heading in enumerate(headings):
+        values = {
+            number: row.average if heading == "average" else row.ood_average if heading == "OOD average" else value
+            for number, row in ours
+            for value in [row.cells[heading].accuracy if heading in row.cells else None]
+        }
+        known = {number: value for number, value in values.items() if value is not None}
+        if len(known) > 1:
+            top = max(known.values())
+            found |= {(number, place) for number, value in known.items() if value == top}
+    return found
+
+
+def _bold(text: str, wanted: bool) -> str:
+    return rf"\textbf{{{text}}}" if wanted else text
 
 
 CSV_COLUMNS = (

@@ -85,11 +85,21 @@ def warn(tables: Sequence[Table]) -> None:
 def print_table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, styles: Sequence[str] = ()
 ) -> None:
-    """Print a table on stdout as lines that are never cut; coloured where that is a terminal."""
+    """Print a table on stdout as lines that are never cut; coloured where that is a terminal.
+
+    A table too wide for the terminal is turned, a line for each column, where that fits.
+    """
     from rich.console import Console
     from rich.table import Table as View
     from rich.text import Text
 
+    if sys.stdout.isatty() and _width(headings, rows) > (room := Console().width):
+        turned = (
+            [headings[0], *(row[0] for row in rows)],
+            list(zip(headings[1:], *(row[1:] for row in rows), strict=True)),
+        )
+        if _width(*turned) <= room:
+            headings, rows, styles = *turned, ()
     heading = Text(printable(title), style="bold") if title else None
     view = View(box=None, pad_edge=False, title=heading, title_justify="left")
     for number, name in enumerate(headings):
@@ -101,3 +111,11 @@ def print_table(
     with console.capture() as captured:
         console.print(view)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))  # its cells are clean
+
+
+def _width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns of the terminal that a table takes."""
+    from rich.cells import cell_len
+
+    columns = zip(headings, *rows, strict=True)
+    return sum(max(cell_len(printable(cell)) for cell in column) + 2 for column in columns) - 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -323,3 +325,19 @@ def test_no_name_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
             assert all(c.isprintable() or c in "\n\t" for c in text), text
     assert "\\x1b[2J" in results[0].stderr
     assert json.loads(results[7].stdout)["tables"][0]["rows"][0]["teacher"] == evil  # JSON holds the name itself
+
+
+def test_a_table_too_wide_for_the_terminal_is_turned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apm.cli.table import print_table
+
+    headings, rows = ["method", *"abcdefgh"], [["zero-shot", *["55.5 ± 1.0"] * 8], ["apm", *["66.6 ± 1.0"] * 8]]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    for width, first in (("200", "a"), ("60", "zero-shot"), ("20", "a")):
+        monkeypatch.setenv("COLUMNS", width)
+        print_table(headings, rows)
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+        assert lines[0].split()[:2] == ["method", first], lines
+        assert len(lines) == (9 if width == "60" else 3)

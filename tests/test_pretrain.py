@@ -315,6 +315,29 @@ def test_what_is_no_checkpoint_is_told(cache: GridCache, tmp_path: Path) -> None
         read_checkpoint(path)
 
 
+def test_damaged_metadata_is_one_line_of_error(cache: GridCache, tmp_path: Path) -> None:
+    path, wrong = tmp_path / "c.safetensors", tmp_path / "wrong.safetensors"
+    trainer(path, cache).run()
+    data = path.read_bytes()
+    record = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["apm"])
+    tensors = load_file(path)
+    values = (None, [], {}, "x\x1b[2J", -1, 1.5, 10**400, True)
+    sizes = ("dim", "image_size", "patch_size", "position_dim", "hidden", "init_std", "readout")
+    damaged = [{**record, name: value} for name in ("student", "settings", "step", "finished") for value in values]
+    damaged += [{**record, "student": {**record["student"], name: value}} for name in sizes for value in values]
+    damaged += [{**record, "student": {**record["student"], "hidden": [1, 2.5, 3]}}, {**record, "student": {"x": 1}}]
+    texts = [json.dumps(one) for one in damaged] + ["{", "[" * 100_000, "[]", "7", '{"format": NaN}', "null"]
+    refused = 0
+    for text in texts:
+        save_file(tensors, wrong, metadata={"apm": text})
+        try:
+            read_checkpoint(wrong)
+        except UsageError as error:
+            assert str(error).startswith(str(wrong)) and str(error).isprintable() and len(str(error)) < 500, error
+            refused += 1
+    assert refused > 80 and refused >= len(texts) - 5  # any plain settings will do, and finished is true
+
+
 def test_a_loss_that_is_not_finite_stops_it_and_leaves_the_checkpoint(cache: GridCache, tmp_path: Path) -> None:
     mine = trainer(tmp_path / "c.safetensors", cache)
     mine.advance()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -267,3 +268,23 @@ def test_a_method_with_a_prompt_of_its_own_is_marked(tmp_path: Path) -> None:
     assert sign in FORMATS["markdown"]([table])
     assert r"\P{}" in FORMATS["latex"]([table])
     assert make_run(tmp_path / "run", [Plain(), Choosy("choosy")], [several, single]).failed == 0  # continued
+
+
+def test_latex_is_ready_to_paste(golden: list[Table]) -> None:
+    text = FORMATS["latex"](golden)
+    assert text.startswith("% needs \\usepackage{booktabs}\n")
+    for what in ("table", "tabular"):
+        assert text.count(rf"\begin{{{what}}}") == text.count(rf"\end{{{what}}}") > 0
+    assert (
+        text.count(r"\toprule")
+        == text.count(r"\midrule")
+        == text.count(r"\bottomrule")
+        == text.count(r"\begin{tabular}")
+    )
+    for block in text.split(r"\begin{tabular}{")[1:]:
+        columns = len(block.partition("}")[0])
+        lines = block.partition(r"\end{tabular}")[0].splitlines()
+        assert all(re.sub(r"\\&", "", line).count("&") == columns - 1 for line in lines if line.endswith(r"\\")), block
+    bold = [line.partition(" & ")[0] for line in text.splitlines() if r"\textbf" in line]
+    assert {"zero-shot", "apm"} <= set(bold)
+    assert not [name for name in bold if "published" in name or "ORACLE" in name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,13 @@ def test_the_recorded_baseline_is_reproduced(capfd: pytest.CaptureFixture[str]) 
     assert baseline.check(FOLDER) == 0, capfd.readouterr().err
 
 
-def test_the_recorded_baseline_holds_every_method() -> None:
+def test_the_recorded_baseline_holds_every_method_that_it_runs() -> None:
     if not (FOLDER / "run.json").is_file():
         pytest.skip("no baseline recorded: python -m apm.benchmarks.baseline record tests/baseline")
-    from apm.benchmarks.methods import REGISTRY
-
     records = Records.open(FOLDER)
-    assert {name.partition("[")[0] for name in records.methods} == set(REGISTRY)
+    assert {name.partition("[")[0] for name in records.methods} == {
+        method for option, method in pairwise(baseline.BENCH) if option == "--method"
+    }
     assert {cell["corruption"] for cell in records.cells.values()} == {None, "gaussian_noise", "contrast", "pixelate"}
     for cell, header in records.cells.items():
         assert {method: len(rows) for method, rows in records.rows(cell)} == dict.fromkeys(

@@ -13,7 +13,11 @@ from apm.errors import UsageError, unknown
 
 from .apm_ttt import APMTestTimeTraining
 from .base import Batch, Method, MethodOptions, Prediction, StreamMethod
+from .ctpt import CTPT
+from .dynaprompt import DynaPrompt
 from .mta import MTA
+from .rlcf import RLCF
+from .rtpt import RTPT
 from .tda import TDA
 from .tpt import TPT
 from .zero import Zero
@@ -34,6 +38,10 @@ __all__ = [
 REGISTRY: dict[str, Callable[[MethodOptions], Method]] = {
     "zero-shot": ZeroShot,
     "tpt": TPT,
+    "ctpt": CTPT,
+    "rtpt": RTPT,
+    "rlcf": RLCF,
+    "dynaprompt": DynaPrompt,
     "mta": MTA,
     "zero": Zero,
     "tda": TDA,

@@ -115,6 +115,12 @@ class Batch:
             self._student_images[size] = torch.stack([student_input(image, size) for image in self.images])
         return self._student_images[size]
 
+    def seen_by(self, teacher: Teacher, head: ZeroShotHead) -> Batch:
+        """The same images, and the same views of them, for another teacher and its zero-shot head."""
+        other = Batch((), (), teacher, head, seed=self.seed, chunk=self._chunk)
+        other.images, other._keys = self.images, self._keys
+        return other
+
     def _encode_views(self, index: int, start: int, stop: int, min_area: float) -> Tensor:
         """Views `start` … `stop` − 1 of one image: (stop − start, D)."""
         return view_tokens(

@@ -40,6 +40,9 @@ from tests.fakes import FakeTeacher
 
 CLASSES = ("cat", "dog", "coffee mug", "space rocket", "daisy", "bus", "violin")
 TEMPLATE = "a photo of a {}."
+NEEDS = {"rlcf": "rlcf:reward=second"}
+"""Methods that cannot do with their defaults alone."""
+STREAM = {"tda", "dynaprompt"}
 SMALL = MethodOptions(preset="small", steps=3, precision="fp32", views=8)
 
 
@@ -194,7 +197,7 @@ def test_no_signature_or_attribute_of_methods_names_a_label() -> None:
 
 @pytest.mark.parametrize("name", [*REGISTRY])
 def test_predict_is_given_the_batch_and_nothing_else(name: str) -> None:
-    method = create_method(name)
+    method = create_method(NEEDS.get(name, name))
     assert list(inspect.signature(method.predict).parameters) == ["batch"]
 
 
@@ -252,6 +255,13 @@ def test_method_specs_are_parsed() -> None:
         ("apm:preset=papper", 'Did you mean "paper"'),
         ("apm:steps=0", "steps must be 1 or more"),
         ("tpt:steps=-1", "-1 steps"),
+        ("tpt:lr=0", "learning rate 0.0"),
+        ("ctpt:dispersion=-1", "dispersion weighted -1.0"),
+        ("rtpt:views=20", "20 neighbours of 20 views.*rtpt:views=64"),
+        ("rtpt:temperature=0", "temperature 0.0"),
+        ("rlcf", "needs a second teacher"),
+        ("rlcf:reward=second,proposals=1", "1 proposals"),
+        ("dynaprompt:prompts=0", "0 prompts"),
         ("tpt:prompt={} texture.", "needs words before"),
         ("zero-shot:views=3", 'Unknown setting of method "zero-shot" "views"'),
     ],
@@ -288,9 +298,9 @@ def test_what_stands_behind_the_name_wins_over_the_run() -> None:
 
 @pytest.mark.parametrize("name", [*REGISTRY])
 def test_settings_are_json_values(name: str) -> None:
-    method = create_method(name)
+    method = create_method(NEEDS.get(name, name))
     assert json.loads(json.dumps(dict(method.settings))) == dict(method.settings)
-    assert method.stream is (name == "tda")
+    assert method.stream is (name in STREAM)
 
 
 def test_a_strangers_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""C-TPT, calibrated test-time prompt tuning (Yoon et al., ICLR 2024): TPT that also keeps the classes' texts apart.
+
+Prompts whose text features are dispersed make better calibrated predictions, so the loss is TPT's less λ times the
+dispersion: the mean distance of the classes' text features, of unit length, from their mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apm.errors import UsageError
+
+from .prompted import PromptSettings, marginal_entropy
+from .tpt import TPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class CTPTSettings(PromptSettings):
+    """The published settings for ImageNet and its relatives."""
+
+    dispersion: float = 20.0
+    """λ; the authors take 50 on the other data sets."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.dispersion >= 0:
+            raise UsageError(f"C-TPT with dispersion weighted {self.dispersion}: it must be 0 or more.")
+
+
+class CTPT(TPT):
+    """Minimise TPT's entropy and maximise the dispersion of the text features, for each image afresh.
+
+    The extras are TPT's, and ``dispersion_first`` and ``dispersion_last``.
+    """
+
+    registered = "ctpt"
+    settings_type = CTPTSettings
+    _chosen: CTPTSettings
+
+    def loss(self, logits: Tensor, text: Tensor, beside: Tensor | None) -> Tensor:
+        """TPT's, less λ times the dispersion of the text that gave the logits."""
+        return marginal_entropy(logits) - self._chosen.dispersion * dispersion(text)
+
+    def figures(self, logits: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """TPT's entropy, and the dispersion."""
+        return {"entropy": marginal_entropy(logits), "dispersion": dispersion(text)}
+
+
+def dispersion(text: Tensor) -> Tensor:
+    """Mean Euclidean distance of text features (C, D) from their mean: a scalar."""
+    return torch.linalg.vector_norm(text - text.mean(dim=0), dim=1).mean()

@@ -1,0 +1,92 @@
+"""RLCF, reinforcement learning with CLIP feedback (Zhao et al., ICLR 2024): a second CLIP rewards the prompt's guesses.
+
+At each step every confident view proposes its first classes; a second, better model, named by the setting ``reward``,
+says how well each fits the view. The reward is its CLIP score, less the mean over the view's proposals, and the prompt
+is tuned by policy gradient (REINFORCE) to propose what is rewarded.
+
+The reward model sees the same views and the same prompt, and is loaded once. Published runs start from a prompt that
+CoOp learned; this starts from the run's own, as every method here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from apm.errors import UsageError
+from apm.teachers import load_teacher
+from apm.zeroshot import ZeroShotHead
+
+from .base import Batch, MethodOptions
+from .prompted import PromptSettings, PromptTuned
+
+if TYPE_CHECKING:
+    from apm.teachers.base import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLCFSettings(PromptSettings):
+    """The published settings for ImageNet; the authors take 5 steps on fine-grained data sets."""
+
+    reward: str = ""
+    """The second teacher, as ``--teacher`` names one; the authors take a ViT-L/14."""
+    steps: int = 3
+    lr: float = 7e-3
+    weight_decay: float = 5e-4
+    """Of AdamW."""
+    proposals: int = 3
+    """Classes that each view proposes at each step; no more than there are."""
+    score_weight: float = 2.5
+    """Times the reward model's cosine, as in the CLIP score."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reward:
+            raise UsageError(
+                "RLCF needs a second teacher that rewards the first: name one, as in rlcf:reward=openai/ViT-L-14."
+            )
+        if self.proposals < 2:
+            raise UsageError(f"RLCF with {self.proposals} proposals: a reward is told from the mean of 2 or more.")
+
+
+class RLCF(PromptTuned):
+    """Tune the prompt by the second teacher's rewards, for each image afresh, and classify the image itself.
+
+    The extras ``entropy_first`` and ``entropy_last`` are TPT's: of the kept views' mean prediction, in nats.
+    """
+
+    registered = "rlcf"
+    settings_type = RLCFSettings
+    _chosen: RLCFSettings
+
+    def __init__(self, options: MethodOptions) -> None:
+        super().__init__(options)
+        self.weight_decay = self._chosen.weight_decay
+        self._device = options.device
+        self._reward: Teacher | None = None
+        self._reward_head: ZeroShotHead | None = None
+
+    def loss(self, logits: Tensor, text: Tensor, beside: Tensor | None) -> Tensor:
+        """The mean of reward × cross-entropy over each kept view's first classes."""
+        assert beside is not None  # (K, C)
+        proposed = logits.detach().topk(min(self._chosen.proposals, logits.shape[1]), dim=1).indices  # (K, n)
+        scores = beside.gather(1, proposed)
+        rewards = scores - scores.mean(dim=1, keepdim=True)
+        return -(rewards * logits.log_softmax(dim=1).gather(1, proposed)).mean()
+
+    def beside(self, batch: Batch) -> Iterable[Tensor]:
+        """The reward model's scores of each view and class, (V, C) for each image."""
+        if self._reward is None:
+            self._reward = load_teacher(self._chosen.reward, device=self._device)
+        head = self._reward_head
+        template = self.own_prompt(batch.head.templates)
+        if head is None or (head.labels, head.templates) != (batch.head.labels, (template,)):
+            head = self._reward_head = ZeroShotHead.build(self._reward, batch.head.labels, (template,))
+        seen = batch.seen_by(self._reward, head)
+        for views in seen.views(self._chosen.views, min_area=self._chosen.min_area):
+            cosines = normalize(views.float(), dim=1) @ head.features.T
+            yield (self._chosen.score_weight * cosines).clamp(min=0).to(batch.teacher.device)

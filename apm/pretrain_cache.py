@@ -70,7 +70,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 def build_cache(
     source: ImageSource,
-    teacher: GridTeacher,
+    teacher: GridTeacher | None,
     folder: str | os.PathLike[str],
     *,
     size: int,
@@ -82,7 +82,7 @@ def build_cache(
 
     Args:
         source: the images.
-        teacher: gives the grids.
+        teacher: gives the grids; None: only the images are wanted, and grids are (n, 0, 0, 0).
         folder: where caches lie; each in a folder of its own.
         size: S, side of the student's input in pixels.
         grid_size: side in pixels at which the teacher sees the images; None: its own default.
@@ -94,11 +94,12 @@ def build_cache(
         ApmError: the teacher's grids differ in shape, or hold numbers that are not finite or too large for float16;
             or the cache is of another user.
     """
-    grid_size = teacher.grid_size if grid_size is None else grid_size
+    if teacher is not None and grid_size is None:
+        grid_size = teacher.grid_size
     key = {
         "format": _FORMAT,
         "images": source.fingerprint,
-        "teacher": teacher.identity,
+        "teacher": teacher and teacher.identity,
         "size": size,
         "grid_size": grid_size,
         "max_pixels": max_pixels,
@@ -121,7 +122,7 @@ def _extend(
     where: Path,
     index: dict[str, Any],
     source: ImageSource,
-    teacher: GridTeacher,
+    teacher: GridTeacher | None,
     size: int,
     grid_size: int | None,
     max_pixels: int,
@@ -136,7 +137,9 @@ def _extend(
                 error = str(image)
                 index["skipped"].append([name, error])
             else:
-                grid = teacher.encode_grid(image, size=grid_size).float().cpu().numpy()
+                grid = np.zeros((0, 0, 0), np.float32)
+                if teacher is not None:
+                    grid = teacher.encode_grid(image, size=grid_size).float().cpu().numpy()
                 _check(grid, index, name)
                 with writing(where):
                     images.write(np.asarray(central_square(image, size)).tobytes())
@@ -156,7 +159,7 @@ def _check(grid: NDArray[np.float32], index: dict[str, Any], name: str) -> None:
         index["grid"] = list(grid.shape)
     if list(grid.shape) != index["grid"]:
         raise ApmError(f"{name}: the teacher's grid is {list(grid.shape)}, and {index['grid']} for earlier images.")
-    if not np.abs(grid).max() <= np.finfo(np.float16).max:  # so that NaN is caught too
+    if not np.abs(grid).max(initial=0) <= np.finfo(np.float16).max:  # so that NaN is caught too
         raise ApmError(f"{name}: the teacher's grid holds numbers that are not finite, or beyond float16's range.")
 
 
@@ -213,7 +216,9 @@ def _open(where: Path, index: dict[str, Any], size: int) -> GridCache:
         path = where / file
         if not path.is_file() or path.stat().st_size != _bytes_of(index, size, kind):
             raise ApmError(f"{path} is not what {where / 'index.json'} says; remove the folder {where}.")
-        arrays.append(np.memmap(path, dtype=dtype, mode="r", shape=(len(index["names"]), *shape)))
+        whole = (len(index["names"]), *shape)
+        # an empty file cannot be mapped
+        arrays.append(np.memmap(path, dtype=dtype, mode="r", shape=whole) if np.prod(whole) else np.zeros(whole, dtype))
     return GridCache(
         names=tuple(index["names"]),
         skipped=tuple((name, error) for name, error in index["skipped"]),

@@ -1,4 +1,4 @@
-"""Settings of self-supervised training, and what follows from them alone: split, order, locations, learning rate."""
+"""Settings of a training on images, and what follows from them alone: split, order, locations, learning rate."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from apm.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """How to train. Every value decides the weights, so that a checkpoint is continued with the same ones only.
+class Schedule:
+    """How to train a network on images. Every value decides the weights: a checkpoint is continued with the same ones.
 
     Raises:
         UsageError: a value that cannot work.
@@ -25,8 +25,6 @@ class PretrainConfig:
     warmup: int = 100  # steps
     weight_decay: float = 0.01  # of AdamW, on weights but not on biases
     clip: float = 1.0  # largest norm of the gradient
-    locations: int | None = None  # drawn anew for each step and trained at; None: all of them
-    rgb_weight: float = 1.0  # of the colours' loss, beside 1 for the grid's
     held_out: float = 0.05  # share of the images that is never trained on
     seed: int = 0  # of weights, split and order
 
@@ -34,14 +32,7 @@ class PretrainConfig:
         """Check each value."""
         if self.steps < 1 or self.batch_size < 1 or self.warmup < 0:
             raise UsageError(f"Steps and batch size must be 1 or more, warm-up 0 or more: {self}.")
-        if self.locations is not None and self.locations < 1:
-            raise UsageError(f"locations must be 1 or more, or None for all of them, not {self.locations}.")
-        for name in ("lr", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} must be a positive number, not {getattr(self, name)}.")
-        for name in ("weight_decay", "rgb_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} must be 0 or a positive number, not {getattr(self, name)}.")
+        self._check_numbers(positive=("lr", "clip"), not_negative=("weight_decay",))
         if not 0 < self.held_out < 1:
             raise UsageError(f"held_out is a share of the images, above 0 and below 1, not {self.held_out}.")
 
@@ -67,6 +58,33 @@ class PretrainConfig:
             for epoch in map(int, np.unique(places // len(train)))
         }
         return np.array([orders[int(place // len(train))][place % len(train)] for place in places])
+
+    def _check_numbers(self, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+        for name in positive:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UsageError(f"{name} must be a positive number, not {getattr(self, name)}.")
+        for name in not_negative:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UsageError(f"{name} must be 0 or a positive number, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(Schedule):
+    """How to train a student against grids.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    locations: int | None = None  # drawn anew for each step and trained at; None: all of them
+    rgb_weight: float = 1.0  # of the colours' loss, beside 1 for the grid's
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        super().__post_init__()
+        if self.locations is not None and self.locations < 1:
+            raise UsageError(f"locations must be 1 or more, or None for all of them, not {self.locations}.")
+        self._check_numbers(not_negative=("rgb_weight",))
 
     def places(self, cells: int, step: int) -> NDArray[np.int64]:
         """Numbers of the grid's cells that one step trains at, the same for all its images; in reading order."""

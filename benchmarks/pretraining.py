@@ -31,10 +31,11 @@ from apm.field import Student
 from apm.grids import resample
 from apm.images import central_square, load_image
 from apm.position import grid_locations
-from apm.pretrain import pooled_colours, read_log
+from apm.pretrain import pooled_colours
 from apm.pretrain_cache import GridCache, build_cache
 from apm.pretrain_config import PretrainConfig
 from apm.pretrain_images import open_images
+from apm.pretrain_loop import read_log
 from apm.teachers import load_grid_teacher
 from apm.teachers.base import GridTeacher
 

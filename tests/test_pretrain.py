@@ -21,10 +21,11 @@ from apm.grids import resample
 from apm.images import student_input
 from apm.model import APM
 from apm.position import grid_locations, position_code
-from apm.pretrain import Pretrainer, pooled_colours, read_log
+from apm.pretrain import Pretrainer, pooled_colours
 from apm.pretrain_cache import GridCache
 from apm.pretrain_checkpoint import read_checkpoint
 from apm.pretrain_config import PretrainConfig
+from apm.pretrain_loop import read_log
 from tests.pretraining import DATA, STUDENT, TRAINING, make_cache, picture
 
 ROOT = Path(__file__).resolve().parent.parent

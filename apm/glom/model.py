@@ -103,8 +103,8 @@ class GLOM(nn.Module):
     votes: Tensor  # (L, 1): how many opinions the mean of a level is of
     too_far: Tensor | None  # (N, N)
 
-    def __init__(self, config: GLOMConfig, *, seed: int = 0) -> None:
-        """Build the columns and draw all weights from `seed`."""
+    def __init__(self, config: GLOMConfig, *, seed: int | None = 0) -> None:
+        """Build the columns and draw all weights from `seed`; None: they are filled from elsewhere."""
         super().__init__()
         self.config = config
         levels, dim, pixels = config.levels, config.dim, 3 * config.patch_size**2
@@ -119,7 +119,8 @@ class GLOM(nn.Module):
         votes[:-1] += config.top_down
         self.register_buffer("votes", votes, persistent=False)
         self.register_buffer("too_far", _too_far(config), persistent=False)
-        self._draw(np.random.Generator(np.random.PCG64(seed)))
+        if seed is not None:
+            self._draw(np.random.Generator(np.random.PCG64(seed)))
 
     def forward(self, images: Tensor, *, steps: int | None = None) -> Tensor:
         """Images (B, 3, S, S) → embeddings (B, N, L, D) after the last of `steps` (2 L where None)."""
@@ -192,6 +193,6 @@ def _too_far(config: GLOMConfig) -> Tensor | None:
     """Pairs of places (N, N) farther apart than the radius; None where all hear each other."""
     if config.radius is None:
         return None
-    axis = torch.arange(config.grid, dtype=torch.float64)
+    axis = torch.arange(config.grid, dtype=torch.float64, device="cpu")
     where = torch.cartesian_prod(axis, axis)  # (N, 2), in reading order
     return torch.cdist(where, where) > config.radius

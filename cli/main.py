@@ -15,15 +15,17 @@ import traceback
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from apm.errors import ApmError, UsageError, unknown
+from apm.errors import ApmError, UsageError
 
+from .groups import Group
 from .options import DEBUG_KEY
 from .render import failure
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    # name: (module of this package, which holds a function of the same name; what `apm --help` says)
+    # name: (module of this package; what `apm --help` says). The module holds a function of the same name, or `app`, a
+    # group of commands
     "classify": (".classify", "Say what is on photographs, adapting a fresh student to each."),
     "teachers": (".teachers", "List the teachers, and which are on this machine."),
     "bench": (".bench", "Run methods on data sets, resumably, into records."),
@@ -35,13 +37,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": (".pretrain", "Train one student on many images, against a teacher's grids."),
     "interpolate": (".interpolate", "Walk from one image to another between their trigger columns."),
     "field": (".field", "Query a trained student's field of an image, at any locations."),
+    "glom": (".glom", "Train GLOM on images, look at its columns, probe its levels."),
     "corrupt": (".corrupt", "Write the corruptions of ImageNet-C for a folder of images."),
 }
 
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(Group):
     """A group whose commands come from `COMMANDS`, and which turns errors meant for people into exit codes."""
 
     def __init__(self, **settings: Any) -> None:
@@ -50,8 +53,6 @@ class LazyGroup(TyperGroup):
             self.add_command(TyperCommand(name, help=summary), name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
-        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
-            raise unknown("command", args[0], self.commands)
         name, command, rest = super().resolve_command(ctx, args)
         return name, load_command(name) if name in COMMANDS else command, rest
 
@@ -73,10 +74,14 @@ class LazyGroup(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """Import the module of a sub-command and build the command from its function."""
-    module, _ = COMMANDS[name]
+    """Import the module of a sub-command and build the command, or the group of commands, that it holds."""
+    module = importlib.import_module(COMMANDS[name][0], __package__)
+    if not hasattr(module, name):
+        group = typer.main.get_group(module.app)
+        group.name = name
+        return group
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(getattr(importlib.import_module(module, __package__), name))
+    single.command(name)(getattr(module, name))
     return typer.main.get_command(single)
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from apm.errors import UsageError, unknown
-from apm.paths import printable
+from apm.errors import unknown
 
 from .options import Debug
-from .render import failure, notice, notice_if_slow, progress_line, progress_on_terminal, say
-
-if TYPE_CHECKING:
-    from apm.benchmarks.distributed import Group
+from .render import failure, notice, notice_if_slow, say
+from .training import TrainingProgress, check_training, train
 
 STUDENT, TRAINING, FILES = "The student", "Training", "Files"
-_SAY_EVERY = 20.0  # seconds between lines where stderr is no terminal
 
 
 def pretrain(
@@ -79,7 +74,7 @@ def pretrain(
 
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
-    _check(out, evaluate_every, save_every, max_pixels)
+    check_training(out, evaluate_every, save_every, max_pixels)
     from dataclasses import asdict
     from typing import get_args
 
@@ -130,7 +125,7 @@ def pretrain(
             notice_if_slow(precision, place)
 
         def cached(count: int, wanted: bool) -> Any:
-            with _Progress(count, "grids", wanted=wanted) as progress:
+            with TrainingProgress(count, "grids", wanted=wanted) as progress:
                 return build_cache(
                     source,
                     teacher,
@@ -157,7 +152,8 @@ def pretrain(
             device=place,
             processes=group,
         )
-        _train(trainer, group, evaluate_every, save_every, talks)
+        names = {"grid": "grid", "rgb": "colours"}
+        train(trainer, names, evaluate_every, save_every, wanted=talks, speaks=group.first)
         if group.first:
             for _, error in images.skipped:
                 failure(f"{error}: skipped")
@@ -166,82 +162,9 @@ def pretrain(
             raise typer.Exit(1)
 
 
-def _check(out: Path, evaluate_every: int, save_every: int, max_pixels: int | None) -> None:
-    if out.is_dir():
-        raise UsageError(
-            f"{printable(out)} is a folder; --out names the checkpoint's file, such as student.safetensors."
-        )
-    if out.suffix != ".safetensors":
-        raise UsageError(f"{printable(out)}: a checkpoint's name ends in .safetensors.")
-    for name, value in (("--evaluate-every", evaluate_every), ("--save-every", save_every)):
-        if value < 1:
-            raise UsageError(f"{name} must be 1 or more, not {value}.")
-    if max_pixels is not None and max_pixels < 1:
-        raise UsageError(f"--max-pixels must be 1 or more, not {max_pixels}.")
-
-
-def _train(trainer: Any, group: Group, evaluate_every: int, save_every: int, talks: bool) -> None:
-    if talks and trainer.step > 0:
-        state = "finished: nothing left to train" if trainer.finished else f"goes on from step {trainer.step:,}"
-        notice(f"{printable(trainer.path)} {state}.")
-    total = trainer.config.steps
-    try:
-        with _Progress(total, "train", wanted=talks, done=trainer.step) as progress:
-            trainer.run(evaluate_every=evaluate_every, save_every=save_every, on_step=progress.step)
-    except KeyboardInterrupt:
-        if group.first:
-            progress_line("interrupted; the same command goes on from the last checkpoint")
-        raise typer.Exit(130) from None
-
-
 def _summary(trainer: Any, out: Path) -> None:
     grid, rgb = trainer.held_out_losses()
     say(
         f"{out}: {trainer.step:,} steps on {len(trainer.train):,} images; held-out mean squared error on "
         f"{len(trainer.held_out):,}: grid {grid:.5f}, colours {rgb:.5f}"
     )
-
-
-class _Progress:
-    """A bar where stderr is a terminal, else a line now and then; nothing where it is not wanted."""
-
-    def __init__(self, total: int, doing: str, *, wanted: bool, done: int = 0) -> None:
-        self.total, self.doing, self.wanted, self.done = total, doing, wanted, done
-        self._bar = progress_on_terminal(total, wanted=wanted, doing=doing)
-        self._said = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        self._rich = self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
-
-    def image(self, error: str | None) -> None:
-        """One image more."""
-        self._advance(self.done + 1, f"{self.done + 1:,} of {self.total:,} images")
-
-    def step(self, step: int, losses: dict[str, float]) -> None:
-        """Another step, or a measurement on held-out images."""
-        if "held_out_grid" in losses:
-            trained = f", trained {losses['grid']:.5f}" if "grid" in losses else ""
-            self._say(
-                f"step {step:,} of {self.total:,}: grid held out {losses['held_out_grid']:.5f}{trained}; "
-                f"colours {losses['held_out_rgb']:.5f}"
-            )
-        else:
-            self._advance(step, f"step {step:,} of {self.total:,}: grid {losses['grid']:.5f}")
-
-    def _advance(self, done: int, text: str) -> None:
-        self.done = done
-        if self._rich is not None:
-            self._rich.update(self._rich.task_ids[0], completed=done)
-        elif time.monotonic() - self._said > _SAY_EVERY:
-            self._say(text)
-
-    def _say(self, text: str) -> None:
-        self._said = time.monotonic()
-        if self._rich is not None:
-            self._rich.console.print(printable(text), markup=False)
-        elif self.wanted:
-            progress_line(f"{self.doing}: {text}")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -85,12 +86,27 @@ def test_help_lists_every_command() -> None:
         assert re.search(rf"│ {name} +{re.escape(summary[:30])}", shown.stdout), name
 
 
+def commands_of(name: str) -> dict[tuple[str, ...], Any]:
+    """The command of this name, or those of the group."""
+    command = load_command(name)
+    found = getattr(command, "commands", None)
+    return {(name,): command} if found is None else {(name, one): it for one, it in found.items()}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_loads_and_has_help_and_debug(name: str) -> None:
     assert load_command(name).name == name
-    shown = CliRunner().invoke(app, [name, "--help"])
-    assert shown.exit_code == 0
-    assert "--debug" in shown.stdout
+    assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+    for words in commands_of(name):
+        shown = CliRunner().invoke(app, [*words, "--help"])
+        assert shown.exit_code == 0
+        assert "--debug" in shown.stdout
+
+
+def test_a_group_names_the_nearest_of_its_commands() -> None:
+    result = CliRunner().invoke(app, ["glom", "trian"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith('error: Unknown command "trian". Did you mean "train"?')
 
 
 @pytest.mark.slow
@@ -244,9 +260,10 @@ def test_a_terminal_that_knows_few_characters_gets_question_marks(encoding: str,
 
 def test_no_help_text_begins_with_of() -> None:
     for name in COMMANDS:
-        for parameter in load_command(name).params:
-            told = getattr(parameter, "help", None)
-            assert told and not told.startswith("Of "), f"{name} {parameter.name}: {told}"
+        for words, command in commands_of(name).items():
+            for parameter in command.params:
+                told = getattr(parameter, "help", None)
+                assert told and not told.startswith("Of "), f"{words} {parameter.name}: {told}"
 
 
 @pytest.mark.slow

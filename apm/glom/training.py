@@ -59,6 +59,11 @@ class GLOMTraining(Schedule):
         if not -1 <= self.agree <= 1:
             raise UsageError(f"agree is a cosine, from -1 to 1, not {self.agree}.")
 
+    def check_level(self, model: GLOMConfig) -> None:
+        """Refuse a level to read from that the network does not have, by a `UsageError`."""
+        if not -model.levels <= self.read_level < model.levels:
+            raise UsageError(f"read_level must be below {model.levels}, the number of levels, not {self.read_level}.")
+
     def settling_steps(self, step: int, model: GLOMConfig) -> int:
         """After how many steps of the columns one step of the optimiser looks: from half of them to all, drawn."""
         most = self.settling or model.steps
@@ -162,8 +167,7 @@ class GLOMTrainer(Trainer):
         """
         if precision not in get_args(Precision):
             raise unknown("precision", precision, get_args(Precision))
-        if not -model.levels <= config.read_level < model.levels:
-            raise UsageError(f"read_level must be below {model.levels}, the number of levels, not {config.read_level}.")
+        config.check_level(model)
         self.device = torch.device(device)
         super().__init__(path, GLOM(model, seed=config.seed).to(self.device), config)
         self.cache, self.config = cache, config

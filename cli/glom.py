@@ -1,0 +1,179 @@
+"""`apm glom`: train GLOM on images, look at its columns, probe its levels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apm.errors import unknown
+
+from .groups import Group
+from .options import Debug
+from .render import failure, notice_if_slow, say
+from .training import TrainingProgress, check_training, train
+
+NETWORK, TRAINING, FILES = "The network", "Training", "Files"
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="GLOM (Hinton 2021): columns of levels that agree, step by step, on a parse tree of the image.",
+)
+
+
+@app.command("train")
+def train_(
+    data: Annotated[
+        Path,
+        typer.Argument(help="Images in and below a folder, or Parquet files with a column image.", metavar="DATA"),
+    ],
+    out: Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")],
+    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.", rich_help_panel=NETWORK)] = 64,
+    patch_size: Annotated[int, typer.Option(help="Side of a place in pixels.", rich_help_panel=NETWORK)] = 8,
+    dim: Annotated[int, typer.Option(help="Numbers of an embedding.", rich_help_panel=NETWORK)] = 128,
+    levels: Annotated[int, typer.Option(help="Levels of a column.", rich_help_panel=NETWORK)] = 5,
+    expansion: Annotated[
+        int, typer.Option(help="Hidden width of the nets, in units of --dim.", rich_help_panel=NETWORK)
+    ] = 4,
+    consensus: Annotated[
+        str,
+        typer.Option(help="Whom a place hears: all, others (hardly itself) or none.", rich_help_panel=NETWORK),
+    ] = "all",
+    radius: Annotated[
+        float | None,
+        typer.Option(help="Places farther apart do not hear each other. Default: all do.", rich_help_panel=NETWORK),
+    ] = None,
+    top_down: Annotated[
+        bool, typer.Option(help="Whether the level above is heard at all.", rich_help_panel=NETWORK)
+    ] = True,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)] = 3000,
+    batch_size: Annotated[int, typer.Option(help="Images a step.", rich_help_panel=TRAINING)] = 32,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=TRAINING)] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps until the highest learning rate.", rich_help_panel=TRAINING)] = 100,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=TRAINING)] = 0.01,
+    settling: Annotated[
+        int | None,
+        typer.Option(help="Steps in which the columns settle. Default: twice the levels.", rich_help_panel=TRAINING),
+    ] = None,
+    hidden: Annotated[float, typer.Option(help="Share of the places that is hidden.", rich_help_panel=TRAINING)] = 0.5,
+    read_level: Annotated[
+        int, typer.Option(help="Level that pixels are read from; -1 the highest.", rich_help_panel=TRAINING)
+    ] = 0,
+    contrast_weight: Annotated[float, typer.Option(help="Weight of the contrast.", rich_help_panel=TRAINING)] = 0.1,
+    contrast_columns: Annotated[
+        int, typer.Option(help="Columns that are contrasted in a step.", rich_help_panel=TRAINING)
+    ] = 256,
+    temperature: Annotated[float, typer.Option(help="Temperature of the contrast.", rich_help_panel=TRAINING)] = 0.1,
+    agree: Annotated[
+        float,
+        typer.Option(help="Cosine from which on two places agree and do not repel.", rich_help_panel=TRAINING),
+    ] = 0.7,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the images to measure on, never trained on.", rich_help_panel=TRAINING)
+    ] = 0.05,
+    seed: Annotated[
+        int, typer.Option(help="Seed of weights, split, order, hidden places.", rich_help_panel=TRAINING)
+    ] = 0,
+    precision: Annotated[
+        str, typer.Option(help="Number format of the matrix products: auto, fp32 or bf16.", rich_help_panel=TRAINING)
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)] = "auto",
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps between measurements on held-out images.", rich_help_panel=FILES)
+    ] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=FILES)] = 200,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the images are kept. Default: CKPT.cache.", rich_help_panel=FILES)
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Skip larger images (width × height). Default: 89478485.", rich_help_panel=FILES)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=FILES)] = False,
+    debug: Debug = False,
+) -> None:
+    """Train GLOM: fill in hidden places of images, and tell each place from others by what is said of it. No labels.
+
+    Progress goes to stderr, the curves to CKPT.log.jsonl. The same command after a kill goes on exactly where the last
+    checkpoint was.
+
+    Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
+    """
+    check_training(out, evaluate_every, save_every, max_pixels)
+    from typing import get_args
+
+    from apm.classifier import pick_device
+    from apm.glom.model import GLOMConfig
+    from apm.glom.training import NETWORK as KIND
+    from apm.glom.training import GLOMTrainer, GLOMTraining
+    from apm.images import MAX_PIXELS
+    from apm.precision import Precision
+    from apm.pretrain_cache import build_cache
+    from apm.pretrain_checkpoint import check_settings, read_network
+    from apm.pretrain_images import open_images
+
+    if precision not in get_args(Precision):
+        raise unknown("precision", precision, get_args(Precision))
+    sizes = GLOMConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        dim=dim,
+        levels=levels,
+        expansion=expansion,
+        consensus=consensus,  # type: ignore[arg-type]
+        radius=radius,
+        top_down=top_down,
+    )
+    config = GLOMTraining(
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        settling=settling,
+        hidden=hidden,
+        read_level=read_level,
+        contrast_weight=contrast_weight,
+        contrast_columns=contrast_columns,
+        temperature=temperature,
+        agree=agree,
+        held_out=held_out,
+        seed=seed,
+    )
+    config.check_level(sizes)
+    place = pick_device(device)
+    source = open_images(data)
+    if out.exists():  # told now, and not after many images are read
+        check_settings(out, read_network(out, KIND), sizes, {"data": source.fingerprint})
+    notice_if_slow(precision, place)
+    with TrainingProgress(len(source), "images", wanted=not quiet) as progress:
+        images = build_cache(
+            source,
+            None,
+            cache or out.with_name(out.name + ".cache"),
+            size=image_size,
+            max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+            on_image=progress.image,
+        )
+    trainer = GLOMTrainer(
+        out,
+        images,
+        sizes,
+        config,
+        data={"data": source.fingerprint},
+        precision=precision,  # type: ignore[arg-type]
+        device=place,
+    )
+    train(trainer, {"denoising": "hidden places", "contrast": "contrast"}, evaluate_every, save_every, wanted=not quiet)
+    for _, error in images.skipped:
+        failure(f"{error}: skipped")
+    errors, contrast = trainer.held_out_losses()
+    say(
+        f"{out}: {trainer.step:,} steps on {len(trainer.train):,} images; held out on {len(trainer.held_out):,}: mean "
+        f"squared error of hidden places {errors:.5f}, contrast {contrast:.5f}"
+    )
+    if images.skipped:
+        raise typer.Exit(1)

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "interpolate": (".interpolate", "Walk from one image to another between their trigger columns."),
     "field": (".field", "Query a trained student's field of an image, at any locations."),
     "glom": (".glom", "Train GLOM on images, look at its columns, probe its levels."),
+    "prompts": (".prompts", "Convert prompts that CoOp and CoCoOp learned, for apm bench."),
     "corrupt": (".corrupt", "Write the corruptions of ImageNet-C for a folder of images."),
 }
 

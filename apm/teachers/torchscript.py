@@ -1,8 +1,9 @@
-"""The weights in a TorchScript archive, read without running anything of what it carries.
+"""The weights in an archive that torch wrote, read without running anything of what it carries.
 
-Such an archive (OpenAI publishes CLIP as one) is a zip file: a pickle of the module's attributes, the numbers of each
-storage in a file of their own, and code. Here the pickle is read by an unpickler that knows storages, tensors and plain
-containers; whatever else it names becomes an inert placeholder that keeps what it is given. The code is not looked at.
+A TorchScript archive (OpenAI publishes CLIP as one) is a zip file: a pickle of the module's attributes, the numbers of
+each storage in a file of their own, and code; what ``torch.save`` writes is the same without code. Here the pickle is
+read by an unpickler that knows storages, tensors and plain containers; whatever else it names becomes an inert
+placeholder that keeps what it is given. The code is not looked at.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +44,38 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     Raises:
         ValueError, or whatever else damaged bytes make of an unpickler: the archive is not sound.
     """
+    folder, module = _unpickle(archive)
+    return _numbers(archive, folder, _tensors(module))
+
+
+def read_state_dict(archive: zipfile.ZipFile, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Return tensors of the state dict in what ``torch.save`` wrote, whatever else is pickled beside it.
+
+    Args:
+        archive: holds a state dict, alone or under the key "state_dict".
+        wanted: whether a tensor of this name is read.
+
+    Raises:
+        ValueError, or whatever else damaged bytes make of an unpickler: the archive is not sound.
+    """
+    folder, content = _unpickle(archive)
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    found = {name: value for name, value in state.items() if isinstance(value, _Found) and wanted(name)}
+    return _numbers(archive, folder, found)
+
+
+def _unpickle(archive: zipfile.ZipFile) -> tuple[str, Any]:
+    """The folder that holds the storages, and what is pickled."""
     (root,) = (name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1)
     with archive.open(_stored(archive, root)) as file:
-        module = _Unpickler(file).load()
-    folder = root.removesuffix(".pkl")
+        return root.removesuffix(".pkl"), _Unpickler(file).load()
+
+
+def _numbers(archive: zipfile.ZipFile, folder: str, wanted: Mapping[str, _Found]) -> dict[str, Tensor]:
+    """Read the tensors' storages, each once."""
     storages: dict[str, Tensor] = {}
     tensors = {}
-    for name, found in _tensors(module).items():
+    for name, found in wanted.items():
         key = found.storage.key
         if key not in storages:
             storages[key] = _read_storage(archive, f"{folder}/{key}", found.storage.dtype)
@@ -87,6 +114,21 @@ class _Placeholder:
     def __setstate__(self, state: Any) -> None:
         self.attributes = state
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass  # a kind of dictionary
+
+    def append(self, value: Any) -> None:
+        pass  # a kind of list
+
+    extend = append
+
+
+class _Dict(dict[Any, Any]):
+    """A dictionary; the attributes that an OrderedDict may carry, as a state dict does, are dropped."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
 
 class _Unpickler(pickle.Unpickler):
     """Builds containers, `_Found` and `_Placeholder`, and nothing else."""
@@ -95,9 +137,11 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
+            return lambda *arguments: _rebuild(*arguments)  # a fresh one: the pickle may set its attributes
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_rest: tensor
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return _Dict
         return _Placeholder
 
     def persistent_load(self, pid: Any) -> _Storage:

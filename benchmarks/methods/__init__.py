@@ -13,6 +13,8 @@ from apm.errors import UsageError, unknown
 
 from .apm_ttt import APMTestTimeTraining
 from .base import Batch, Method, MethodOptions, Prediction, StreamMethod
+from .cocoop import CoCoOp, TPTCoCoOp
+from .coop import CoOp, TPTCoOp
 from .ctpt import CTPT
 from .dynaprompt import DynaPrompt
 from .mta import MTA
@@ -42,6 +44,10 @@ REGISTRY: dict[str, Callable[[MethodOptions], Method]] = {
     "rtpt": RTPT,
     "rlcf": RLCF,
     "dynaprompt": DynaPrompt,
+    "coop": CoOp,
+    "cocoop": CoCoOp,
+    "tpt+coop": TPTCoOp,
+    "tpt+cocoop": TPTCoCoOp,
     "mta": MTA,
     "zero": Zero,
     "tda": TDA,

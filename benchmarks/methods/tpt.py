@@ -23,11 +23,13 @@ class TPT(PromptTuned):
     """
 
     registered = "tpt"
+    starts_alike = True
+    """Whether every image starts from the same prompt."""
 
     def predict(self, batch: Batch) -> Prediction:
         """Tune the prompt for each image and classify the image itself."""
         answer = super().predict(batch)
-        if self._chosen.steps == 0:
+        if self._chosen.steps == 0 and self.starts_alike:
             answer.logits = answer.logits.where(answer.logits.isnan(), self._start.logits(batch.tokens()))
         return answer
 

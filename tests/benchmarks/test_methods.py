@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import inspect
 import json
 import pkgutil
+import shutil
+import tempfile
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +32,14 @@ from apm.benchmarks.methods import (
     create_method,
     create_methods,
     parse_method,
+    rlcf,
 )
 from apm.benchmarks.methods.base import HasOwnPrompt, Method
 from apm.benchmarks.methods.tda import Cache
 from apm.benchmarks.methods.tpt import marginal_entropy
 from apm.benchmarks.methods.zero import vote_logits, zero_votes
 from apm.errors import UsageError
+from apm.learned_prompt import META_NET, LearnedPrompt, write_learned_prompt
 from apm.prompt_tuning import TunablePrompt, _replaced
 from apm.queries import FEWER
 from apm.zeroshot import ZeroShotHead
@@ -40,10 +47,34 @@ from tests.fakes import FakeTeacher
 
 CLASSES = ("cat", "dog", "coffee mug", "space rocket", "daisy", "bus", "violin")
 TEMPLATE = "a photo of a {}."
-NEEDS = {"rlcf": "rlcf:reward=second"}
-"""Methods that cannot do with their defaults alone."""
 STREAM = {"tda", "dynaprompt"}
 SMALL = MethodOptions(preset="small", steps=3, precision="fp32", views=8)
+
+
+@functools.cache
+def learned_prompt(method: str) -> Path:
+    """A file with a prompt of 4 words as CoOp or CoCoOp would have learned it with `OpenTeacher`."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 16), (2,), (16, 2), (16,)]
+    net = {name: torch.randn(shape, generator=generator) for name, shape in zip(META_NET, shapes, strict=True)}
+    folder = Path(tempfile.mkdtemp(prefix="apm-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    path = folder / "learned.safetensors"
+    prompt = LearnedPrompt(
+        context=torch.randn(4, 16, generator=generator), meta_net=net if method == "cocoop" else None
+    )
+    write_learned_prompt(path, prompt)
+    return path
+
+
+def full_spec(name: str, *, neighbours: int = 20) -> str:
+    """A method's name, with what it cannot do without."""
+    if name == "rlcf":
+        return "rlcf:reward=second"
+    if name == "rtpt":
+        return f"rtpt:neighbours={neighbours}"
+    kind = name.removeprefix("tpt+")
+    return f"{name}:file={learned_prompt(kind)}" if kind in ("coop", "cocoop") else name
 
 
 class OpenTeacher(FakeTeacher):
@@ -197,7 +228,7 @@ def test_no_signature_or_attribute_of_methods_names_a_label() -> None:
 
 @pytest.mark.parametrize("name", [*REGISTRY])
 def test_predict_is_given_the_batch_and_nothing_else(name: str) -> None:
-    method = create_method(NEEDS.get(name, name))
+    method = create_method(full_spec(name))
     assert list(inspect.signature(method.predict).parameters) == ["batch"]
 
 
@@ -298,7 +329,7 @@ def test_what_stands_behind_the_name_wins_over_the_run() -> None:
 
 @pytest.mark.parametrize("name", [*REGISTRY])
 def test_settings_are_json_values(name: str) -> None:
-    method = create_method(NEEDS.get(name, name))
+    method = create_method(full_spec(name))
     assert json.loads(json.dumps(dict(method.settings))) == dict(method.settings)
     assert method.stream is (name in STREAM)
 
@@ -324,9 +355,27 @@ def test_a_strangers_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["zero-shot", "tpt", "mta", "zero", "apm", "apm:target=confident"])
-def test_an_episodic_answer_depends_on_its_image_alone(spec: str) -> None:
-    teacher = OpenTeacher()
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "zero-shot",
+        "tpt",
+        "mta",
+        "zero",
+        "apm",
+        "apm:target=confident",
+        "ctpt",
+        "rtpt",
+        "rlcf",
+        "coop",
+        "cocoop",
+        "tpt+coop",
+        "tpt+cocoop",
+    ],
+)
+def test_an_episodic_answer_depends_on_its_image_alone(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlcf, "load_teacher", lambda spec, device: FakeTeacher(dim=24, name="second", seed=5))
+    teacher, spec = OpenTeacher(), full_spec(spec, neighbours=3)
     together = create_method(spec, SMALL).predict(make_batch(3, teacher))
     method = create_method(spec, SMALL)  # one object for all that follow: nothing may stay in it
     backwards = method.predict(make_batch(3, teacher, order=[2, 1, 0]))

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from apm.benchmarks.methods import Batch, create_method, dynaprompt, rlcf
+from apm.benchmarks.methods.cocoop import TPTCoCoOp
 from apm.benchmarks.methods.prompted import PromptTuned
 from apm.benchmarks.methods.rtpt import view_weights
+from apm.learned_prompt import LearnedPrompt, write_learned_prompt
 from apm.zeroshot import ZeroShotHead
 from tests.benchmarks.goldens import close, each_golden, read_golden
 
@@ -176,3 +178,27 @@ def test_dynaprompt(path: Path, at_a_time: int, monkeypatch: pytest.MonkeyPatch)
     method.reset()
     again = SimpleNamespace(**{**vars(batch), "views": lambda count, min_area: golden["views"][:3]})
     close(method.predict(again).logits, golden["logits"][:3])
+
+
+@each_golden("coop")
+def test_coop_and_cocoop_and_tpt_from_there(path: Path, tmp_path: Path) -> None:
+    golden = read_golden(path)
+    features = golden["image_features"]
+    net = {name: value for name, value in golden.items() if name.startswith("meta_net.")}
+    write_learned_prompt(tmp_path / "coop.safetensors", LearnedPrompt(context=golden["ctx"]))
+    write_learned_prompt(tmp_path / "cocoop.safetensors", LearnedPrompt(context=golden["ctx"], meta_net=net))
+    batch = batch_of(golden, features)
+    tuning = f"views={features.shape[1]},keep={float(golden['selection']):g},lr={float(golden['lr']):g}"
+    for name in ("coop", "cocoop"):
+        plain = create_method(f"{name}:file={tmp_path / name}.safetensors")
+        close(plain.predict(batch).logits, golden[f"{name}_logits"])
+        tuned = create_method(f"tpt+{name}:file={tmp_path / name}.safetensors,{tuning}")
+        assert isinstance(tuned, PromptTuned) and tuned.weight_decay == pytest.approx(float(golden["weight_decay"]))
+        close(tuned.predict(batch).logits, golden[f"tpt_{name}_logits"])
+        if name == "coop":
+            close(tuned._start.features, golden["coop_text_features"])
+    assert isinstance(tuned, TPTCoCoOp)
+    contexts = torch.stack([tuned._learned.for_image(feature) for feature in features[:, 0]])
+    close(contexts, golden["tpt_cocoop_context_first"])
+    pairs = zip(normalize(features, dim=2), features[:, 0], strict=True)
+    close(torch.stack([tuned.tune(*pair).context for pair in pairs]), golden["tpt_cocoop_context"])

@@ -35,8 +35,9 @@ class ClockedBatch(Batch):
         head: ZeroShotHead,
         *,
         seed: int = 0,
+        stream_length: int | None = None,
     ) -> None:
-        super().__init__(ids, images, teacher, head, seed=seed)
+        super().__init__(ids, images, teacher, head, seed=seed, stream_length=stream_length)
         self._cost: dict[Hashable, float] = {}  # seconds spent on each shared part
         self._used: dict[Hashable, float] = {}  # share of each part that the method being measured uses
         self._inside = 0.0  # seconds that the method being measured has spent inside of shared parts

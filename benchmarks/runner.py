@@ -245,7 +245,7 @@ class _Work:
                         break
                     if folder is not None and not folder.is_dir():  # an unplugged drive: no image is at fault
                         raise ApmError(f"{folder} is no longer there. Run the same command again when it is.")
-                    answers = self._answer(items, lane.methods, head, cell)
+                    answers = self._answer(items, lane.methods, head, cell, len(order))
                     rows = [row for row in answers if row.position not in lane.recorded[row.method]]
                     buffer.add(rows, begun)
                     tally.add(rows)
@@ -290,9 +290,9 @@ class _Work:
         remaining = self.left / rate if rate else 0.0
         self.on_progress(Progress(cell, number + 1, len(self.lanes), done, total, tally.accuracy(), rate, remaining))
 
-    def _batch(self, items: Sequence[Readable], head: ZeroShotHead) -> ClockedBatch:
+    def _batch(self, items: Sequence[Readable], head: ZeroShotHead, length: int) -> ClockedBatch:
         ids, images = [item.sample.id for item in items], [item.image for item in items]
-        return ClockedBatch(ids, images, self.teacher, head, seed=self.options.seed)
+        return ClockedBatch(ids, images, self.teacher, head, seed=self.options.seed, stream_length=length)
 
     def _replay(self, lane: Lane, samples: Sequence[Sample], order: Sequence[int], head: ZeroShotHead) -> None:
         """Show stream methods again what they have answered already, and record nothing."""
@@ -303,20 +303,25 @@ class _Work:
         try:
             while items := list(itertools.islice(images, self.options.batch_size)):
                 if readable := [item for item in items if isinstance(item, Readable)]:
-                    batch = self._batch(readable, head)
+                    batch = self._batch(readable, head, len(order))
                     for method in stream:
                         method.predict(batch)
         finally:
             images.close()
 
     def _answer(
-        self, items: Sequence[Readable | Unreadable], methods: Sequence[Method], head: ZeroShotHead, cell: str
+        self,
+        items: Sequence[Readable | Unreadable],
+        methods: Sequence[Method],
+        head: ZeroShotHead,
+        cell: str,
+        length: int,
     ) -> list[Row]:
-        """Answer a batch by all methods: a row for each image and method."""
+        """Answer a batch of a cell of `length` images by all methods: a row for each image and method."""
         rows = []
         readable = [item for item in items if isinstance(item, Readable)]
         if readable:
-            batch = self._batch(readable, head)
+            batch = self._batch(readable, head, length)
             logits, _, _ = batch.measure(lambda: head.logits(batch.tokens()))
             teacher = logits.argmax(1).tolist()
             for method in methods:

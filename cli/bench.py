@@ -93,8 +93,9 @@ def bench(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="zero-shot, tpt, ctpt, rtpt, rlcf, dynaprompt, coop, cocoop, tpt+coop, tpt+cocoop, mta, zero, "
-            "tda or apm, with its own settings as tpt:steps=2; repeatable. "
+            help="zero-shot, tpt, ctpt, rtpt, rlcf, dynaprompt, coop, cocoop, tpt+coop, tpt+cocoop, mta, zero, tps, "
+            "tda, boostadapter, dmn, dpe, dota, onzeta, ecalp, oga or apm, with its own settings as tpt:steps=2; "
+            "repeatable. "
             "Default: zero-shot and apm.",
             rich_help_panel=METHOD,
         ),

@@ -13,14 +13,22 @@ from apm.errors import UsageError, unknown
 
 from .apm_ttt import APMTestTimeTraining
 from .base import Batch, Method, MethodOptions, Prediction, StreamMethod
+from .boostadapter import BoostAdapter
 from .cocoop import CoCoOp, TPTCoCoOp
 from .coop import CoOp, TPTCoOp
 from .ctpt import CTPT
+from .dmn import DMN
+from .dota import DOTA
+from .dpe import DPE
 from .dynaprompt import DynaPrompt
+from .ecalp import ECALP
 from .mta import MTA
+from .oga import OGA
+from .onzeta import OnZeta
 from .rlcf import RLCF
 from .rtpt import RTPT
 from .tda import TDA
+from .tps import TPS
 from .tpt import TPT
 from .zero import Zero
 from .zero_shot import ZeroShot
@@ -51,6 +59,14 @@ REGISTRY: dict[str, Callable[[MethodOptions], Method]] = {
     "mta": MTA,
     "zero": Zero,
     "tda": TDA,
+    "tps": TPS,
+    "dmn": DMN,
+    "boostadapter": BoostAdapter,
+    "onzeta": OnZeta,
+    "ecalp": ECALP,
+    "dpe": DPE,
+    "dota": DOTA,
+    "oga": OGA,
     "apm": APMTestTimeTraining,
 }
 

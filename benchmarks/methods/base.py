@@ -43,6 +43,7 @@ class Batch:
         head: its zero-shot head for the data set's class names.
         seed: of the run, for the views.
         chunk: how many images or views are encoded at a time; bounds the memory.
+        stream_length: number of images in the whole stream that this batch is a part of, where it is known.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class Batch:
         *,
         seed: int = 0,
         chunk: int = 64,
+        stream_length: int | None = None,
     ) -> None:
         if len(ids) != len(images):
             raise ValueError(f"{len(ids)} ids for {len(images)} images")
         self.teacher = teacher
         self.head = head
         self.seed = seed
+        self.stream_length = stream_length
         self.images = tuple(_bare(image) for image in images)
         self._keys = tuple(hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest() for name in ids)
         self._chunk = chunk
@@ -117,7 +120,7 @@ class Batch:
 
     def seen_by(self, teacher: Teacher, head: ZeroShotHead) -> Batch:
         """The same images, and the same views of them, for another teacher and its zero-shot head."""
-        other = Batch((), (), teacher, head, seed=self.seed, chunk=self._chunk)
+        other = Batch((), (), teacher, head, seed=self.seed, chunk=self._chunk, stream_length=self.stream_length)
         other.images, other._keys = self.images, self._keys
         return other
 

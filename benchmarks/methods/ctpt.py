@@ -13,7 +13,8 @@ from torch import Tensor
 
 from apm.errors import UsageError
 
-from .prompted import PromptSettings, marginal_entropy
+from .features import marginal_entropy
+from .prompted import PromptSettings
 from .tpt import TPT
 
 

@@ -26,7 +26,8 @@ from apm.errors import UsageError
 from apm.targets import entropies, kept_count
 
 from .base import Batch, MethodOptions, Prediction
-from .prompted import PromptSettings, PromptTuned, fresh_optimiser, gather, gradient, marginal_entropy, usable
+from .features import marginal_entropy, usable
+from .prompted import PromptSettings, PromptTuned, fresh_optimiser, gather, gradient
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ from torch.nn.functional import normalize
 
 from apm.errors import UsageError
 from apm.prompt_tuning import TunablePrompt
-from apm.targets import entropies, kept_count
 from apm.views import MIN_AREA
 from apm.zeroshot import ZeroShotHead
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
+from .features import marginal_entropy, most_confident, usable
 
 PAPER_PROMPT = "a photo of a {}."
 
@@ -179,23 +179,6 @@ def gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 def fresh_optimiser(context: Tensor, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """The papers' optimiser, with no memory of other images."""
     return torch.optim.AdamW([context], lr=lr, weight_decay=weight_decay)
-
-
-def most_confident(logits: Tensor, keep: float) -> Tensor:
-    """Numbers of the views (V, C) with the lowest entropy, lowest first: the share `keep`, rounded down, but one."""
-    return entropies(logits.softmax(dim=-1)).argsort(stable=True)[: kept_count(len(logits), keep)]
-
-
-def marginal_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of the mean prediction of several views: (V, C) logits → scalar."""
-    mean = logits.log_softmax(dim=1).logsumexp(dim=0) - torch.tensor(float(len(logits)), device=logits.device).log()
-    return -(mean.exp() * mean).sum()
-
-
-def usable(features: Tensor) -> list[bool]:
-    """Of each image's views (B, V, D), whether all have a direction: none zero, all finite."""
-    lengths = torch.linalg.vector_norm(features.float(), dim=2)
-    return (lengths.isfinite() & (lengths > 0)).all(dim=1).tolist()
 
 
 def gather(good: Sequence[bool], classes: int, rows: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> Prediction:

@@ -12,17 +12,16 @@ confident augmented views on the ImageNet family.
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from apm.targets import entropies
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
+from .features import answer_each, entropy_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +80,10 @@ class Cache:
         bisect.insort(entries, (entropy, feature, marked), key=lambda entry: entry[0])
         self._stacked = None
 
+    def entries(self, predicted: int) -> list[tuple[float, Tensor]]:
+        """Entropies and features (D,) under a predicted class, the most confident first."""
+        return [(entropy, feature) for entropy, feature, _ in self._entries.get(predicted, [])]
+
     def logits(self, feature: Tensor) -> Tensor:
         """For each class, the sum of the entries that speak of it, weighted by likeness to a (D,) feature: (C,)."""
         total = feature.new_zeros(self.classes)
@@ -116,11 +119,12 @@ class TDA:
 
     def predict(self, batch: Batch) -> Prediction:
         """Classify the images in their order, each after it has been entered into the caches."""
-        tokens = batch.tokens()
-        features = normalize(tokens, dim=1)
-        logits = batch.head.logits(tokens)  # (B, C)
-        rows = [self._step(feature, row) for feature, row in zip(features, logits, strict=True)]
-        return Prediction(logits=torch.stack(rows))
+        text, scale = batch.head.features, batch.head.logit_scale
+
+        def step(views: Tensor) -> Tensor:
+            return self._step(views[0], scale * views[0] @ text.T)
+
+        return Prediction(logits=answer_each(batch.tokens().unsqueeze(1), len(text), step))
 
     def _step(self, feature: Tensor, logits: Tensor) -> Tensor:
         """Update the caches with one image, (D,) and (C,), and return its adapted logits (C,)."""
@@ -130,8 +134,8 @@ class TDA:
         entropy = float(entropies(probabilities))
         predicted = int(logits.argmax())
         positive.update(predicted, entropy, feature, logits.argmax().reshape(1))
-        # Nats over log2 of the classes, as published: the thresholds are meant for this mixture of units.
-        if chosen.entropy_low < entropy / math.log2(max(classes, 2)) < chosen.entropy_high:
+        # As published: the thresholds are meant for this mixture of units.
+        if chosen.entropy_low < entropy_share(probabilities) < chosen.entropy_high:
             doubted = (probabilities > chosen.mask_low) & (probabilities < chosen.mask_high)
             negative.update(predicted, entropy, feature, doubted.nonzero().flatten())
         gain = chosen.positive_alpha * positive.logits(feature)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .base import Batch, Prediction
-from .prompted import PAPER_PROMPT, PromptSettings, PromptTuned, marginal_entropy
+from .features import marginal_entropy
+from .prompted import PAPER_PROMPT, PromptSettings, PromptTuned
 
 __all__ = ["PAPER_PROMPT", "TPT", "TPTSettings", "marginal_entropy"]
 

@@ -8,6 +8,7 @@ import gc
 import inspect
 import json
 import pkgutil
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -47,7 +48,8 @@ from tests.fakes import FakeTeacher
 
 CLASSES = ("cat", "dog", "coffee mug", "space rocket", "daisy", "bus", "violin")
 TEMPLATE = "a photo of a {}."
-STREAM = {"tda", "dynaprompt"}
+FEATURE_STREAMS = ("tda", "dmn", "boostadapter", "onzeta", "ecalp", "dpe", "dota", "oga")
+STREAM = {*FEATURE_STREAMS, "dynaprompt"}
 SMALL = MethodOptions(preset="small", steps=3, precision="fp32", views=8)
 
 
@@ -294,6 +296,11 @@ def test_method_specs_are_parsed() -> None:
         ("rlcf:reward=second,proposals=1", "1 proposals"),
         ("dynaprompt:prompts=0", "0 prompts"),
         ("tpt:prompt={} texture.", "needs words before"),
+        ("dpe:answer=men", 'Did you mean "mean"'),
+        ("boostadapter:mode=imagee", 'Did you mean "image"'),
+        ("tps:keep=0", "keep is 0.0"),
+        ("dmn:shots=0", "0 shots"),
+        ("onzeta:beta=2", "beta between 0 and 1"),
         ("zero-shot:views=3", 'Unknown setting of method "zero-shot" "views"'),
     ],
 )
@@ -334,6 +341,12 @@ def test_settings_are_json_values(name: str) -> None:
     assert method.stream is (name in STREAM)
 
 
+def test_every_method_has_its_row_and_its_kind_in_the_table_of_methods() -> None:
+    text = (Path(__file__).parent.parent.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w+-]+)` \|[^|]+\| (episodic|stream) \|", text.split("## The methods")[1], re.MULTILINE)
+    assert dict(rows) == {name: "stream" if name in STREAM else "episodic" for name in REGISTRY}
+
+
 def test_a_strangers_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class Uniform:
         name = "uniform"
@@ -362,6 +375,7 @@ def test_a_strangers_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatc
         "tpt",
         "mta",
         "zero",
+        "tps",
         "apm",
         "apm:target=confident",
         "ctpt",
@@ -585,17 +599,20 @@ def test_votes_as_logits_keep_the_winner_and_the_shares() -> None:
 # --- TDA --------------------------------------------------------------------------------------------------------------
 
 
-def test_tda_depends_on_the_order_and_forgets_on_reset() -> None:
+@pytest.mark.parametrize("name", FEATURE_STREAMS)
+def test_a_stream_method_depends_on_the_order_and_forgets_on_reset(name: str) -> None:
     teacher = FakeTeacher(dim=16)
-    method: Any = create_method("tda")
-    forward = method.predict(make_batch(12, teacher)).logits
+    method: Any = create_method(name, SMALL)
+    forward = method.predict(make_batch(12, teacher, stream_length=12)).logits
     method.reset()
-    assert torch.equal(method.predict(make_batch(12, teacher)).logits, forward)
+    assert torch.equal(method.predict(make_batch(12, teacher, stream_length=12)).logits, forward)
     method.reset()
-    backward = method.predict(make_batch(12, teacher, order=list(range(11, -1, -1)))).logits.flip(0)
+    turned = make_batch(12, teacher, order=list(range(11, -1, -1)), stream_length=12)
+    backward = method.predict(turned).logits.flip(0)
     assert not torch.allclose(backward, forward, atol=1e-3)
     method.reset()
-    split = [method.predict(make_batch(12, teacher, order=part)).logits for part in ([0, 1, 2, 3, 4], [*range(5, 12)])]
+    parts = (make_batch(12, teacher, order=part, stream_length=12) for part in ([0, 1, 2, 3, 4], [*range(5, 12)]))
+    split = [method.predict(part).logits for part in parts]
     torch.testing.assert_close(torch.cat(split), forward, rtol=1e-5, atol=1e-5)
 
 

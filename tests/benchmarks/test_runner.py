@@ -205,13 +205,16 @@ def test_a_stream_method_goes_on_as_if_never_stopped(tmp_path: Path, bad: tuple[
     assert [row[4:6] for row in answers(fresh)] != [row[4:6] for row in answers(whole) if row[3] == "stream"]
 
 
-def test_tda_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "spec", ["tda", "dmn:views=4", "boostadapter:views=4", "onzeta", "ecalp", "dpe:views=4", "dota:views=4", "oga"]
+)
+def test_published_streams_go_on_as_if_never_stopped(tmp_path: Path, spec: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     dataset = make_dataset(30)
-    make_run(whole, [Plain(), create_method("tda")], dataset)
+    make_run(whole, [Plain(), create_method(spec)], dataset)
     with pytest.raises(KeyboardInterrupt):
-        make_run(parts, [Interrupting(13), create_method("tda")], dataset)
-    make_run(parts, [Plain(), create_method("tda")], dataset)
+        make_run(parts, [Interrupting(13), create_method(spec)], dataset)
+    make_run(parts, [Plain(), create_method(spec)], dataset)
     assert_same(parts, whole)
 
 

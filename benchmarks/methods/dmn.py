@@ -1,0 +1,122 @@
+"""DMN-TF, dual memory networks without training (Zhang et al., 2024): a memory of test images, read by attention.
+
+For each class the memory holds the features of the surest images that were given to it. For a new image each class
+makes a classifier of its own from the memory: what it remembers, weighted by likeness to the image. The answer is the
+sum of the teacher's probabilities and those of this dynamic classifier. It depends on the images before: the run seeds
+and records their order.
+
+The published accuracies choose the weight of the second part among eleven values or more by the test labels. That is
+an oracle: here the weight is a setting, 1 as in the published code, and nothing searches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from apm.errors import UsageError
+from apm.targets import entropies
+from apm.views import MIN_AREA
+
+from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
+from .features import answer_each, most_confident
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMNSettings:
+    """The published settings, but for 64 views as the other methods have; published are 32."""
+
+    views: int = 64
+    min_area: float = MIN_AREA
+    keep: float = 0.1
+    """Share of the views, those of lowest entropy, whose mean prediction decides what is remembered and where."""
+    shots: int = 50
+    """Images remembered per class."""
+    beta: float = 5.5
+    """Sharpness of the attention."""
+    alpha: float = 1.0
+    """Weight of the dynamic classifier's probabilities."""
+
+    def __post_init__(self) -> None:
+        check_share("keep", self.keep)
+        if self.shots < 1:
+            raise UsageError(f"DMN with {self.shots} shots: at least one image per class must be remembered.")
+
+
+class DynamicMemory:
+    """Features of test images by predicted class. Memory: C·L·D numbers, L the most that any class has, up to `shots`.
+
+    Args:
+        text: (C, D) of unit length.
+        shots: entries kept per class.
+        beta: sharpness: an entry counts exp(−β·(1 − cosine)).
+    """
+
+    def __init__(self, text: Tensor, shots: int, beta: float) -> None:
+        self.text, self.shots, self.beta = text, shots, beta
+        self.entropies: list[list[float]] = [[] for _ in text]
+        self._kept = text.new_zeros(len(text), min(shots, 2), text.shape[1])  # (C, L, D), L grows as needed
+
+    def update(self, predicted: int, entropy: float, feature: Tensor) -> None:
+        """Remember a feature (D,) under its predicted class; a full class forgets its most uncertain entry for it."""
+        known = self.entropies[predicted]
+        if len(known) < self.shots:
+            slot = len(known)
+            known.append(entropy)
+            if slot == self._kept.shape[1]:
+                room = min(self.shots, 2 * slot) - slot
+                grown = self._kept.new_zeros(len(self.text), room, self.text.shape[1])
+                self._kept = torch.cat([self._kept, grown], dim=1)
+        else:
+            slot = max(range(self.shots), key=known.__getitem__)
+            if entropy >= known[slot]:
+                return
+            known[slot] = entropy
+        self._kept[predicted, slot] = feature
+
+    def classifier(self, feature: Tensor) -> Tensor:
+        """The classes as they are remembered with regard to a feature (D,): (C, D) of unit length."""
+        weights = torch.exp(self.beta * (self._kept @ feature - 1)).unsqueeze(1)  # (C, 1, L); an empty slot adds zeros
+        own = torch.exp(self.beta * (self.text @ feature - 1)).unsqueeze(1)  # (C, 1)
+        return normalize((weights @ self._kept).squeeze(1) + own * self.text, dim=1)
+
+
+class DMN:
+    """A stream method: the memory grows with every image until `reset`."""
+
+    stream = True
+
+    def __init__(self, options: MethodOptions) -> None:
+        self.name = display_name("dmn", options)
+        self._chosen = make_settings(DMNSettings, "dmn", options, views=options.views)
+        self.settings: Mapping[str, Json] = settings_record(self._chosen)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every image."""
+        self.memory: DynamicMemory | None = None
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Classify the images in their order, each after it has been remembered."""
+        chosen, text, scale = self._chosen, batch.head.features, batch.head.logit_scale
+        memory = self.memory = self.memory or DynamicMemory(text, chosen.shots, chosen.beta)
+
+        def step(views: Tensor) -> Tensor:
+            logits = scale * views @ text.T  # (V, C)
+            mean = logits[most_confident(logits, chosen.keep)].softmax(dim=1).mean(dim=0)  # (C,)
+            memory.update(int(mean.argmax()), float(entropies(mean)), views[0])
+            dynamic = scale * memory.classifier(views[0]) @ views[0]  # (C,)
+            # The logarithm of p_zs + α·p_dyn, also where both underflow.
+            return torch.logaddexp(logits[0].log_softmax(dim=0), dynamic.log_softmax(dim=0) + _log(chosen.alpha))
+
+        views = batch.views(chosen.views, min_area=chosen.min_area)
+        return Prediction(logits=answer_each(views, len(text), step))
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf

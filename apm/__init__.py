@@ -15,23 +15,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apm.adapt import AdaptConfig, AdaptResult, TestTimeTrainer
     from apm.classifier import Answer, Classifier
-    from apm.model import APM, APMConfig
+    from apm.student.config import APMConfig
+    from apm.student.model import APM
     from apm.teachers import load_teacher
-    from apm.zeroshot import ZeroShotHead
+    from apm.test_time.trainer import AdaptConfig, AdaptResult, TestTimeTrainer
+    from apm.text.zeroshot import ZeroShotHead
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "APM": "apm.model",
-    "APMConfig": "apm.model",
-    "AdaptConfig": "apm.adapt",
-    "AdaptResult": "apm.adapt",
+    "APM": "apm.student.model",
+    "APMConfig": "apm.student.model",
+    "AdaptConfig": "apm.test_time.trainer",
+    "AdaptResult": "apm.test_time.trainer",
     "Answer": "apm.classifier",
     "Classifier": "apm.classifier",
-    "TestTimeTrainer": "apm.adapt",
-    "ZeroShotHead": "apm.zeroshot",
+    "TestTimeTrainer": "apm.test_time.trainer",
+    "ZeroShotHead": "apm.text.zeroshot",
     "load_teacher": "apm.teachers",
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from apm.adapt import AdaptResult
+from apm.test_time.trainer import AdaptResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Perception:
     """An answer, and all that it was read from.
 
     The field is asked at rows and columns of the student's grid, whose cell centres are at 0, 1, … and which covers the
-    square that `apm.images.central_square` cuts, as the teacher's grid does.
+    square that `apm.images.load.central_square` cuts, as the teacher's grid does.
 
     Attributes:
         answer: what `Classifier.__call__` says of the image.

@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apm.adapt import LARGEST_BATCH, AdaptConfig, AdaptResult, TestTimeTrainer
-from apm.ahead import in_order
 from apm.answers import Adaptation, Answer, Perception, Prediction
 from apm.errors import ImageError, TeacherError, UsageError, unknown
-from apm.grids import resample
-from apm.images import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image, student_input
+from apm.images.ahead import in_order
+from apm.images.load import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image, student_input
+from apm.images.paths import printable
 from apm.labels import (
     LABEL_SET_NAMES,
     check_labels,
@@ -30,14 +29,15 @@ from apm.labels import (
     choose_templates,
     prompt_templates,
 )
-from apm.model import APMConfig
-from apm.paths import printable
-from apm.queries import AUTO, locations_a_step
-from apm.targets import aggregate, check_distilled, policy
+from apm.student.config import APMConfig
+from apm.student.field import resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher
-from apm.views import pixels_id, view_tokens
-from apm.zeroshot import ZeroShotHead
+from apm.test_time.queries import AUTO, locations_a_step
+from apm.test_time.targets import aggregate, check_distilled, policy
+from apm.test_time.trainer import LARGEST_BATCH, AdaptConfig, AdaptResult, TestTimeTrainer
+from apm.test_time.views import pixels_id, view_tokens
+from apm.text.zeroshot import ZeroShotHead
 
 __all__ = [
     "Adaptation",
@@ -92,15 +92,15 @@ class Classifier:
         distil: what the student is overfit to: "cls", the teacher's token; "grid", its grid of patch features at the
             student's own locations; "both".
         rgb_weight: weight of a loss towards the image's own colours, added to that; 0: none.
-        target: what the student's token is overfit to, a name of `apm.targets.TARGETS`: "cls", the teacher's token of
-            the image (the paper's); "mean", "confident", "mta" or "best", an aggregate over augmented views of it.
+        target: what the student's token is overfit to, a name of `apm.test_time.targets.TARGETS`: "cls", the teacher's
+            token of the image (the paper's); "mean", "confident", "mta" or "best", an aggregate over augmented views.
         queries: locations that each step reads, drawn afresh: a number, an approximation that is faster on a CPU;
-            "all", as in the paper; "auto" chooses (see `apm.queries`).
+            "all", as in the paper; "auto" chooses (see `apm.test_time.queries`).
         top_k: how many labels an answer ranks.
         min_probability: answers whose best label is less probable are marked as unsure, in [0, 1].
         max_pixels: largest width × height of a file that is decoded. Decoding takes 8 bytes a pixel for most formats,
-            up to 24 for WebP, AVIF and JPEG 2000, and all threads together `apm.images.DECODING_BYTES`, or what one
-            larger picture takes.
+            up to 24 for WebP, AVIF and JPEG 2000, and all threads together `apm.images.load.DECODING_BYTES`, or what
+            one larger picture takes.
         progress: called with the number of labels whose text is encoded and the number of all; not at all where their
             features are cached.
 

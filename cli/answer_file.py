@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from apm.errors import UsageError
-from apm.files import write_atomically
-from apm.paths import printable
+from apm.images.files import write_atomically
+from apm.images.paths import printable
 
 if TYPE_CHECKING:
     from apm.classifier import Classifier

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from apm.errors import ImageError, UsageError
-from apm.paths import expand_paths, file_problem, printable
+from apm.images.paths import expand_paths, file_problem, printable
 
 from . import render
 from .answer_file import AnswerFile, Fingerprint, answer_settings, fingerprint
@@ -41,7 +41,7 @@ class Inputs:
     """The files to look at. Those that cannot be read at all are named at once, before anything is loaded.
 
     Args:
-        arguments: as `apm.paths.expand_paths` takes them.
+        arguments: as `apm.images.paths.expand_paths` takes them.
 
     Raises:
         UsageError: an argument is empty, or paths are to come on stdin and it is closed.
@@ -160,8 +160,8 @@ class Answering:
 
 def _explained(classifier: Classifier, paths: Iterable[Path], folder: Path, size: int) -> Iterator[Answer]:
     """Yield the answers, each after its picture and arrays are on disk."""
-    from apm.benchmarks.explain_figures import write_explanation
     from apm.classifier import Answer
+    from apm.figures.label_maps import write_explanation
 
     for path in paths:
         try:

@@ -14,27 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apm.errors import UsageError
+from apm.images.paths import printable
 from apm.labels import PROMPT_NAMES
-from apm.paths import printable
-from apm.queries import parse_queries
+from apm.test_time.queries import parse_queries
 
 from .options import Debug
 from .progress import counted
-from .render import (
-    failure,
-    notice,
-    notice_if_slow,
-    progress_line,
-    progress_on_terminal,
-    say,
-    say_json,
-    warning,
-)
+from .render import failure, notice, notice_if_slow, progress_line, progress_on_terminal, say, say_json, warning
 from .table import print_table, show
 
 if TYPE_CHECKING:
-    from apm.benchmarks.distributed import Group
-    from apm.benchmarks.runner import Progress, Summary
+    from apm.benchmarks.runs.runner import Progress, Summary
+    from apm.processes import Group
     from apm.teachers.base import Teacher
 
 DATA, METHOD, RUN, OUTPUT = "Data", "Methods", "The run", "Output"
@@ -213,7 +204,7 @@ def bench(
         raise UsageError("--prompts and --template exclude each other; give one of them.")
     parse_queries(queries)
 
-    from apm.benchmarks.plan import default_folder, method_specs, plan_cells
+    from apm.benchmarks.runs.plan import default_folder, method_specs, plan_cells
     from apm.labels import check_templates, prompt_templates
 
     templates = check_templates(template) if template else prompt_templates(prompts) if prompts else None
@@ -229,10 +220,10 @@ def bench(
         label_set=label_set,
     )
 
-    from apm.benchmarks.distributed import join, on_many_machines, restarted
     from apm.benchmarks.methods import MethodOptions, create_methods
-    from apm.benchmarks.run_record import RunOptions
-    from apm.benchmarks.runner import run
+    from apm.benchmarks.runs.run_record import RunOptions
+    from apm.benchmarks.runs.runner import run
+    from apm.processes import join, on_many_machines, restarted
 
     if (
         fresh and on_many_machines()
@@ -307,7 +298,7 @@ def bench(
 
 
 def _load_teacher(name: str | None, device: str, group: Group) -> Teacher:
-    from apm.benchmarks.distributed import local_rank
+    from apm.processes import local_rank
     from apm.teachers import check_teacher, load_default_teacher, load_teacher
 
     if name is not None:
@@ -324,8 +315,8 @@ def _precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, group: G
     """What auto comes to: that of the run that is continued, else what is measured, the same in all processes."""
     if asked != "auto":
         return asked
-    from apm.benchmarks.records import RunFolder
-    from apm.precision import measured_precision
+    from apm.benchmarks.runs.records import RunFolder
+    from apm.student.matmul import measured_precision
 
     chosen: str | None = None
     if group.first:
@@ -379,9 +370,9 @@ def _duration(seconds: float) -> str:
 
 
 def _print_summary(summary: Summary, *, as_json: bool) -> None:
-    from apm.benchmarks.records import Records
-    from apm.benchmarks.table_formats import as_json as tables_as_json
-    from apm.benchmarks.tables import make_tables
+    from apm.benchmarks.runs.records import Records
+    from apm.benchmarks.tables.build import make_tables
+    from apm.benchmarks.tables.formats import as_json as tables_as_json
 
     tables = make_tables([Records.open(summary.path)])
     if as_json:

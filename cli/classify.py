@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apm.errors import UsageError
+from apm.images.paths import printable
 from apm.labels import LABEL_SET_NAMES, PROMPT_NAMES, parse_labels, read_labels_file
-from apm.paths import printable
-from apm.queries import parse_queries
 from apm.startup import collector_paused
+from apm.test_time.queries import parse_queries
 
 from . import render
 from .answer_file import check_out
@@ -204,7 +204,7 @@ def classify(
 
         with collector_paused():
             from apm.classifier import Classifier
-            from apm.images import MAX_PIXELS
+            from apm.images.load import MAX_PIXELS
 
         with counted("encoding labels", wanted=not quiet) as encoded:
             classifier = Classifier(
@@ -259,7 +259,7 @@ def _for_maps(
     folder: Path, size: int, steps: int | None, lr: float | None, distil: str | None, precision: str | None
 ) -> tuple[int, float, str, str, list[str]]:
     """Check what --explain needs before anything is loaded; fill in what was not given, and say what was filled in."""
-    from apm.explain import LR, STEPS
+    from apm.test_time.label_maps import LR, STEPS
 
     if size < 1:
         raise UsageError(f"--explain-size is {size}; it must be at least 1.")

@@ -14,7 +14,7 @@ from .render import failure, notice, say_json
 from .table import print_table
 
 if TYPE_CHECKING:
-    from apm.benchmarks.compare import Comparison
+    from apm.benchmarks.tables.compare import Comparison
 
 _IDS_SHOWN = 20
 
@@ -46,8 +46,8 @@ def compare(
     Exit code: 0 within the limits; 1 something moved further (cell, method, what and images are named on stderr); 2 the
     runs cannot be compared: their configurations differ.
     """
-    from apm.benchmarks.compare import MEASURES, Limits, compare, unchecked
-    from apm.benchmarks.records import Records
+    from apm.benchmarks.runs.records import Records
+    from apm.benchmarks.tables.compare import MEASURES, Limits, compare, unchecked
 
     limits = Limits(
         tolerance=tolerance,
@@ -85,7 +85,7 @@ def _change(name: str, value: float | None) -> str:
 
 
 def _line(result: Comparison) -> list[str]:
-    from apm.benchmarks.compare import MEASURES
+    from apm.benchmarks.tables.compare import MEASURES
 
     return [
         result.cell,

@@ -46,7 +46,7 @@ def corrupt(
 
     Images that cannot be read are named on stderr, and the exit code is then 1.
     """
-    from apm.benchmarks.corruptions.tree import TreeSettings, TreeWriter
+    from apm.benchmarks.datasets.corrupted_tree import TreeSettings, TreeWriter
 
     settings = TreeSettings(seed=seed, resize=resize, format=format)
     named = () if corruption is None or "all" in corruption else corruption  # none named: all 15

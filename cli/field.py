@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from apm.errors import UsageError, unknown
-from apm.paths import printable
+from apm.images.paths import printable
 
 from .options import Debug
 from .render import notice, say
@@ -51,11 +51,11 @@ def field(
     if chunk < 1:
         raise UsageError(f"--chunk must be 1 or more, not {chunk}.")
     side = 224 if size is None else size
-    from apm.benchmarks import figures
-    from apm.benchmarks.unfolding import LIMIT, read_locations, write_field
     from apm.classifier import pick_device
-    from apm.field import Student
-    from apm.images import MAX_PIXELS, load_image
+    from apm.figures import base as figures
+    from apm.figures.field import LIMIT, read_locations, write_field
+    from apm.images.load import MAX_PIXELS, load_image
+    from apm.pretrain.student import Student
 
     if not 1 <= side <= LIMIT:
         raise UsageError(f"--size must be from 1 to {LIMIT}, not {side}.")

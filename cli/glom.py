@@ -109,11 +109,11 @@ def train_(
     from apm.glom.model import GLOMConfig
     from apm.glom.training import NETWORK as KIND
     from apm.glom.training import GLOMTrainer, GLOMTraining
-    from apm.images import MAX_PIXELS
-    from apm.precision import Precision
-    from apm.pretrain_cache import build_cache
-    from apm.pretrain_checkpoint import check_settings, read_network
-    from apm.pretrain_images import open_images
+    from apm.images.load import MAX_PIXELS
+    from apm.pretrain.cache import build_cache
+    from apm.pretrain.checkpoint import check_settings, read_network
+    from apm.pretrain.images import open_images
+    from apm.student.matmul import Precision
 
     if precision not in get_args(Precision):
         raise unknown("precision", precision, get_args(Precision))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from apm.errors import UsageError
-from apm.paths import printable
+from apm.images.paths import printable
 
 from .options import Debug
 from .render import notice, say
@@ -35,10 +35,10 @@ def interpolate(
         raise UsageError(f"--frames must be from 2 (the two ends) to 1000, not {frames}.")
     if not 1 <= size <= 1024:
         raise UsageError(f"--size must be from 1 to 1024, not {size}.")
-    from apm.benchmarks.unfolding import write_walk
     from apm.classifier import pick_device
-    from apm.field import Student
-    from apm.images import MAX_PIXELS, load_image
+    from apm.figures.field import write_walk
+    from apm.images.load import MAX_PIXELS, load_image
+    from apm.pretrain.student import Student
 
     student = Student.load(checkpoint, device=pick_device(device))
     loaded = [load_image(path, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels) for path in (first, last)]

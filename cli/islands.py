@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apm.errors import ImageError, UsageError
-from apm.files import write_atomically
-from apm.paths import expand_paths, printable
+from apm.images.files import write_atomically
+from apm.images.paths import expand_paths, printable
 
 from . import render
 from .options import Debug
@@ -69,11 +69,11 @@ def islands(
         check_teacher(teacher)
     files = list(expand_paths(paths))
 
-    from apm.adapt import AdaptConfig
-    from apm.benchmarks import islands as study
+    from apm.benchmarks.studies import islands as study
     from apm.classifier import pick_device
-    from apm.model import APMConfig
+    from apm.student.config import APMConfig
     from apm.teachers import load_default_teacher, load_teacher
+    from apm.test_time.trainer import AdaptConfig
 
     adapt = AdaptConfig(steps=steps, lr=lr, seed=seed)
     APMConfig.preset(preset, dim=512)  # a wrong name is told before the teacher is loaded
@@ -118,10 +118,11 @@ def _one(
 ) -> None:
     from PIL import Image
 
-    from apm import islands as measuring
-    from apm.benchmarks import figures, island_figures
-    from apm.benchmarks import islands as study
-    from apm.images import central_square
+    from apm.benchmarks.studies import island_figures
+    from apm.benchmarks.studies import islands as study
+    from apm.figures import base as figures
+    from apm.images.load import central_square
+    from apm.student import islands as measuring
 
     config = by_target["cls"].model
     square = central_square(image, config.image_size)
@@ -180,7 +181,7 @@ def _one(
 
 def _read(files: list[Path]) -> list[tuple[Path, Image.Image]]:
     """Read the images; what cannot be read is told, and left out."""
-    from apm.images import load_image
+    from apm.images.load import load_image
 
     images = []
     for file in files:

@@ -78,15 +78,15 @@ def pretrain(
     from dataclasses import asdict
     from typing import get_args
 
-    from apm.model import PRESETS
-    from apm.precision import Precision
+    from apm.student.config import PRESETS
+    from apm.student.matmul import Precision
 
     for kind, name, known in (("preset", preset, PRESETS), ("precision", precision, get_args(Precision))):
         if name not in known:
             raise unknown(kind, name, known)
-    from apm.benchmarks.distributed import join, local_rank
-    from apm.pretrain_config import PretrainConfig
-    from apm.pretrain_images import open_images
+    from apm.pretrain.config import PretrainConfig
+    from apm.pretrain.images import open_images
+    from apm.processes import join, local_rank
 
     config = PretrainConfig(
         steps=steps,
@@ -101,11 +101,11 @@ def pretrain(
     )
     source = open_images(folder)
     from apm.classifier import pick_device
-    from apm.images import MAX_PIXELS
-    from apm.model import APMConfig
-    from apm.pretrain import Pretrainer
-    from apm.pretrain_cache import build_cache
-    from apm.pretrain_checkpoint import check_settings, read_checkpoint
+    from apm.images.load import MAX_PIXELS
+    from apm.pretrain.cache import build_cache
+    from apm.pretrain.checkpoint import check_settings, read_checkpoint
+    from apm.pretrain.trainer import Pretrainer
+    from apm.student.config import APMConfig
     from apm.teachers import load_grid_teacher
 
     place = pick_device(device)

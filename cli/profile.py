@@ -14,7 +14,7 @@ from .options import Debug
 from .render import notice_if_slow
 
 if TYPE_CHECKING:
-    from apm.benchmarks.profile import StudentProfile, TeacherProfile
+    from apm.benchmarks.speed.profile import StudentProfile, TeacherProfile
 
 ROUNDS = 5
 
@@ -42,13 +42,13 @@ def profile(
 
     from typing import get_args
 
-    from apm.benchmarks.profile import profile_student, profile_teacher
     from apm.benchmarks.speed.options import loaded_engine
+    from apm.benchmarks.speed.profile import profile_student, profile_teacher
     from apm.benchmarks.speed.timing import Work, interleaved, spread
     from apm.classifier import pick_device
     from apm.errors import unknown
-    from apm.model import APMConfig
-    from apm.precision import Precision, measured_precision
+    from apm.student.config import APMConfig
+    from apm.student.matmul import Precision, measured_precision
     from apm.teachers import load_teacher
 
     if precision not in get_args(Precision):

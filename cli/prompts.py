@@ -36,7 +36,7 @@ def convert(
 
     Only the learned context (and CoCoOp's meta-net) is kept: the class names are those of the data set at hand.
     """
-    from apm.learned_prompt import read_published, write_learned_prompt
+    from apm.text.learned_prompt import read_published, write_learned_prompt
 
     prompt = read_published(checkpoint)
     path = out or checkpoint.with_name(f"{checkpoint.name}.safetensors")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from apm.paths import printable
+from apm.images.paths import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from apm.classifier import Adaptation, Answer, Classifier, Prediction
-    from apm.precision import Precision
+    from apm.student.matmul import Precision
 
 PLAIN_WIDTH = 120  # of output that goes to a file or a pipe, where no terminal gives a width
 
@@ -61,7 +61,7 @@ def notice(text: str) -> None:
 
 def notice_if_slow(precision: str, device: torch.device) -> None:
     """Say so, even to those who asked for quiet, where the precision asked for is the slower one."""
-    from apm.precision import slowness
+    from apm.student.matmul import slowness
 
     if text := slowness(cast("Precision", precision), device):
         notice(text)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apm.errors import UsageError, unknown
-from apm.paths import printable
+from apm.images.paths import printable
 
 from .options import Debug
 from .render import say, say_json, warning
 
 if TYPE_CHECKING:
-    from apm.benchmarks.tables import Table
+    from apm.benchmarks.tables.build import Table
 
 FORMAT_NAMES = ("rich", "markdown", "csv", "json", "latex")
 _WIDE = 4000  # columns: a table is never cut, whatever the terminal's width
@@ -45,9 +45,9 @@ def table(
     if format not in FORMAT_NAMES:
         raise unknown("format", format, FORMAT_NAMES)
 
-    from apm.benchmarks.records import Records
-    from apm.benchmarks.table_formats import FORMATS
-    from apm.benchmarks.tables import make_tables
+    from apm.benchmarks.runs.records import Records
+    from apm.benchmarks.tables.build import make_tables
+    from apm.benchmarks.tables.formats import FORMATS
 
     tables = make_tables([Records.open(path) for path in runs], published=published, oracle=oracle)
     if not tables:
@@ -62,7 +62,7 @@ def table(
 
 def show(tables: Sequence[Table]) -> None:
     """Print tables to stdout for people; warnings go to stderr."""
-    from apm.benchmarks.table_formats import DETAIL_HEADINGS, details, grid
+    from apm.benchmarks.tables.formats import DETAIL_HEADINGS, details, grid
 
     for one in tables:
         headings, rows = grid(one)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from apm.errors import UsageError
-from apm.paths import printable
+from apm.images.paths import printable
 
 from .render import notice, progress_line, progress_on_terminal
 
 if TYPE_CHECKING:
-    from apm.pretrain_loop import Trainer
+    from apm.pretrain.loop import Trainer
 
 _SAY_EVERY = 20.0  # seconds between lines where stderr is no terminal
 

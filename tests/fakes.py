@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from apm.images import central_square, normalised
+from apm.images.load import central_square, normalised
 
 
 class FakeTeacher:

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apm.images import central_square
-from apm.model import APMConfig
-from apm.pretrain_cache import GridCache, build_cache
-from apm.pretrain_config import PretrainConfig
-from apm.pretrain_images import open_images
+from apm.images.load import central_square
+from apm.pretrain.cache import GridCache, build_cache
+from apm.pretrain.config import PretrainConfig
+from apm.pretrain.images import open_images
+from apm.student.config import APMConfig
 
 STUDENT = APMConfig(
     dim=4, image_size=16, patch_size=4, position_dim=8, hidden=(16, 12, 8), rgb_hidden=8, readout="mean", init_std=0.1

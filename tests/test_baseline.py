@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apm.benchmarks import baseline
-from apm.benchmarks.records import Records
+from apm.benchmarks.runs.records import Records
+from apm.benchmarks.studies import baseline
 from apm.cli.main import load_command
 
 ROOT = Path(__file__).parent.parent
@@ -21,13 +21,13 @@ EXAMPLE = ROOT / "benchmarks" / "examples" / "imagenet_c_regression.yml"
 @pytest.mark.slow
 def test_the_recorded_baseline_is_reproduced(capfd: pytest.CaptureFixture[str]) -> None:
     if not (FOLDER / "run.json").is_file():
-        pytest.skip("no baseline recorded: python -m apm.benchmarks.baseline record tests/baseline")
+        pytest.skip("no baseline recorded: python -m apm.benchmarks.studies.baseline record tests/baseline")
     assert baseline.check(FOLDER) == 0, capfd.readouterr().err
 
 
 def test_the_recorded_baseline_holds_every_method_that_it_runs() -> None:
     if not (FOLDER / "run.json").is_file():
-        pytest.skip("no baseline recorded: python -m apm.benchmarks.baseline record tests/baseline")
+        pytest.skip("no baseline recorded: python -m apm.benchmarks.studies.baseline record tests/baseline")
     records = Records.open(FOLDER)
     assert {name.partition("[")[0] for name in records.methods} == {
         method for option, method in pairwise(baseline.BENCH) if option == "--method"

@@ -19,24 +19,25 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 from typer.testing import CliRunner
 
-import apm.engine
+import apm.student.engine
 import apm.teachers
-import apm.views
-from apm.benchmarks import baseline, runner
-from apm.benchmarks.compare import Comparison, compare
+import apm.test_time.views
 from apm.benchmarks.datasets import DATASETS, readers
 from apm.benchmarks.datasets.dataset import Sample
-from apm.benchmarks.decoding import Readable
 from apm.benchmarks.methods import base
 from apm.benchmarks.methods.base import Prediction
-from apm.benchmarks.records import Records, Row
+from apm.benchmarks.runs import runner
+from apm.benchmarks.runs.decoding import Readable
+from apm.benchmarks.runs.records import Records, Row
+from apm.benchmarks.studies import baseline
+from apm.benchmarks.tables.compare import Comparison, compare
 from apm.cli.main import app
-from apm.engine import Engine
 from apm.errors import UsageError
-from apm.images import central_square, normalised
-from apm.model import APMConfig
+from apm.images.load import central_square, normalised
+from apm.student.config import APMConfig
+from apm.student.engine import Engine
 from apm.teachers import load_teacher
-from apm.zeroshot import ZeroShotHead
+from apm.text.zeroshot import ZeroShotHead
 
 pytestmark = pytest.mark.slow
 
@@ -106,12 +107,12 @@ def moments_kept(patch: Patch) -> None:
 
 
 def bias_dropped(patch: Patch) -> None:
-    right, width = apm.engine.affine, APMConfig.preset("small", dim=512).hidden[1]
+    right, width = apm.student.engine.affine, APMConfig.preset("small", dim=512).hidden[1]
 
     def wrong(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
         return right(x, weight, torch.zeros_like(bias) if bias.shape[1] == width else bias, out)
 
-    patch.setattr(apm.engine, "affine", wrong)
+    patch.setattr(apm.student.engine, "affine", wrong)
 
 
 def teachers_normalisation(patch: Patch) -> None:
@@ -121,8 +122,8 @@ def teachers_normalisation(patch: Patch) -> None:
 
 
 def other_views(patch: Patch) -> None:
-    right = apm.views.view_generator
-    patch.setattr(apm.views, "view_generator", lambda seed, name, index: right(seed + 1, name, index))
+    right = apm.test_time.views.view_generator
+    patch.setattr(apm.test_time.views, "view_generator", lambda seed, name, index: right(seed + 1, name, index))
 
 
 def shifted(sample: Sample) -> Sample:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import apm
-from apm.benchmarks import steps
-from apm.zeroshot import ZeroShotHead
+from apm.benchmarks.studies import steps
+from apm.text.zeroshot import ZeroShotHead
 from tests.fakes import FakeTeacher
 
 ROOT = Path(__file__).resolve().parent.parent

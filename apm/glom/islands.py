@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from apm.errors import UsageError
-from apm.islands import Labels, regions
+from apm.student.islands import Labels, regions
 
 
 @dataclass(frozen=True, kw_only=True)

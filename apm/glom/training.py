@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from apm.errors import UsageError, unknown
 from apm.glom.model import GLOM, GLOMConfig, Opinions
-from apm.precision import Precision, measured_precision
-from apm.pretrain_cache import GridCache
-from apm.pretrain_checkpoint import Checkpoint, Network, check_settings, read_network, write_checkpoint
-from apm.pretrain_config import Schedule
-from apm.pretrain_loop import Trainer
+from apm.pretrain.cache import GridCache
+from apm.pretrain.checkpoint import Checkpoint, Network, check_settings, read_network, write_checkpoint
+from apm.pretrain.config import Schedule
+from apm.pretrain.loop import Trainer
+from apm.student.matmul import Precision, measured_precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def load_grid_teacher(spec: str, *, device: str | torch.device = "cpu") -> GridT
     if not spec.startswith(_TIMM):
         return load_teacher(spec, device=device)
     import_open_clip()
-    from apm.teachers.grid_timm import load_timm
+    from apm.teachers.timm import load_timm
 
     return load_timm(spec, device=device)
 

@@ -38,7 +38,7 @@ class GridTeacher(Protocol):
         """Tell the features of an image's parts.
 
         Args:
-            image: RGB. Its central square is looked at, the one that `apm.images.central_square` cuts.
+            image: RGB. Its central square is looked at, the one that `apm.images.load.central_square` cuts.
             size: pixels to which the square is scaled; None: `grid_size`.
 
         Returns:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from apm.teachers import embedded, hub
+from apm.teachers import hub
 
 DEFAULT = "ViT-B-16/openai"
 WELL_KNOWN = (
@@ -31,6 +31,8 @@ WELL_KNOWN = (
 """Those that `apm teachers` shows unless it is asked for all."""
 QUICKGELU = "-quickgelu"
 FILE = Path(__file__).with_name("catalog.tsv")
+EMBEDDED = Path(__file__).with_name("embedded_weights")
+"""Files of the embedded teacher, in open_clip's local-dir form; its model card is the README.md there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ def _info(name: str) -> TeacherInfo:
 
 
 def _embedded_info() -> TeacherInfo:
-    config, weights = embedded.FOLDER / hub.CONFIG, embedded.FOLDER / hub.WEIGHTS[0]
+    config, weights = EMBEDDED / hub.CONFIG, EMBEDDED / hub.WEIGHTS[0]
     here = config.is_file() and weights.is_file()
     model = json.loads(config.read_text(encoding="utf-8"))["model_cfg"] if here else {}
     return TeacherInfo(

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from apm.errors import TeacherError
-from apm.images import central_square, normalised
+from apm.images.load import central_square, normalised
 from apm.teachers import hub
 from apm.teachers.checkpoint import Checkpoint, read_checkpoint
 from apm.teachers.folder_config import check_vocabulary

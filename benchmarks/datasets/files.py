@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from apm.errors import UsageError
-from apm.images import MAX_PIXELS, load_image
-from apm.paths import EXTENSIONS
+from apm.images.load import MAX_PIXELS, load_image
+from apm.images.paths import EXTENSIONS
 
 _WNID = re.compile(r"n\d{8}")
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found", "System Volume Information", "$RECYCLE.BIN"})
@@ -110,7 +110,7 @@ def stable_id(path: str) -> str:
 def read_rgb(path: str | Path) -> Image.Image:
     """Decode a picture of a data set as RGB, the way published evaluations do.
 
-    See `apm.images.load_image` on what that means. Up to twice `MAX_PIXELS` are decoded, Pillow's own limit there.
+    See `apm.images.load.load_image` on what that means. Up to twice `MAX_PIXELS` are decoded, Pillow's own limit there.
 
     Raises:
         ImageError: the file is missing, unreadable, damaged, no picture or a mere strip; the message names it.

@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 from PIL import Image
 
 from apm.errors import ApmError, UsageError
-from apm.images import MAX_PIXELS, decode_image
+from apm.images.load import MAX_PIXELS, decode_image
 from apm.labels import imagenet_subset, imagenet_wnids, label_set
 
 from .files import is_wnid, read_rgb

@@ -17,17 +17,7 @@ from apm.errors import UsageError
 from apm.labels import IMAGENET_SUBSETS, imagenet_subset, imagenet_wnids, label_set
 from apm.teachers.digits import digit_image, digits_split
 
-from .files import (
-    beside,
-    class_folders,
-    class_images,
-    dead_links,
-    is_integer,
-    is_wnid,
-    read_rgb,
-    split_json,
-    stable_id,
-)
+from .files import beside, class_folders, class_images, dead_links, is_integer, is_wnid, read_rgb, split_json, stable_id
 from .layouts import AIRCRAFT_NAMES, AIRCRAFT_TEST, is_training
 from .specs import DatasetSpec
 

@@ -30,7 +30,7 @@ class DatasetSpec:
     images: int = 0
     classes: int = 0
     label_space: str = ""
-    """Set of ImageNet classes that labels and names come from (`apm.labels.imagenet_subset`); empty: from the data."""
+    """Set of ImageNet classes for labels and names (`apm.labels.imagenet_subset`); empty: from the data."""
     split_file: str = ""
     """Name of the split json, beside the last folder of a layout or in a folder ``data_splits`` near it."""
     variants: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from apm.errors import UsageError, unknown
 
-from .apm_ttt import APMTestTimeTraining
+from .apm import APMTestTimeTraining
 from .base import Batch, Method, MethodOptions, Prediction, StreamMethod
 from .boostadapter import BoostAdapter
 from .cocoop import CoCoOp, TPTCoCoOp

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from apm.errors import UsageError, unknown
-from apm.images import student_input
-from apm.views import MIN_AREA, check, view_tokens
+from apm.images.load import student_input
+from apm.test_time.views import MIN_AREA, check, view_tokens
 
 if TYPE_CHECKING:
     from apm.teachers.base import Teacher
-    from apm.zeroshot import ZeroShotHead
+    from apm.text.zeroshot import ZeroShotHead
 
 Json = str | int | float | bool | None
 """A value of a method's `settings`, as run records hold it."""
@@ -205,7 +205,7 @@ class MethodOptions:
     """What a run gives to each method it makes. None: the method's own default."""
 
     target: str = "cls"
-    """``apm``: what the student is overfit to, a name of `apm.targets.TARGETS`."""
+    """``apm``: what the student is overfit to, a name of `apm.test_time.targets.TARGETS`."""
     views: int | None = None
     """Number of views, for every method that uses views."""
     steps: int | None = None
@@ -217,7 +217,7 @@ class MethodOptions:
     distil: str | None = None
     """``apm``: what has a loss, ``cls``, ``grid`` or ``both``; None: ``cls``."""
     queries: int | str = "all"
-    """``apm``: locations drawn afresh at each step; ``all``; ``auto``: what `apm.queries` chooses by the machine."""
+    """``apm``: locations drawn at each step; ``all``; ``auto``: what `apm.test_time.queries` chooses by the machine."""
     readout: str | None = None
     """``apm``: how the student reads its token out; None: what suits what is distilled."""
     precision: str = "auto"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from apm.errors import UsageError, unknown
-from apm.targets import entropies
-from apm.views import MIN_AREA
+from apm.test_time.targets import entropies
+from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .features import answer_each, entropy_share, most_confident

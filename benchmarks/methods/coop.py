@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apm.errors import UsageError, unknown
-from apm.learned_prompt import read_learned_prompt, tunable
-from apm.zeroshot import ZeroShotHead
+from apm.text.learned_prompt import read_learned_prompt, tunable
+from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name
 from .prompted import PromptSettings

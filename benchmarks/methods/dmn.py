@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from apm.errors import UsageError
-from apm.targets import entropies
-from apm.views import MIN_AREA
+from apm.test_time.targets import entropies
+from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .features import answer_each, most_confident

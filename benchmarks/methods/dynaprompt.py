@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from apm.errors import UsageError
-from apm.targets import entropies, kept_count
+from apm.test_time.targets import entropies, kept_count
 
 from .base import Batch, MethodOptions, Prediction
 from .features import marginal_entropy, usable

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from apm.targets import entropies, kept_count
+from apm.test_time.targets import entropies, kept_count
 
 
 def usable(features: Tensor) -> list[bool]:

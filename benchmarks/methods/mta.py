@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
-from apm.mta import mean_shift_mode
-from apm.views import MIN_AREA
+from apm.test_time.mean_shift import mean_shift_mode
+from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 
 
 @dataclass(frozen=True, kw_only=True)
 class MTASettings:
-    """The published settings; see `apm.mta.mean_shift_mode` for what they mean."""
+    """The published settings; see `apm.test_time.mean_shift.mean_shift_mode` for what they mean."""
 
     views: int = 64
     min_area: float = MIN_AREA

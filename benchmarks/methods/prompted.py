@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from apm.errors import UsageError
-from apm.prompt_tuning import TunablePrompt
-from apm.views import MIN_AREA
-from apm.zeroshot import ZeroShotHead
+from apm.test_time.views import MIN_AREA
+from apm.text.prompts import TunablePrompt
+from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .features import marginal_entropy, most_confident, usable

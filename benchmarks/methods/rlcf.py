@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from apm.errors import UsageError
 from apm.teachers import load_teacher
-from apm.zeroshot import ZeroShotHead
+from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, MethodOptions
 from .prompted import PromptSettings, PromptTuned

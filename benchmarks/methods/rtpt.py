@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from apm.errors import UsageError
-from apm.targets import entropies
+from apm.test_time.targets import entropies
 
 from .prompted import PromptSettings, PromptTuned
 

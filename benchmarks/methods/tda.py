@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apm.targets import entropies
+from apm.test_time.targets import entropies
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 from .features import answer_each, entropy_share

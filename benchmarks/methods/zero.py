@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apm.targets import entropies, kept_count
-from apm.views import MIN_AREA
+from apm.test_time.targets import entropies, kept_count
+from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from apm.paths import printable
+from apm.figures.base import new_figure
+from apm.images.paths import printable
 
-from ..figures import new_figure
-from ..stats import ReliabilityBin
+from ..tables.stats import ReliabilityBin
 from .drawing import COLOUR, STYLE, colour, mark, short, to_markup
 from .sheet import Sheet, sheet
 
@@ -145,7 +145,7 @@ def lines(
 
 
 @dataclass(frozen=True)
-class Lane:
+class WorkShare:
     """One horizontal lane of a chart: a name, and a value or five for each series in it."""
 
     name: str
@@ -153,7 +153,9 @@ class Lane:
     """Name of the series, its number, the value (as x)."""
 
 
-def dots(ids: Iterator[int], title: str, lanes: Sequence[Lane], *, x_label: str, chance: float | None = None) -> Chart:
+def dots(
+    ids: Iterator[int], title: str, lanes: Sequence[WorkShare], *, x_label: str, chance: float | None = None
+) -> Chart:
     """Values with their standard errors, a lane for each column of a table, series under each other within it."""
     places = _Lanes([(lane.name, len(lane.entries)) for lane in lanes])
 

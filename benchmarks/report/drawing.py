@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from apm.paths import printable
+from apm.images.paths import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

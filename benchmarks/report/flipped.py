@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from apm.paths import printable
+from apm.images.paths import printable
 
-from ..tables import Answers
+from ..tables.build import Answers
 from .drawing import mark_class, shape
 from .pictures import Pictures
 from .series import Part

@@ -19,13 +19,13 @@ from markupsafe import Markup
 
 import apm
 from apm.errors import UsageError
-from apm.files import write_atomically
-from apm.paths import printable
+from apm.images.files import write_atomically
+from apm.images.paths import printable
 
-from ..records import Records
-from ..stats import BINS, PER_BIN
-from ..table_formats import DETAIL_HEADINGS, details, grid
-from ..tables import Table, make_tables
+from ..runs.records import Records
+from ..tables.build import Table, make_tables
+from ..tables.formats import DETAIL_HEADINGS, details, grid
+from ..tables.stats import BINS, PER_BIN
 from . import sections
 from .charts import NARROW, WIDE
 from .drawing import mark_class, shape

@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from apm.errors import ApmError
-from apm.paths import EXTENSIONS
+from apm.images.paths import EXTENSIONS
 
 from ..corruptions import CROP, RESIZE, VERSION, corrupt_image
 from ..datasets.files import read_rgb
 from ..datasets.readers import Sample, read_digits
 from ..datasets.specs import spec_of
-from ..tables import Answers
+from ..tables.build import Answers
 
 SIDE = 144
 """Longest side of an embedded picture, in pixels."""

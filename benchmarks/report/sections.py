@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from apm.paths import printable
+from apm.images.paths import printable
 
-from ..records import MethodRows
-from ..stats import PER_BIN, reliability_bins
-from ..tables import Score
-from .charts import Chart, Lane, Line, Point, bars, boxes, diverging, dots, lines, reliability_diagram
+from ..runs.records import MethodRows
+from ..tables.build import Score
+from ..tables.stats import PER_BIN, reliability_bins
+from .charts import Chart, Line, Point, WorkShare, bars, boxes, diverging, dots, lines, reliability_diagram
 from .series import NamedRow, Part
 
 
@@ -67,7 +67,7 @@ def accuracy(ids: Iterator[int], parts: Sequence[Part]) -> list[Group]:
     for part in parts:
         titles = {a.cell["title"] for n in part.rows for _, _, a in n.cells() if a.cell["corruption"]}
         if part.columns and not titles & several:
-            lanes = [Lane(printable(column), tuple(_entries(part, column))) for column in part.columns]
+            lanes = [WorkShare(printable(column), tuple(_entries(part, column))) for column in part.columns]
             rest.append(dots(ids, printable(part.table.title), lanes, x_label="accuracy, %", chance=part.chance()))
     return groups + _together(rest)
 

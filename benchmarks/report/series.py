@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from apm.paths import printable
+from apm.images.paths import printable
 
-from ..tables import Answers, Score, Table, TableRow
+from ..tables.build import Answers, Score, Table, TableRow
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apm.paths import printable
+from apm.images.paths import printable
 
-from ..records import Records
+from ..runs.records import Records
 from .sheet import Sheet, sheet
 
 FAILURES_SHOWN = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from apm.paths import printable
+from apm.images.paths import printable
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apm.adapt import AdaptConfig, TestTimeTrainer
-from apm.images import student_input
-from apm.model import APMConfig
+from apm.images.load import student_input
+from apm.student.config import APMConfig
 from apm.teachers.base import Teacher
-from apm.zeroshot import ZeroShotHead
+from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets import Dataset
-from ..profile import ADAM_BYTES, step_flops, trained_parameters
-from ..stats import mcnemar, standard_error
+from ..tables.stats import mcnemar, standard_error
 from .machine import six_products, stream_probe
 from .options import Options, loaded_engine
+from .profile import ADAM_BYTES, step_flops, trained_parameters
 from .record import Recorder
 from .timing import Work, interleaved, spread, synchronize
 

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 import torch
 
-from apm.adapt import AdaptConfig, TestTimeTrainer
 from apm.classifier import Classifier
-from apm.model import APMConfig
+from apm.student.config import APMConfig
+from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
 
 from .gpu_checks import Case, run_checks
 from .machine import floor, rate_probe, stream_probe

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apm.engine import Engine
-from apm.model import APM, APMConfig, draw_parameters
+from apm.student.config import APMConfig
+from apm.student.engine import Engine
+from apm.student.model import APM, draw_parameters
 
 from .options import images_and_targets
 

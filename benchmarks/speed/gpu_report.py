@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from apm.files import write_atomically
+from apm.images.files import write_atomically
 
 from .gpu import failures, file_name
 from .record import write

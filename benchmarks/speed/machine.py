@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from apm.model import APMConfig
-from apm.precision import product
+from apm.student.config import APMConfig
+from apm.student.matmul import product
 
-from ..profile import ADAM_BYTES, middle_flops, trained_parameters
+from .profile import ADAM_BYTES, middle_flops, trained_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

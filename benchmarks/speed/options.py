@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apm.engine import Engine
-from apm.model import APMConfig, draw_parameters
-from apm.precision import measured_precision
+from apm.student.config import APMConfig
+from apm.student.engine import Engine
+from apm.student.matmul import measured_precision
+from apm.student.model import draw_parameters
 
 TINY = APMConfig(
     dim=32, image_size=32, patch_size=8, position_dim=16, hidden=(32, 16, 16), heads=4, rgb_hidden=8, init_std=0.1

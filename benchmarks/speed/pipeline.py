@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from apm.adapt import AdaptConfig, TestTimeTrainer
 from apm.classifier import Classifier
 from apm.errors import ApmError
 from apm.labels import prompt_templates
+from apm.processes import join
 from apm.teachers.base import Teacher
-from apm.zeroshot import ZeroShotHead
+from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.text.zeroshot import ZeroShotHead
 
-from ..distributed import join
 from .options import Options, images_and_targets
 from .record import Recorder, resident_bytes
 from .timing import Work, interleaved, seconds, spread

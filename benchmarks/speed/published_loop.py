@@ -1,9 +1,9 @@
 """The steps as the published experiments make them: a baseline for the clock, and for nothing else.
 
-Same result as one step of `apm.model.APM` (a test says so), by a longer way. The image stands in the batch eight times.
-The queries of all copies are laid out as rows; 16 rows at a time go through coordinate MLP and RGB head, though colours
-have a loss of weight zero; what comes out is joined, after every chunk, to all that came before it. Keys and
-values of all locations are projected. The teacher's two towers run again at every step.
+Same result as one step of `apm.student.model.APM` (a test says so), by a longer way. The image stands in the batch
+eight times. The queries of all copies are laid out as rows; 16 rows at a time go through coordinate MLP and RGB head,
+though colours have a loss of weight zero; what comes out is joined, after every chunk, to all that came before it.
+Keys and values of all locations are projected. The teacher's two towers run again at every step.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apm.column import unfold
-from apm.model import APM, APMConfig
-from apm.position import grid_locations, position_code
+from apm.student.config import APMConfig
+from apm.student.model import APM, unfold
+from apm.student.position import grid_locations, position_code
 
-from ..profile import COPIES
+from .profile import COPIES
 
 ROWS = 16
 """Queries that go through the network together."""

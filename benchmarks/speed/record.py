@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from apm.errors import UsageError
-from apm.files import write_atomically
+from apm.images.files import write_atomically
 
-from ..environment import describe
+from ..runs.environment import describe
 
 SCHEMA = 1
 PREFIX = "speed-"

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apm.files import write_atomically
+from apm.images.files import write_atomically
 
+from .plots import STEP_FORMS
 from .record import read_all
 
 Record = Mapping[str, Any]
@@ -140,13 +141,6 @@ def _step(record: Record) -> str:
     )
 
 
-STEP_FORMS = {
-    "six products": "six products",
-    "engine": "engine",
-    "optimiser": "optimiser",
-    "plain form": "plain form",
-    "published": "published loop",  # records before this one have a shorter loop under another name: not shown
-}
 PUBLISHED = (
     "\n*published loop*: the same step as the published experiments make it. 8 copies of the image × all locations "
     "are laid out as rows, 16 rows at a time go through the network, the results are joined to the earlier ones after "

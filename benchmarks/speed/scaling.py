@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from apm.folded import Folded
-from apm.model import APM, APMConfig
-from apm.position import grid_locations
+from apm.student.config import APMConfig
+from apm.student.field import SavedField
+from apm.student.model import APM
+from apm.student.position import grid_locations
 
-from ..profile import step_flops
 from .options import Options, images_and_targets, loaded_engine
+from .profile import step_flops
 from .record import Recorder
 from .timing import Work, interleaved, spread
 
@@ -132,7 +133,7 @@ def sweep_batch(options: Options, batches: Sequence[int] = BATCHES) -> dict[str,
     return recorder.finish(rows)
 
 
-def _folded(options: Options) -> Folded:
+def _folded(options: Options) -> SavedField:
     engine = loaded_engine(options.config, "fp32", options.device)
     engine.run(1)
     return engine.fold(1)
@@ -145,7 +146,7 @@ def _points(config: APMConfig, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows + 0.5) * scale - 0.5, (cols + 0.5) * scale - 0.5
 
 
-def _read(folded: Folded, rows: torch.Tensor, cols: torch.Tensor) -> Callable[[], object]:
+def _read(folded: SavedField, rows: torch.Tensor, cols: torch.Tensor) -> Callable[[], object]:
     return lambda: folded.features(rows, cols)
 
 

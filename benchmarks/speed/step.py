@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from apm.model import APM
+from apm.student.model import APM
 
-from ..profile import (
+from .machine import floor, rate_probe, six_products, stream_probe
+from .options import Options, images_and_targets, loaded_engine
+from .profile import (
     ADAM_BYTES,
     measured_flops,
     middle_flops,
@@ -18,8 +20,6 @@ from ..profile import (
     step_flops,
     trained_parameters,
 )
-from .machine import floor, rate_probe, six_products, stream_probe
-from .options import Options, images_and_targets, loaded_engine
 from .published_loop import TEXTS, TOWERS, PublishedLoop, random_towers
 from .record import Recorder
 from .timing import Work, interleaved, spread

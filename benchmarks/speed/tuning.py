@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from apm.labels import label_set
-from apm.prompt_tuning import TunablePrompt
-from apm.targets import entropies, kept_count
 from apm.teachers.openclip import OpenClipTeacher, quiet
 from apm.teachers.sources import Source
-from apm.zeroshot import ZeroShotHead
+from apm.test_time.targets import entropies, kept_count
+from apm.text.prompts import TunablePrompt
+from apm.text.zeroshot import ZeroShotHead
 
 from ..methods.base import Batch, MethodOptions
 from ..methods.tpt import PAPER_PROMPT, TPT, TPTSettings, marginal_entropy
@@ -108,7 +108,7 @@ def measure_tuning(options: Options, *, rounds: int = 3, labels: int | None = No
 
 
 def _views(teacher: OpenClipTeacher, image: Image.Image, settings: TPTSettings) -> Tensor:
-    from apm.views import views
+    from apm.test_time.views import views
 
     return views(image, settings.views, teacher, seed=0, sample_id="noise", min_area=settings.min_area)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from apm.benchmarks.records import Records, Row, RunFolder
-from apm.benchmarks.run_json import SCHEMA_VERSION
-from apm.benchmarks.table_formats import FORMATS
-from apm.benchmarks.tables import make_tables
+from apm.benchmarks.runs.records import Records, Row, RunFolder
+from apm.benchmarks.runs.run_json import SCHEMA_VERSION
+from apm.benchmarks.tables.build import make_tables
+from apm.benchmarks.tables.formats import FORMATS
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "tables"
 RUNS = ("shifts", "corrupted", "hub")

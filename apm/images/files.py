@@ -1,0 +1,123 @@
+"""Files that are there whole or not at all, whatever happens to the process that writes them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from apm.errors import ApmError, UsageError
+from apm.images.paths import printable
+
+
+class WriteError(ApmError):
+    """A file cannot be written. What was there before still is.
+
+    Attributes:
+        reason: why, in a few words: "the disk is full".
+    """
+
+    def __init__(self, path: str | os.PathLike[str], error: OSError) -> None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        self.reason = "the disk is full" if full else str(error.strerror or error)
+        super().__init__(
+            f"Cannot write {printable(path)}: {self.reason}. What was written before is whole: "
+            f"{'free some space and ' if full else ''}run the same command again to continue."
+        )
+
+
+def write_atomically(
+    path: str | os.PathLike[str],
+    content: bytes | Callable[[BinaryIO], object],
+    *,
+    staging: Path | None = None,
+    private: bool = False,
+) -> Path:
+    """Write a file under a temporary name, then put it in place: readers see the old file, the new one, or none.
+
+    The folder of `path` is made if it is not there. The content reaches the disk before it takes the file's name.
+
+    Args:
+        path: the file.
+        content: its bytes, or a function that writes them to an open file.
+        staging: an existing folder of the same file system for the temporary file; None: that of `path`. It is not
+            made: whoever removes it makes every write through it fail.
+        private: nobody but this user may read or write the file; else the umask says who may.
+
+    Raises:
+        WriteError: the folder cannot be written, or the disk is full. What was at `path` is still there then.
+    """
+    path = Path(path)
+    with writing(path):
+        if staging is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = (staging or path.parent) / f".{path.name[:32]}-{uuid.uuid4().hex[:12]}.part"
+        with open(temporary, "xb", opener=_open_private if private else None) as file:
+            try:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
+                file.flush()
+                os.fsync(file.fileno())
+                if staging is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
+        _flush_folder(path.parent)
+    return path
+
+
+def is_private(file: IO[bytes]) -> bool:
+    """Whether an open file is this user's own (or the administrator's) and nobody else may write it.
+
+    Where there are no owners, as on Windows, the answer is yes.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    status = os.fstat(file.fileno())
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError of the body, which writes to `path`, into a `WriteError` for people."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(path, error) from error
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder that the user named, and those above it.
+
+    Raises:
+        UsageError: it cannot be made, or is a file.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"Cannot write to {printable(path)}: {why}. Give another folder with --out.") from error
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a rename reach the disk; some systems and network drives cannot, and the file is in place all the same."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,1 @@
+"""One student trained on many images, and what it can be asked afterwards."""

@@ -1,0 +1,175 @@
+"""Self-supervised training of ONE student on many images: its field against a teacher's grid, its colours too.
+
+Modi & Rawat 2024, section 3 and figure 5. Unlike in test-time training, all images share the weights; what the student
+knows of an image is its trigger column alone. Loss: ``mean((f - G)²) + rgb_weight · mean((rgb - pooled image)²)`` over
+the student's own locations; G is the teacher's grid resampled to them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from apm.errors import UsageError, unknown
+from apm.images.load import IMAGENET_MEAN, IMAGENET_STD
+from apm.pretrain.cache import GridCache
+from apm.pretrain.checkpoint import Checkpoint, check_settings, read_checkpoint, write_checkpoint
+from apm.pretrain.config import PretrainConfig
+from apm.pretrain.loop import ALONE, Processes, Trainer
+from apm.pretrain.student import answer
+from apm.student.config import APMConfig
+from apm.student.field import resample
+from apm.student.matmul import Precision, measured_precision
+from apm.student.model import APM
+from apm.student.position import grid_locations, position_code
+
+
+class Pretrainer(Trainer):
+    """One student, its optimiser, and the images in a cache; trains from wherever the checkpoint at `path` is.
+
+    Attributes, beside those of `Trainer`:
+        train, held_out: numbers of the images in the cache.
+        precision: ``fp32`` or ``bf16``, what ``auto`` chose.
+    """
+
+    model: APM
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        cache: GridCache,
+        student: APMConfig,
+        config: PretrainConfig,
+        *,
+        data: Mapping[str, Any],
+        precision: Precision = "auto",
+        device: str | torch.device = "cpu",
+        processes: Processes = ALONE,
+    ) -> None:
+        """Draw the student, or take it up from the checkpoint.
+
+        Args:
+            path: checkpoint file; need not exist.
+            cache: inputs and targets of all images.
+            student: sizes.
+            config: how to train.
+            data: what identifies images and teacher, plain JSON values; part of the settings.
+            precision: of the two middle layers; ``auto``: the checkpoint's, else what is faster here.
+            device: where to train.
+            processes: those that share each batch.
+
+        Raises:
+            UsageError: the checkpoint is damaged, or was made with other settings (each is named).
+        """
+        if precision not in get_args(Precision):
+            raise unknown("precision", precision, get_args(Precision))
+        if cache.grids.shape[-1] != student.dim:
+            raise UsageError(f"The teacher's grid is {cache.grids.shape[-1]} wide and the student's dim {student.dim}.")
+        self.device = torch.device(device)
+        super().__init__(path, APM(student, seed=config.seed).to(self.device), config, processes=processes)
+        self.cache, self.config = cache, config
+        checkpoint = read_checkpoint(self.path) if self.path.exists() else None
+        chosen: Any = precision
+        if precision == "auto":  # as it was begun, if it was: a busy machine may measure otherwise the next time
+            chosen = checkpoint.settings.get("precision") if checkpoint else measured_precision(self.device)
+        self.precision = str(processes.broadcast(chosen))
+        self.train, self.held_out = config.split(len(cache.names))
+        self.settings = {**data, **asdict(config), "precision": self.precision, "images": len(cache.names)}
+        self._positions = position_code(*grid_locations(student.grid), student.position_dim).to(self.device)
+        if checkpoint is not None:
+            check_settings(self.path, checkpoint, student, self.settings)
+            self._restore(checkpoint)
+        else:
+            self._start_from_means()
+
+    def losses(
+        self, numbers: NDArray[np.int64], places: NDArray[np.int64] | None = None, *, precision: str = "fp32"
+    ) -> tuple[Tensor, Tensor]:
+        """Squared errors of the images with these numbers in the cache: of the grid (B,) and of the colours (B,).
+
+        At the cells with the numbers `places`, or at all of them; ``precision`` is of the two middle layers.
+        """
+        at = slice(None) if places is None else torch.from_numpy(places).to(self.device)
+        images = self.cache.inputs(numbers).to(self.device)
+        grids = resample(self.cache.targets(numbers).to(self.device), self.model.config.grid)[:, at]  # (B, Q, D)
+        colours = pooled_colours(images, self.model.config.patch_size)[:, at]  # (B, Q, 3)
+        features, seen = answer(self.model, self.model.column(images), self._positions[at], precision=precision)
+        return (features - grids).square().mean((1, 2)), (seen - colours).square().mean((1, 2))
+
+    @torch.no_grad()
+    def held_out_losses(self) -> tuple[float, float]:
+        """Mean squared errors of grid and colours over the held-out images, in float32."""
+        parts = [self.losses(part) for part in _parts(self.held_out, self.config.batch_size)]
+        grid, rgb = (torch.cat(kind).mean().item() for kind in zip(*parts, strict=True))
+        return grid, rgb
+
+    def _gradients(self) -> dict[str, float]:
+        numbers = self.config.batch(self.train, self.step)
+        mine = numbers[self.processes.rank :: self.processes.world]
+        sums = torch.zeros(2, device=self.device)
+        if len(mine):
+            places = self.config.places(self.model.config.cells, self.step)
+            grid, rgb = self.losses(mine, places, precision=self.precision)
+            # each process's part of the mean over the whole batch: the sum of gradients is the whole batch's gradient
+            ((grid.sum() + self.config.rgb_weight * rgb.sum()) / len(numbers)).backward()
+            sums = torch.stack((grid.detach().sum(), rgb.detach().sum()))
+        self._add_up(sums)
+        grid_loss, rgb_loss = (sums / len(numbers)).tolist()
+        return {"grid": grid_loss, "rgb": rgb_loss}
+
+    def _held_out(self) -> dict[str, float]:
+        grid, rgb = self.held_out_losses()
+        return {"held_out_grid": grid, "held_out_rgb": rgb}
+
+    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        write_checkpoint(self.path, Checkpoint(self.model.config, self.settings, self.step, weights, moments))
+
+    def _start_from_means(self) -> None:
+        """Let the outputs begin at the training images' mean feature and colour.
+
+        The colours end in a ReLU: one whose drawn bias is negative, which is one in two, would be dead for ever.
+        """
+        features, colours = np.zeros(self.model.config.dim), np.zeros(3)
+        for part in _parts(self.train, 256):
+            features += self.cache.grids[part].mean((1, 2), dtype=np.float64).sum(0)
+            colours += self.cache.images[part].mean((1, 2), dtype=np.float64).sum(0) / 255
+        with torch.no_grad():
+            self.model.mlp.head.bias.copy_(torch.from_numpy(features / len(self.train)))
+            self.model.rgb_head.layer3.bias.copy_(torch.from_numpy(colours / len(self.train)))
+
+    def _add_up(self, sums: Tensor) -> None:
+        """Sum losses and gradients over the processes, in one exchange."""
+        if self.processes.world == 1:
+            return
+        from torch import distributed
+
+        parameters = list(self.model.parameters())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        joined = torch.cat([sums, *(gradient.flatten() for gradient in gradients)])
+        distributed.all_reduce(joined)
+        sums.copy_(joined[:2])
+        for parameter, part in zip(parameters, joined[2:].split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+
+def pooled_colours(images: Tensor, patch_size: int) -> Tensor:
+    """Normalised images (B, 3, S, S) -> mean colour of every patch (B, N, 3) in [0, 1].
+
+    In [0, 1] and not in the image's normalised units, as the RGB head ends in a ReLU and cannot say less than zero.
+    """
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    pooled = functional.avg_pool2d(images, patch_size) * std + mean
+    return pooled.flatten(2).mT.clamp(0, 1)
+
+
+def _parts(numbers: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]

@@ -1,0 +1,1 @@
+"""The student: the network on one page, its exact cheap form, and the fields that it leaves."""

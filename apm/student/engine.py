@@ -1,0 +1,461 @@
+"""The student's steps in their exact cheap form: B samples at once, each with its own weights, gradients by hand.
+
+The same numbers as `apm.student.model` (the tests hold them together), from far less arithmetic:
+
+* ``W [T ; p] = W_T T + W_p p``: the column's share is the same at every location, so it is computed once a step;
+* the position code is separable, ``W_p p(y, x) = W_x e(x) + W_y e(y)``: one product per row and per column of the grid,
+  which a selection matrix then adds up at each location (and, transposed, gathers the gradients again);
+* the readout and the feature head need no field (`apm.student.engine_readout`); it is built only where it, or its
+  colours, have a loss of their own (`apm.student.engine_losses`).
+
+What remains is the two middle layers. Everything lives in buffers made once: a step leaves no new memory behind, and on
+a GPU it is captured once as a graph and replayed.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apm.student.config import APMConfig
+from apm.student.engine_losses import Distil, FieldLosses, Locations
+from apm.student.engine_readout import MeanPooling, Parameters, Pooling, QueryPooling
+from apm.student.field import SavedField
+from apm.student.matmul import affine, product, relu_backward
+from apm.student.position import axis_code, grid_locations, position_code
+
+Loss = Literal["mse", "cosine"]
+
+# Each parameter starts at a multiple of this many numbers, so that kernels meet the same alignment in every sample
+ALIGNMENT = 64
+
+# Numbers that a CPU converts from or to bfloat16 at a time, while they are still in its cache from the work before
+SPAN = 2**19
+
+
+@dataclass
+class History:
+    """What the steps of one `Engine.run` went through, measured before each update."""
+
+    losses: Tensor  # (B, K)
+    cosines: Tensor  # (B, K), to the target
+    tokens: Tensor | None  # (B, K + 1, D), the last one after the last step; only if recorded
+    fields: dict[int, Tensor]  # steps made -> field (B, N, D) at all locations; those asked for
+
+
+class Engine:
+    """B students side by side: `load` images and targets, `reset`, `run` K steps, read `token`, `fold`.
+
+    Attributes:
+        weights, gradients: name -> (B, *shape) views, named as in `apm.student.model.APM`; float32.
+        token: (B, D) of the latest evaluation; ``loss``, ``cosine``: (B,), of that token against the target.
+        frozen: (B,) 1.0 where a sample takes no more steps (tolerance reached, or not finite), else 0.0.
+        finite: (B,) bool, False once a sample's loss or token was not finite.
+        updates: (B,) float32, steps really made since the reset.
+    """
+
+    def __init__(
+        self,
+        config: APMConfig,
+        initial: Parameters,
+        *,
+        batch: int = 1,
+        lr: float = 1e-4,
+        loss: Loss = "mse",
+        tolerance: float | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        queries: int | None = None,
+        seed: int = 0,
+        distil: Distil = "cls",
+        rgb_weight: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Make all buffers.
+
+        Args:
+            config: sizes of the student.
+            initial: the state that every sample starts from and is reset to, from `apm.student.model.draw_parameters`.
+            batch: B, samples at a time.
+            lr: Adam's learning rate, constant.
+            loss: of the token, ``mse``, the mean of squared differences, or ``cosine``, one minus the cosine.
+            tolerance: a sample whose loss is at or below this takes no more steps; None: all take every step.
+            precision: of the products of the two middle layers; the weights, Adam's moments and all sums are float32.
+            queries: locations drawn afresh at each step, the same for every sample; None: all, at every step.
+            seed: of that draw.
+            distil: what has a loss: ``cls``, the token; ``grid``, the field, towards the teacher's grid; ``both``.
+            rgb_weight: of the loss of the colours, which is added; 0: none.
+            device: where.
+        """
+        self.config, self.batch, self.lr, self.loss_name, self.tolerance = config, batch, lr, loss, tolerance
+        self.device = torch.device(device)
+        self.queries, self.seed = queries, seed
+        self.distil, self.rgb_weight = distil, rgb_weight
+        self._make_state({n: value for n, value in initial.items() if rgb_weight or not n.startswith("rgb_head.")})
+        self._make_workspace(torch.bfloat16 if precision == "bf16" else torch.float32)
+        self.pooling: Pooling = (
+            QueryPooling(config, self.weights, self.gradients)
+            if config.readout == "query"
+            else MeanPooling(self.weights, self.gradients)
+        )
+        self._field_losses: FieldLosses | None = None
+        if distil != "cls" or rgb_weight:
+            self._field_losses = FieldLosses(
+                config, self.weights, self.gradients, self._axis, distil=distil, rgb_weight=rgb_weight
+            )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.reset()
+
+    def _make_state(self, initial: Parameters) -> None:
+        """Lay all parameters of a sample into one row: Adam and the reset are a few passes over plain memory."""
+        places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, value in initial.items():
+            places[name] = (end, value.numel())
+            end += -(-value.numel() // ALIGNMENT) * ALIGNMENT
+        self._initial = torch.zeros(end, device=self.device)
+        for name, (start, size) in places.items():
+            self._initial[start : start + size] = initial[name].detach().flatten()
+        self._weights, self._gradients, self._first_moment, self._second_moment = (
+            torch.zeros(self.batch, end, device=self.device) for _ in range(4)
+        )
+
+        def views(rows: Tensor) -> Parameters:
+            return {n: rows[:, s : s + size].view(-1, *initial[n].shape) for n, (s, size) in places.items()}
+
+        self.weights, self.gradients = views(self._weights), views(self._gradients)
+        # the two middle layers lie side by side: one span to copy when their products are in bfloat16
+        self._middle = slice(places["mlp.layer2.weight"][0], places["mlp.head.weight"][0])
+        self._places = places
+
+    def _make_workspace(self, dtype: torch.dtype) -> None:
+        config, batch, grid, device = self.config, self.batch, self.config.grid, self.device
+        first, second, third = config.hidden
+        self._dtype = dtype
+        self._half = dtype != torch.float32
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        self.patches = buffer(3 * config.patch_size**2, config.cells)
+        self.target = buffer(config.dim)
+        self.column = buffer(1, config.cells)
+        self.token, self.loss, self.cosine = buffer(config.dim), buffer(), buffer()
+        self.frozen, self.updates = buffer(), buffer()
+        self.finite = torch.ones(batch, dtype=torch.bool, device=device)
+
+        self._axis = axis_code(torch.arange(grid), config.position_dim // 2).to(device).expand(batch, -1, -1)
+        self._sums, self._d_sums = buffer(2 * grid, first), buffer(2 * grid, first)
+        count = config.cells
+        self._h1, self._d1 = buffer(count, first, dtype=dtype), buffer(count, first, dtype=dtype)
+        self._h2, self._d2 = buffer(count, second, dtype=dtype), buffer(count, second, dtype=dtype)
+        self._h3, self._d3 = buffer(count, third), buffer(count, third)
+        if self._half:
+            self._sums_half, self._d_sums_half = (
+                buffer(2 * grid, first, dtype=dtype),
+                buffer(2 * grid, first, dtype=dtype),
+            )
+            self._h3_half, self._d3_half = buffer(count, third, dtype=dtype), buffer(count, third, dtype=dtype)
+            self._middle_half = buffer(self._middle.stop - self._middle.start, dtype=dtype)
+            start = self._middle.start
+            self._products = {
+                name: self._middle_half[:, s - start : s - start + size].view(self.weights[name].shape)
+                for name, (s, size) in self._places.items()
+                if self._middle.start <= s < self._middle.stop
+            }
+            self._scratch = torch.zeros(min(SPAN, max(first * second, second * third)), dtype=dtype, device=device)
+        else:
+            self._sums_half, self._d_sums_half = self._sums, self._d_sums
+            self._h3_half, self._d3_half = self._h3, self._d3
+            self._products = self.weights
+
+        rows, cols = grid_locations(grid)
+        selector = torch.cat((F.one_hot(rows, grid), F.one_hot(cols, grid)), dim=1).T  # (2 * grid, N)
+        has_code = config.readout == "query"  # the mean needs none, and then the width may be any
+        positions = position_code(rows, cols, config.dim) if has_code else torch.zeros(count, config.dim)
+        self._all = Locations(
+            selector.to(device, dtype).contiguous(),
+            positions.to(device),
+            exact_selector=selector.to(device, torch.float32).contiguous() if self.rgb_weight else None,
+            grid=buffer(count, config.dim) if self.distil != "cls" else None,
+            colours=buffer(count, 3) if self.rgb_weight else None,
+        )
+        self._read = self._all if self.queries is None else self._all.like(self.queries)
+
+    @torch.no_grad()
+    def load(self, images: Tensor, targets: Tensor, grids: Tensor | None = None) -> None:
+        """Take images (B, 3, S, S), targets (B, D) and, where they have a loss, grids (B, N, D); B is the engine's."""
+        patch = self.config.patch_size
+        self.patches.copy_(F.unfold(images.to(self.device, torch.float32), kernel_size=patch, stride=patch))
+        self.target.copy_(targets)
+        if self._all.grid is not None and grids is not None:
+            self._all.grid.copy_(grids)
+        if self._all.colours is not None:
+            self._all.colours.copy_(self.patches.unflatten(1, (3, patch**2)).mean(dim=2).mT)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Put back everything that steps touch: weights, moments, step counts, flags. What was loaded stays."""
+        self._weights.copy_(self._initial)
+        self._first_moment.zero_()
+        self._second_moment.zero_()
+        self.updates.zero_()
+        self.frozen.zero_()
+        self.finite.fill_(True)
+        self._halve_weights()
+
+    @torch.no_grad()
+    def evaluate(self, *, everywhere: bool = True) -> None:
+        """Forward pass: `token`, `loss` and `cosine` from all locations, or from those of the current step."""
+        at = self._all if everywhere else self._read
+        n, grid, batch = at.count, self.config.grid, self.batch
+        w, half = self.weights, self.config.position_dim // 2
+        kernel = w["column.filter.weight"].view(batch, 1, -1)
+        product(kernel, self.patches, out=self.column)
+        self.column += w["column.filter.bias"][:, None]  # (B, 1, N)
+
+        by_column, by_x, by_y = w["mlp.layer1.weight"].split((self.config.cells, half, half), dim=2)
+        shared = product(self.column, by_column.mT) + w["mlp.layer1.bias"][:, None]  # (B, 1, H1)
+        product(self._axis, by_y.mT, out=self._sums[:, :grid])
+        product(self._axis, by_x.mT, out=self._sums[:, grid:])
+        self._sums[:, :grid] += shared  # every location lies in exactly one row
+        self._halve(self._sums, self._sums_half)
+
+        h1, h2, h3_half, h3 = self._h1[:, :n], self._h2[:, :n], self._h3_half[:, :n], self._h3[:, :n]
+        product(at.selector.T.expand(batch, -1, -1), self._sums_half, out=h1).relu_()
+        affine(h1, self._products["mlp.layer2.weight"], self._products["mlp.layer2.bias"], out=h2).relu_()
+        affine(h2, self._products["mlp.layer3.weight"], self._products["mlp.layer3.bias"], out=h3_half).relu_()
+        self._halve(h3_half, h3)
+
+        self.token.copy_(self.pooling.forward(h3, at.positions))
+        self.cosine.copy_(F.cosine_similarity(self.token, self.target, dim=1))
+        if self.distil == "grid":
+            self.loss.zero_()
+        elif self.loss_name == "mse":
+            self.loss.copy_((self.token - self.target).square().mean(dim=1))
+        else:
+            self.loss.copy_(1 - self.cosine)
+        if self._field_losses is not None:
+            self.loss += self._field_losses.forward(h3, self.column, at)
+        self.finite &= self.loss.isfinite() & self.token.isfinite().all(dim=1)
+
+    @torch.no_grad()
+    def backward(self, *, everywhere: bool = True) -> None:
+        """Backward pass of the latest `evaluate` (with the same ``everywhere``, and once): fills `gradients`."""
+        at = self._all if everywhere else self._read
+        n, grid, batch = at.count, self.config.grid, self.batch
+        w, g, half = self.weights, self.gradients, self.config.position_dim // 2
+        h1, h2, h3 = self._h1[:, :n], self._h2[:, :n], self._h3[:, :n]
+        d1, d2, d3_half, d3 = self._d1[:, :n], self._d2[:, :n], self._d3_half[:, :n], self._d3[:, :n]
+
+        if self.distil == "grid":
+            for nothing in (d3, g["mlp.head.weight"], g["mlp.head.bias"]):
+                nothing.zero_()
+        else:
+            self.pooling.backward(self._d_token(), out=d3)
+        coloured = None
+        if self._field_losses is not None:
+            coloured = self._field_losses.backward(h3, self.column, at, out=d3)
+        relu_backward(d3, h3)
+        self._halve(d3, d3_half)
+        torch.sum(d3, dim=1, out=g["mlp.layer3.bias"])
+        self._weight_gradient(d3_half, h2, g["mlp.layer3.weight"])
+        product(d3_half, self._products["mlp.layer3.weight"], out=d2)
+        relu_backward(d2, h2)
+        torch.sum(d2, dim=1, dtype=torch.float32, out=g["mlp.layer2.bias"])
+        self._weight_gradient(d2, h1, g["mlp.layer2.weight"])
+        product(d2, self._products["mlp.layer2.weight"], out=d1)
+        relu_backward(d1, h1)
+
+        product(at.selector.expand(batch, -1, -1), d1, out=self._d_sums_half)
+        self._halve(self._d_sums_half, self._d_sums)
+        by_column, *_ = w["mlp.layer1.weight"].split((self.config.cells, half, half), dim=2)
+        d_by_column, d_by_x, d_by_y = g["mlp.layer1.weight"].split((self.config.cells, half, half), dim=2)
+        product(self._d_sums[:, :grid].mT, self._axis, out=d_by_y)
+        product(self._d_sums[:, grid:].mT, self._axis, out=d_by_x)
+        d_shared = self._d_sums[:, :grid].sum(dim=1, keepdim=True)  # (B, 1, H1)
+        g["mlp.layer1.bias"].copy_(d_shared[:, 0])
+        torch.mul(d_shared.mT, self.column, out=d_by_column)
+
+        d_column = product(d_shared, by_column)  # (B, 1, N)
+        if coloured is not None:
+            d_column += coloured
+        product(d_column, self.patches.mT, out=g["column.filter.weight"].view(batch, 1, -1))
+        torch.sum(d_column, dim=2, out=g["column.filter.bias"])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One Adam step of every sample that is not frozen: one pass over its memory, with its own step count.
+
+        The bfloat16 copies of the weights are made in the same pass.
+        """
+        self.updates += 1 - self.frozen
+        for row in range(self.batch):
+            for span, halves in self._spans():
+                torch._fused_adam_(
+                    [self._weights[row, span]],
+                    [self._gradients[row, span]],
+                    [self._first_moment[row, span]],
+                    [self._second_moment[row, span]],
+                    [],
+                    [self.updates[row]],
+                    # the fused kernel's own way to leave a row as it is, without asking the host
+                    found_inf=self.frozen[row],
+                    amsgrad=False,
+                    beta1=0.9,
+                    beta2=0.999,
+                    lr=self.lr,
+                    weight_decay=0.0,
+                    eps=1e-8,
+                    maximize=False,
+                )
+                if halves is not None:
+                    self._middle_half[row, halves].copy_(self._weights[row, span])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Evaluate, decide who is frozen, go back, update."""
+        self.evaluate(everywhere=False)
+        stop = ~self.finite if self.tolerance is None else ~self.finite | (self.loss <= self.tolerance)
+        self.frozen.logical_or_(stop)
+        self.backward(everywhere=False)
+        self.update()
+
+    def advance(self) -> None:
+        """One `step`, on a GPU as the replay of a captured graph."""
+        if self.device.type != "cuda":
+            self.step()
+            return
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+
+    @torch.no_grad()
+    def run(self, steps: int, *, record_tokens: bool = False, snapshots: Collection[int] = ()) -> History:
+        """Make up to ``steps`` steps from the state as it is, then evaluate once more from all locations.
+
+        A frozen sample's losses and cosines stay at their last value to the end of its row.
+
+        Args:
+            steps: K.
+            record_tokens: whether to keep the token before each step, and the last.
+            snapshots: numbers of steps, 0 to K, after which to keep the field, read in float32.
+        """
+        losses, cosines = (torch.zeros(self.batch, steps, device=self.device) for _ in range(2))
+        shape = (self.batch, steps + 1, self.config.dim)
+        tokens = torch.zeros(shape, device=self.device) if record_tokens else None
+        drawn = self._draw(steps)
+        # On a CPU the look at `frozen` is free; on a GPU it makes the host wait, so only where it can save steps
+        may_stop = self.tolerance is not None or self.device.type == "cpu"
+        fields: dict[int, Tensor] = {}
+        for k in range(steps):
+            if k in snapshots:
+                self.evaluate()
+                fields[k] = self._field()
+            if drawn is not None:
+                self._read.take(self._all, drawn[k])
+            self.advance()
+            losses[:, k], cosines[:, k] = self.loss, self.cosine
+            if tokens is not None:
+                tokens[:, k] = self.token
+            if may_stop and bool(self.frozen.all()):
+                losses[:, k:], cosines[:, k:] = self.loss[:, None], self.cosine[:, None]
+                if tokens is not None:
+                    tokens[:, k:] = self.token[:, None]
+                break
+        self.evaluate()
+        if tokens is not None:
+            tokens[:, -1] = self.token
+        last = sorted(set(snapshots) - set(fields))  # where all samples had stopped, nothing has changed since
+        fields.update((k, self._field()) for k in last)
+        return History(losses, cosines, tokens, fields)
+
+    def _field(self) -> Tensor:
+        """Field (B, N, D) at all locations, of the weights and the column of the latest `evaluate`.
+
+        In float32 whatever the steps are in: one target for all locations makes a field that is nearly constant, and
+        bfloat16 would round its smooth gradient into stripes.
+        """
+        return self.fold(self.batch).features(*grid_locations(self.config.grid))
+
+    def fold(self, count: int) -> SavedField:
+        """Copy what the first ``count`` samples need to tell features later: columns, weights of the coordinate MLP."""
+        kept = {name: value[:count].clone() for name, value in self.weights.items() if name.startswith("mlp.")}
+        query = self.pooling.key[:count].clone() if isinstance(self.pooling, QueryPooling) else None
+        return SavedField(self.column[:count, 0].clone(), kept, self.config.position_dim, query)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record one step as a CUDA graph: all that it reads and writes are this engine's own buffers."""
+        frozen = self.frozen.clone()
+        self.frozen.fill_(1)  # so that the warm-up changes no state
+        # One stream of this engine's own GPU for both: torch's default stream for captures may belong to another GPU,
+        # and what runs on this one would then be missing from the graph
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries choose kernels and take workspaces before the capture, not in it
+                for _ in range(3):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: another thread may meanwhile decode images or run the teacher on this GPU
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                self.step()
+        self.frozen.copy_(frozen)
+        return graph
+
+    def _d_token(self) -> Tensor:
+        """Gradient of each sample's own loss with respect to its token: (B, D)."""
+        if self.loss_name == "mse":
+            return (self.token - self.target) * (2 / self.config.dim)
+        eps = torch.finfo(torch.float32).eps
+        length = self.token.norm(dim=1, keepdim=True).clamp_min(eps)
+        towards = self.target / self.target.norm(dim=1, keepdim=True).clamp_min(eps)
+        return (self.cosine[:, None] * self.token / length - towards) / length
+
+    def _weight_gradient(self, d_output: Tensor, inputs: Tensor, out: Tensor) -> None:
+        """Write d_output' inputs, (B, n, m)' (B, n, k) -> (B, m, k), straight into what Adam reads, in float32."""
+        if not self._half:
+            product(d_output.mT, inputs, out=out)
+        elif self.device.type == "cuda":
+            torch.bmm(d_output.mT, inputs, out_dtype=torch.float32, out=out)
+        else:  # no CPU kernel has a wider output: round once, then widen
+            rows = max(1, SPAN // inputs.shape[2])
+            for d, x, o in zip(d_output, inputs, out, strict=True):
+                for some, wide in zip(d.T.split(rows), o.split(rows), strict=True):
+                    narrow = self._scratch[: wide.numel()].view(wide.shape)
+                    torch.mm(some, x, out=narrow)
+                    wide.copy_(narrow)
+
+    def _halve(self, source: Tensor, target: Tensor) -> None:
+        """Convert between a float32 buffer and its bfloat16 twin; nothing to do where they are one."""
+        if self._half:
+            target.copy_(source)
+
+    def _halve_weights(self) -> None:
+        if self._half:
+            self._middle_half.copy_(self._weights[:, self._middle])
+
+    def _spans(self) -> Iterator[tuple[slice, slice | None]]:
+        """Spans that make up a sample's row of parameters, each with its place among the bfloat16 copies, if any."""
+        start, stop, end = self._middle.start, self._middle.stop, self._weights.shape[1]
+        if not self._half:
+            yield slice(0, end), None
+            return
+        length = SPAN if self.device.type == "cpu" else stop - start  # a GPU has no such cache: few launches
+        yield slice(0, start), None
+        for at in range(start, stop, length):
+            to = min(at + length, stop)
+            yield slice(at, to), slice(at - start, to - start)
+        yield slice(stop, end), None
+
+    def _draw(self, steps: int) -> Tensor | None:
+        """Locations of each step (K, Q): from the seed and the step alone, so alike for every sample and batch."""
+        if self.queries is None:
+            return None
+        generator = np.random.Generator(np.random.PCG64(self.seed))
+        drawn = [generator.permutation(self.config.cells)[: self.queries] for _ in range(steps)]
+        return torch.from_numpy(np.stack(drawn)).to(self.device)

@@ -1,0 +1,114 @@
+"""Teachers of timm that have a grid and no text tower: any vision transformer, DINOv2's among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from apm.errors import TeacherError, did_you_mean
+from apm.images.load import central_square, normalised
+from apm.teachers import hub
+from apm.teachers.base import TeacherUnavailable
+from apm.teachers.checkpoint import read_checkpoint
+from apm.teachers.grid_towers import last_map
+from apm.teachers.openclip import quiet, weights_hash
+
+PREFIX = "timm:"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Names that timm gives to the weights in a repository, in the order of preference."""
+
+
+class TimmGridTeacher:
+    """A vision transformer of timm as a `apm.teachers.base.GridTeacher`: its normed patch tokens are the grid."""
+
+    def __init__(self, model: nn.Module, *, name: str, device: torch.device) -> None:
+        settings = model.pretrained_cfg
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.name = name
+        self.mean: tuple[float, ...] = tuple(settings["mean"])  # type: ignore[index]
+        self.std: tuple[float, ...] = tuple(settings["std"])  # type: ignore[index]
+        self.grid_size = int(settings["input_size"][-1])  # type: ignore[index]
+        self.patch_size = int(model.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
+        also = repr((name.partition("@")[0], self.mean, self.std)).encode()
+        self.identity = f"{name}@{weights_hash(model.state_dict(), also=also)[:16]}"
+        self.dim = int(model.num_features)  # type: ignore[arg-type]
+        self.notes: tuple[str, ...] = ()
+        self.device = device
+
+    @torch.no_grad()
+    def encode_grid(self, image: Image.Image, *, size: int | None = None) -> Tensor:
+        """Encode the parts of the central square, scaled to `size` pixels (a multiple of the patches'): (h', w', D).
+
+        Class and register tokens are none of them: timm tells them apart. Position codes are interpolated where the
+        size is not the model's own.
+        """
+        size = self.grid_size if size is None else size
+        if size < 1 or size % self.patch_size:
+            raise TeacherError(
+                f'The grid of "{self.name}" is of patches of {self.patch_size} pixels, which do not tile {size} pixels.'
+            )
+        pixels = normalised(central_square(image, size), self.mean, self.std)[None]  # (1, 3, S, S)
+        return last_map(self.model, pixels.to(self.device))[0].permute(1, 2, 0).float()
+
+
+def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeacher:
+    """Load ``timm:NAME`` with the weights of the hub, or ``timm:NAME@FILE`` with those of a file.
+
+    Raises:
+        TeacherUnavailable: the weights are neither on this machine nor reachable; found out within seconds.
+        TeacherError: the name is not known or no vision transformer's; the file is damaged, unsafe or another model's.
+    """
+    name, at, file = spec.removeprefix(PREFIX).partition("@")
+    if not name or (at and not file):
+        raise TeacherError(f'The teacher "{spec}" names nothing: write {PREFIX}NAME or {PREFIX}NAME@FILE.')
+    if not timm.is_model(name):
+        known = timm.list_models("*vit*") + timm.list_models("*eva*")
+        raise TeacherError(
+            f'The teacher "{spec}" cannot be loaded: timm has no model {name}.{did_you_mean(name, known)}'
+        )
+    path = Path(file).expanduser() if at else _from_hub(spec, name)
+    if not path.is_file():
+        raise TeacherError(f'The teacher "{spec}" cannot be loaded: there is no file {path}.')
+    if read_checkpoint(path).state is not None:
+        raise TeacherError(f'The teacher "{spec}" cannot be loaded: {path} holds a CLIP of OpenAI, or TorchScript.')
+    try:
+        with quiet(), hub.no_network():
+            model = timm.create_model(
+                name,
+                pretrained=True,
+                pretrained_cfg_overlay={"file": str(path), "custom_load": False},
+                num_classes=0,
+                dynamic_img_size=True,
+            )
+    except Exception as error:  # timm and torch report what does not fit in many ways
+        reason = " ".join(str(error).split())
+        if "dynamic_img_size" in reason:
+            raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is no vision transformer.') from error
+        raise TeacherError(
+            f'The teacher "{spec}" cannot be loaded: {path} does not fit the model {name}'
+            f" ({type(error).__name__}: {reason[:300]})."
+        ) from error
+    if not (hasattr(model, "forward_intermediates") and hasattr(model, "num_prefix_tokens")):
+        raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is no vision transformer.')
+    broken = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise TeacherError(
+            f'The teacher "{spec}" cannot be used: {path} holds numbers that are not finite, first in {broken[0]}.'
+        )
+    return TimmGridTeacher(model, name=spec, device=torch.device(device))
+
+
+def _from_hub(spec: str, name: str) -> Path:
+    settings = timm.get_pretrained_cfg(name)
+    if settings is None or not settings.hf_hub_id:
+        where = f" from {settings.url}" if settings is not None and settings.url else ""
+        raise TeacherUnavailable(
+            f'The weights of the teacher "{spec}" are not on the Hugging Face hub: get them{where} yourself, and write'
+            f" {PREFIX}{name}@FILE."
+        )
+    files = (settings.hf_hub_filename,) if settings.hf_hub_filename else WEIGHTS
+    return hub.fetch(settings.hf_hub_id, files, wanted_by=spec, library="timm")

@@ -1,0 +1,1 @@
+"""Test-time training: targets, views, the trainer that adapts one student to each image."""

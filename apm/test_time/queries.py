@@ -1,0 +1,55 @@
+"""How many of the student's locations a step reads: all of them, as in the paper, or fewer, drawn afresh each time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apm.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+ALL, AUTO = "all", "auto"
+
+FEWER = {"paper": 64, "small": 64}
+"""What ``auto`` reads on a CPU, by preset. `python -m apm.benchmarks.studies.queries` counts the answers that
+change."""
+
+
+def check_queries(queries: int | str) -> None:
+    """Refuse what is neither a number from 1 on, nor ``all``, nor ``auto``.
+
+    Raises:
+        UsageError: with the value.
+    """
+    if queries not in (ALL, AUTO) and (not isinstance(queries, int) or queries < 1):
+        raise UsageError(f'queries is "{queries}"; it must be a number from 1 on, all, or auto.')
+
+
+def locations_a_step(
+    queries: int | str, *, preset: str, readout: str, distil: str, rgb_weight: float, device: torch.device
+) -> int | None:
+    """Return how many locations each step reads, None for all.
+
+    ``auto`` reads fewer where that is measured: on a CPU, with the object query, and with the token as the only target.
+    A GPU is no faster with fewer, and a loss of the grid or of colours is about every location.
+
+    Raises:
+        UsageError: as `check_queries`.
+    """
+    check_queries(queries)
+    if isinstance(queries, int):
+        return queries
+    measured = distil == "cls" and rgb_weight == 0 and readout == "query" and device.type == "cpu"
+    return FEWER.get(preset) if queries == AUTO and measured else None
+
+
+def parse_queries(text: str) -> int | str:
+    """Read a number, ``all`` or ``auto``.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    queries = int(text) if text.isdecimal() else text
+    check_queries(queries)
+    return queries

@@ -1,0 +1,365 @@
+"""Overfit a fresh student to each image's target, read its token, forget everything: test-time training.
+
+No function here takes a label, and nothing learned on one image is there when the next one comes.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apm.errors import ApmError, UsageError, unknown
+from apm.student.config import APMConfig
+from apm.student.engine import Engine, Loss
+from apm.student.engine_losses import Distil
+from apm.student.field import SavedField
+from apm.student.matmul import Precision, measured_precision
+from apm.student.model import draw_parameters
+
+log = logging.getLogger("apm")
+
+# A GPU is full long before this; larger batches only take more memory
+LARGEST_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """How each student is trained. Schedule: constant.
+
+    Raises:
+        UsageError: a value that cannot work; the message holds it.
+    """
+
+    steps: int = 50  # from the table of steps in the README
+    lr: float = 1e-4  # Adam's
+    loss: Loss = "mse"
+    precision: Precision = "auto"  # of the large products; auto: bf16 where it is measured to be clearly faster
+    seed: int = 0  # of the initial weights (and of the locations drawn, see `queries`)
+    tolerance: float | None = None  # stop an image early, once its loss (no label is involved) is at or below this
+    queries: int | None = None  # read this many locations, drawn afresh at each step, instead of all: an approximation
+    distil: Distil = "cls"  # the teacher's token, its grid at the student's own locations, or the sum of both losses
+    # Of the loss towards the image's own colours; Modi & Rawat 2024: 0 in test-time training. The colour head ends in a
+    # ReLU, which the first draw may shut for a channel: that channel then stays black, without a gradient.
+    rgb_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.steps < 1:
+            raise UsageError(f"steps must be 1 or more, not {self.steps}: an untrained student is useless.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"lr must be a positive number, not {self.lr}.")
+        if self.loss not in get_args(Loss):
+            raise unknown("loss", self.loss, get_args(Loss))
+        if self.precision not in get_args(Precision):
+            raise unknown("precision", self.precision, get_args(Precision))
+        if self.seed < 0:
+            raise UsageError(f"seed must be 0 or more, not {self.seed}.")
+        if self.tolerance is not None and not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise UsageError(f"tolerance must be a positive number or None, not {self.tolerance}.")
+        if self.queries is not None and self.queries < 1:
+            raise UsageError(f"queries must be 1 or more, or None for all, not {self.queries}.")
+        if self.distil not in get_args(Distil):
+            raise unknown("distil", self.distil, get_args(Distil))
+        if not (math.isfinite(self.rgb_weight) and self.rgb_weight >= 0):
+            raise UsageError(f"rgb_weight must be 0 or a positive number, not {self.rgb_weight}.")
+        if self.distil == "grid" and self.loss != "mse":
+            raise UsageError(
+                f'loss="{self.loss}" is of the token, which has no loss with distil="grid": use distil="both".'
+            )
+
+
+@dataclass
+class AdaptResult:
+    """What came of B images. A flagged image (``finite`` False) has NaN for its token and its final figures."""
+
+    tokens: Tensor  # (B, D) after the last step, read from all locations
+    losses: Tensor  # (B, K) before each update, of all that is distilled; an image that stopped repeats its last value
+    cosines: Tensor  # (B, K) of the token to the target, likewise
+    final_losses: Tensor  # (B,) of `tokens`
+    final_cosines: Tensor  # (B,)
+    steps: Tensor  # (B,) int64, updates really made
+    finite: Tensor  # (B,) bool: neither target, image nor any loss was NaN or infinite
+    seconds: float  # wall time of the whole call
+    precision: Literal["fp32", "bf16"]  # what was used
+    step_tokens: Tensor | None = None  # (B, K + 1, D) if asked for
+    fields: dict[int, Tensor] = field(default_factory=dict, repr=False)  # steps made -> (B, N, D); the snapshots
+    folded: SavedField | None = field(default=None, repr=False)
+
+    def features(self, rows: Tensor | Sequence[float], cols: Tensor | Sequence[float]) -> Tensor:
+        """Features (B, Q, D), float32, of the adapted students at Q locations, in grid cells, in any order."""
+        return self._kept().features(*_coordinates(rows, cols)).to(self.tokens.device)
+
+    def attention(self, rows: Tensor | Sequence[float], cols: Tensor | Sequence[float]) -> Tensor:
+        """Attention (B, heads, Q) that the object query pays to Q locations, in grid cells; sums to 1 over these."""
+        return self._kept().attention(*_coordinates(rows, cols)).to(self.tokens.device)
+
+    def _kept(self) -> SavedField:
+        if self.folded is None:
+            raise UsageError(
+                "The students' weights were not kept: call adapt(..., keep_field=True) to ask for features."
+            )
+        return self.folded
+
+
+def _coordinates(rows: Tensor | Sequence[float], cols: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+    return torch.as_tensor(rows, dtype=torch.float64), torch.as_tensor(cols, dtype=torch.float64)
+
+
+class TestTimeTrainer:
+    """Adapts one student per image to the image's target, always from the same initial state.
+
+    An image's answer is the same alone, in any batch and in any order. Not for use by two threads at once.
+    """
+
+    __test__ = False  # the name is the method's; pytest need not look in
+
+    def __init__(
+        self,
+        model: APMConfig,
+        adapt: AdaptConfig,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int | None = None,
+    ) -> None:
+        """Draw the initial state.
+
+        Args:
+            model: sizes of the student; its ``dim`` is the targets'.
+            adapt: how to train.
+            device: where the students live.
+            batch_size: students in memory at a time. None: on a CPU one, whose products already fill its cores; on a
+                GPU as many as its free memory holds, up to 32.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size must be 1 or more, not {batch_size}.")
+        self.check(model, adapt)
+        self.model, self.config = model, adapt
+        self.device = torch.device(device)
+        self.precision: Literal["fp32", "bf16"] = (
+            measured_precision(self.device) if adapt.precision == "auto" else adapt.precision
+        )
+        self._initial = draw_parameters(model, np.random.Generator(np.random.PCG64(adapt.seed)))
+        self._limit = batch_size
+        self._engine: Engine | None = None
+        self._said = False
+
+    @staticmethod
+    def check(model: APMConfig, adapt: AdaptConfig) -> None:
+        """Refuse, by a `UsageError`, a student and a way to train it that do not go together."""
+        if adapt.queries is not None and adapt.queries > model.cells:
+            raise UsageError(f"queries must not exceed the {model.cells} locations of the grid; got {adapt.queries}.")
+        if adapt.distil == "grid" and model.readout == "query":
+            raise UsageError(
+                'With distil="grid" nothing trains the object query: choose readout="mean", or distil="both".'
+            )
+
+    def adapt(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        grids: Tensor | None = None,
+        keep_field: bool = False,
+        record_tokens: bool = False,
+        snapshots: Sequence[int] = (),
+    ) -> AdaptResult:
+        """Adapt a fresh student to each image.
+
+        Args:
+            images: (B, 3, S, S) float, ImageNet-normalised, S the config's image size.
+            targets: (B, D) float, what each student's token is to become; not normalised. With distil="grid" they have
+                no loss, but the cosines are to them.
+            grids: (B, N, D) float, what the field is to become at the student's own locations, in reading order
+                (`apm.student.field.resample`); needed unless distil="cls".
+            keep_field: keep columns and weights, so that the result can tell features at any location.
+            record_tokens: keep the token before each update as well.
+            snapshots: numbers of steps, from 0 to all, after which to keep the field at the student's own locations,
+                read in float32 whatever the precision of the steps.
+
+        Returns:
+            The result, on the targets' device.
+
+        Raises:
+            UsageError: shapes that do not fit.
+            ApmError: not even one image fits into memory.
+        """
+        self._check(images, targets, grids, snapshots)
+        began = time.perf_counter()
+        parts: list[BatchResult] = []
+        start = 0
+        while start < len(images):
+            size = min(self._batch_size(), len(images) - start)
+            some = slice(start, start + size)
+            try:
+                wanted = None if grids is None else grids[some]
+                parts.append(
+                    self._adapt_some(images[some], targets[some], wanted, keep_field, record_tokens, snapshots)
+                )
+                start += size
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+            # outside of the except block: the error's traceback would keep alive what did not fit
+            self._halve_batch(size)
+        return self._result(parts, targets.device, began)
+
+    def _check(self, images: Tensor, targets: Tensor, grids: Tensor | None, snapshots: Sequence[int]) -> None:
+        side = self.model.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side) or not len(images):
+            raise UsageError(f"images must have shape (B, 3, {side}, {side}), B at least 1, not {tuple(images.shape)}.")
+        if tuple(targets.shape) != (len(images), self.model.dim):
+            raise UsageError(
+                f"targets must have shape ({len(images)}, {self.model.dim}), one row for each image, "
+                f"not {tuple(targets.shape)}."
+            )
+        if (grids is None) != (self.config.distil == "cls"):
+            given = "and none are given" if grids is None else "which has no use for those given"
+            raise UsageError(f'grids go with distil="grid" or "both"; it is "{self.config.distil}", {given}.')
+        shape = (len(images), self.model.cells, self.model.dim)
+        if grids is not None and tuple(grids.shape) != shape:
+            raise UsageError(f"grids must have shape {shape}, a row for each location, not {tuple(grids.shape)}.")
+        if any(not 0 <= step <= self.config.steps for step in snapshots):
+            raise UsageError(f"snapshots must lie between 0 and the {self.config.steps} steps; got {list(snapshots)}.")
+
+    def _batch_size(self) -> int:
+        """Students in memory at a time: decided once, and from then on only ever lowered."""
+        if self._limit is None:
+            self._limit = 1 if self.device.type == "cpu" else LARGEST_BATCH
+            if self.device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(self.device)
+                self._limit = max(1, min(LARGEST_BATCH, int(0.8 * free) // self._bytes_per_student()))
+        return self._limit
+
+    def _bytes_per_student(self) -> int:
+        """Memory of one student in the engine: weights, gradients, moments; hidden layers and their gradients."""
+        parameters = sum(value.numel() for value in self._initial.values())
+        hidden = sum(self.model.hidden)
+        if self.config.distil != "cls" or self.config.rgb_weight:  # the field, its gradient, what is wanted; colours
+            hidden += 2 * self.model.dim + 2 * self.model.rgb_hidden
+        return 4 * (5 * parameters + 2 * self.model.cells * hidden)
+
+    def _halve_batch(self, size: int) -> None:
+        """Give up what did not fit, and go on with half of it. Said once."""
+        self._engine = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
+            gib = self._bytes_per_student() / 2**30
+            raise ApmError(
+                f"Out of memory on {self.device}: one image at a time needs about {gib:.1f} GiB. "
+                'Free some memory, or choose the preset "small".'
+            )
+        self._limit = size // 2
+        if not self._said:
+            log.warning("Out of memory with %d images at a time: going on with fewer.", size)
+        self._said = True
+
+    def _engine_for(self, size: int) -> Engine:
+        """The engine in use if it holds ``size`` samples, else a new one. A smaller rest will be padded."""
+        if self._engine is None or self._engine.batch < size:
+            self._engine = None  # its memory goes first
+            self._engine = Engine(
+                self.model,
+                self._initial,
+                batch=size,
+                lr=self.config.lr,
+                loss=self.config.loss,
+                tolerance=self.config.tolerance,
+                precision=self.precision,
+                queries=self.config.queries,
+                seed=self.config.seed,
+                distil=self.config.distil,
+                rgb_weight=self.config.rgb_weight,
+                device=self.device,
+            )
+        return self._engine
+
+    def _adapt_some(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        grids: Tensor | None,
+        keep_field: bool,
+        record_tokens: bool,
+        snapshots: Sequence[int],
+    ) -> "BatchResult":
+        size = len(images)
+        engine = self._engine_for(size)
+        spare = engine.batch - size
+        if spare:  # repeat the first sample: no sample sees another, so it changes nothing
+            images = torch.cat((images, images[:1].expand(spare, -1, -1, -1)))
+            targets = torch.cat((targets, targets[:1].expand(spare, -1)))
+            grids = None if grids is None else torch.cat((grids, grids[:1].expand(spare, -1, -1)))
+        engine.reset()  # before and not after: whatever an interrupted call left behind is gone
+        engine.load(images, targets, grids)
+        history = engine.run(self.config.steps, record_tokens=record_tokens, snapshots=frozenset(snapshots))
+        finite = engine.finite[:size].clone()
+        tokens, losses, cosines = (t[:size].clone() for t in (engine.token, engine.loss, engine.cosine))
+        folded = engine.fold(size) if keep_field else None
+        fields = {step: history.fields[step][:size] for step in sorted(history.fields)}
+        for values in (tokens, losses, cosines, *fields.values(), *([folded.columns] if folded else [])):
+            values[~finite] = math.nan  # what is flagged cannot be mistaken for an answer
+        return BatchResult(
+            tokens=tokens,
+            losses=history.losses[:size],
+            cosines=history.cosines[:size],
+            final_losses=losses,
+            final_cosines=cosines,
+            steps=engine.updates[:size].long(),
+            finite=finite,
+            step_tokens=None if history.tokens is None else history.tokens[:size],
+            fields=fields,
+            folded=folded,
+        )
+
+    def _result(self, parts: "list[BatchResult]", device: torch.device, began: float) -> AdaptResult:
+        def join(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts]).to(device)
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that `seconds` holds the work and not only its launch
+        kept = [part.folded for part in parts if part.folded is not None]
+        return AdaptResult(
+            tokens=join("tokens"),
+            losses=join("losses"),
+            cosines=join("cosines"),
+            final_losses=join("final_losses"),
+            final_cosines=join("final_cosines"),
+            steps=join("steps"),
+            finite=join("finite"),
+            step_tokens=join("step_tokens") if parts[0].step_tokens is not None else None,
+            fields={step: torch.cat([part.fields[step] for part in parts]).to(device) for step in parts[0].fields},
+            folded=SavedField.join(kept) if kept else None,
+            precision=self.precision,
+            seconds=time.perf_counter() - began,
+        )
+
+
+@dataclass
+class BatchResult:
+    """What came of one batch of the engine; named and shaped as in `AdaptResult`."""
+
+    tokens: Tensor
+    losses: Tensor
+    cosines: Tensor
+    final_losses: Tensor
+    final_cosines: Tensor
+    steps: Tensor
+    finite: Tensor
+    step_tokens: Tensor | None
+    fields: dict[int, Tensor]
+    folded: SavedField | None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Tell a lack of memory from other errors; a CPU's is a plain RuntimeError with only its text to tell it by."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error).lower() for text in ("can't allocate memory", "out of memory")
+    )

@@ -1,0 +1,1 @@
+"""Class names and prompts become text features, and tokens become logits."""

@@ -1,0 +1,1 @@
+"""One run: its plan, the loop over images, records that survive a kill."""

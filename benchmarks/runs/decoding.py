@@ -1,0 +1,68 @@
+"""Images of a run, decoded in threads a bounded number ahead of whoever answers them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from apm.errors import ApmError, ImageError
+from apm.images.ahead import in_order
+from apm.images.paths import printable
+
+if TYPE_CHECKING:
+    from ..datasets import Sample
+
+
+@dataclass(frozen=True)
+class Readable:
+    """An image ready to be answered."""
+
+    position: int
+    sample: Sample
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be decoded, and why."""
+
+    position: int
+    sample: Sample
+    error: str
+
+
+def decoded(
+    todo: Iterator[tuple[int, Sample]], *, ahead: int, workers: int
+) -> Generator[Readable | Unreadable, None, None]:
+    """Decode samples in threads, in their order.
+
+    Args:
+        todo: position and sample, drawn from as images are taken.
+        ahead: how many are decoded before whoever takes them needs them; bounds the memory, as their bytes do.
+        workers: number of threads.
+
+    Raises:
+        ApmError: not the image is at fault but where it comes from, such as a stream that broke off.
+    """
+    return in_order(todo, _load, ahead=ahead, workers=workers, size=_bytes)
+
+
+def _load(item: tuple[int, Sample]) -> Readable | Unreadable:
+    position, sample = item
+    try:
+        return Readable(position, sample, sample.load())
+    except MemoryError:
+        raise
+    except ApmError as error:
+        if not isinstance(error, ImageError):
+            raise
+        return Unreadable(position, sample, printable(" ".join(str(error).split())))
+    except Exception as error:  # decoders raise all kinds; the image is at fault, not the run
+        return Unreadable(position, sample, printable(" ".join(str(error).split())) or type(error).__name__)
+
+
+def _bytes(item: Readable | Unreadable) -> int:
+    return 4 * item.image.width * item.image.height if isinstance(item, Readable) else 0

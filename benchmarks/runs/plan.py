@@ -1,0 +1,95 @@
+"""From what a user asks for to the cells and methods of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from apm.errors import UsageError, unknown
+
+from ..corruptions import CORRUPTIONS, check_level
+from ..datasets import DATASETS, Dataset, expand, open_dataset
+from ..methods import parse_method
+
+CLEAN, ALL = "clean", "all"
+"""Words for `--corruption` beside the names of corruptions."""
+
+
+def plan_cells(
+    names: Sequence[str],
+    *,
+    root: Path | None = None,
+    corruptions: Sequence[str] = (),
+    levels: Sequence[int] = (5,),
+    limit: int | None = None,
+    seed: int = 0,
+    from_clean: bool = False,
+    source: str | None = None,
+    label_set: str | None = None,
+) -> list[Callable[[], Dataset]]:
+    """List the cells of a run: each opens its data set.
+
+    Args:
+        names: data sets and suites.
+        root: folder that holds data sets.
+        corruptions: names, ``clean`` for the images as they are, ``all`` for the 15. None given: clean, and all 15
+            for imagenet-c.
+        levels: severities for every corruption.
+        limit, seed, from_clean, source, label_set: as `open_dataset`.
+
+    Raises:
+        UsageError: an unknown name, or options that do not go together. Nothing is opened here.
+    """
+    datasets = expand(names)
+    if not datasets:
+        raise UsageError(f"No data set is named. Known: {', '.join(DATASETS)}; apm bench --list says more.")
+    if source is not None and len(datasets) > 1:
+        raise UsageError(f"--source is for one data set, and {len(datasets)} are named: {', '.join(datasets)}.")
+    for level in levels:
+        check_level(level)
+    wanted = dict.fromkeys(name for given in corruptions for name in ((*CORRUPTIONS,) if given == ALL else (given,)))
+    for name in wanted:
+        if name != CLEAN and name not in CORRUPTIONS:
+            raise unknown("corruption", name, [*CORRUPTIONS, CLEAN, ALL])
+    cells: list[Callable[[], Dataset]] = []
+    for dataset in datasets:
+        corrupted_only = DATASETS[dataset].reader == "corrupted"
+        if corrupted_only and CLEAN in wanted:
+            raise UsageError(f"{dataset} holds no clean images; name the data set imagenet for them.")
+        for corruption in wanted or (CORRUPTIONS if corrupted_only else (CLEAN,)):
+            made = corruption != CLEAN
+            for level in dict.fromkeys(levels) if made else (5,):
+                cells.append(
+                    partial(
+                        open_dataset,
+                        dataset,
+                        root,
+                        corruption=corruption if made else None,
+                        level=level,
+                        limit=limit,
+                        seed=seed,
+                        from_clean=from_clean and made,
+                        source=source,
+                        label_set=label_set if DATASETS[dataset].reader == "folder" else None,
+                    )
+                )
+    return cells
+
+
+def method_specs(methods: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Give each ``apm`` without a target of its own every one of `targets`; other methods stay as they are."""
+    specs = []
+    for spec in methods:
+        name, settings = parse_method(spec)
+        if name != "apm" or "target" in settings:
+            specs.append(spec)
+            continue
+        specs += [f"{spec}{',' if settings else ':'}target={target}" for target in dict.fromkeys(targets)]
+    return specs
+
+
+def default_folder(names: Sequence[str], teacher: str) -> Path:
+    """Where a run goes when no folder is given: the same for the same data sets and teacher, to be continued."""
+    return Path("runs") / re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{'+'.join(names)}-{teacher}").strip("-")

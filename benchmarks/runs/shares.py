@@ -1,0 +1,61 @@
+"""Which images are left to whom: the order of a cell's images, divided among methods and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from apm.processes import Group
+
+from ..methods.base import Method
+
+
+def stream_order(n: int, seed: int) -> list[int]:
+    """The order in which the n images of a cell are gone through: a permutation drawn from PCG64(seed)."""
+    return np.random.Generator(np.random.PCG64(seed)).permutation(n).tolist()
+
+
+@dataclass
+class WorkShare:
+    """Methods that go through the same positions together."""
+
+    methods: list[Method]
+    positions: list[int]
+    replay: list[int]
+    """Positions before these that stream methods have answered in an earlier session."""
+    recorded: Mapping[str, set[int]]
+    """By method, all positions with a row."""
+
+
+def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group) -> list[WorkShare]:
+    """Divide what is left of a cell of n images into lanes, from the rows that there are.
+
+    Args:
+        methods: of the run.
+        rows: columns ``position`` and ``method`` of the cell.
+        n: number of images.
+        group: this process's place: it gets its share.
+    """
+    positions = rows["position"].to_numpy()
+    names = rows["method"].to_numpy(zero_copy_only=False)
+    done = {method.name: set(positions[names == method.name].tolist()) for method in methods}
+    episodic = [method for method in methods if not method.stream]
+    stream = [method for method in methods if method.stream]
+    shares: list[tuple[list[Method], range]] = [(list(methods), range(n))]
+    if group.world > 1 or len({frozenset(found) for found in done.values()}) > 1:
+        whole = range(n) if group.first else range(0)
+        shares = [(episodic, range(group.rank, n, group.world)), (stream, whole)]
+    lanes = []
+    for members, share in shares:
+        left = [position for position in share if any(position not in done[method.name] for method in members)]
+        if not left:
+            continue
+        replay: list[int] = []
+        if any(method.stream for method in members):
+            # Where a damaged shard was removed, rows after the gap are there: the stream passes them again.
+            replay, left = list(range(left[0])), list(range(left[0], n))
+        lanes.append(WorkShare(members, left, replay, done))
+    return lanes

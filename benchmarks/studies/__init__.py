@@ -1,0 +1,1 @@
+"""One question, one file: `python -m apm.benchmarks.studies.NAME`."""

@@ -1,0 +1,219 @@
+"""How much of an image's class a linear classifier reads from a student trained without labels.
+
+``python -m apm.benchmarks.studies.linear_probe CKPT --data TABLE.parquet --teacher NAME --out RECORD``. The images are
+split by a seed into a part to fit on, of which a fifth chooses the penalty, and a part to test on. Labels are used
+here only.
+
+Inputs of the probe, each standardised on the part it is fitted on: the pixels (``pixels``), also pooled to the grid of
+the student (``pooled``); of the student the trigger column (``column``), the mean of its field (``field``) and the mean
+of its last hidden layer over the locations (``hidden``); the mean field of a student that is drawn, not trained
+(``untrained``); the teacher's token as an upper bound (``teacher``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apm.errors import UsageError
+from apm.images.load import central_square, decode_image, student_input
+from apm.pretrain.student import Student
+from apm.pretrain.trainer import pooled_colours
+from apm.student.model import APM
+from apm.student.position import grid_locations, position_code
+from apm.teachers import load_teacher
+from apm.teachers.base import Teacher
+
+from ..runs.environment import describe, write_record
+from .pretraining import command
+
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Candidates for C of sklearn's logistic regression (larger: weaker penalty)."""
+_ITERATIONS = 150
+NAMES = {
+    "pixels": "raw pixels",
+    "pooled": "pixels pooled to the student's grid",
+    "column": "student: trigger column",
+    "field": "student: mean of the field",
+    "hidden": "student: mean of the last hidden layer",
+    "untrained": "mean of the field of a student not trained",
+    "teacher": "teacher: token",
+}
+
+
+def read_table(path: Path, limit: int | None, seed: int) -> tuple[list[bytes], NDArray[np.int64]]:
+    """Read encoded images and integer labels from the columns image and label of a Parquet file, in a seeded order."""
+    import pyarrow.parquet as pq
+
+    found = pq.read_table(path, columns=["image", "label"])
+    order = np.random.default_rng(seed).permutation(len(found))[:limit]
+    values = found.column("image").take(order).to_pylist()
+    images = [value["bytes"] if isinstance(value, dict) else value for value in values]
+    return images, found.column("label").to_numpy()[order]
+
+
+@torch.no_grad()
+def describe_images(
+    images: list[bytes], student: Student, teacher: Teacher | None, *, side: int, batch: int = 50
+) -> dict[str, NDArray[np.float32]]:
+    """Compute every probe's inputs: arrays (n, K), by name."""
+    untrained = Student(APM(student.config, seed=1), {})
+    parts: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+    for start in range(0, len(images), batch):
+        opened = [decode_image(data, "a row", as_published=True).image for data in images[start : start + batch]]
+        inputs = torch.stack([student_input(image, student.config.image_size) for image in opened])
+        squares = np.stack([np.asarray(central_square(image, side)) for image in opened])
+        parts["pixels"].append(torch.from_numpy(squares).flatten(1) / 255)
+        parts["pooled"].append(pooled_colours(inputs, student.config.patch_size).flatten(1))
+        columns = student.columns(inputs)
+        parts["column"].append(columns)
+        field, hidden = _means(student, columns)
+        parts["field"].append(field)
+        parts["hidden"].append(hidden)
+        parts["untrained"].append(_means(untrained, untrained.columns(inputs))[0])
+        if teacher is not None:
+            parts["teacher"].append(
+                teacher.encode_image(torch.stack([teacher.preprocess(one) for one in opened])).cpu()
+            )
+    return {name: torch.cat(values).float().numpy() for name, values in parts.items() if values}
+
+
+def _means(student: Student, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean feature (B, D) and mean last hidden layer (B, H3) over the student's own locations."""
+    config, mlp = student.config, student.model.mlp
+    positions = position_code(*grid_locations(config.grid), config.position_dim)
+    of_column, of_place = mlp.layer1.weight.split((config.cells, config.position_dim), dim=1)
+    x = ((columns @ of_column.T)[:, None] + positions @ of_place.T + mlp.layer1.bias).relu()
+    hidden = mlp.layer3(mlp.layer2(x).relu()).relu().mean(1)
+    return mlp.head(hidden), hidden  # the head is linear: the mean of features is the feature of the mean
+
+
+def probe(
+    inputs: NDArray[np.float32], labels: NDArray[np.int64], train: int, *, seed: int
+) -> dict[str, float | int | bool]:
+    """Fit on the first `train` rows, of which the last fifth chooses C; test on the others.
+
+    Returns:
+        Accuracy on the test part with its binomial standard error, C, validation accuracy, width, and whether the fit
+        converged.
+    """
+    chosen, best = PENALTIES[0], -1.0
+    fit = train - train // 5
+    for penalty in PENALTIES:
+        accuracy, _ = _fitted(inputs[:fit], labels[:fit], inputs[fit:train], labels[fit:train], penalty, seed)
+        if accuracy > best:
+            chosen, best = penalty, accuracy
+    accuracy, converged = _fitted(inputs[:train], labels[:train], inputs[train:], labels[train:], chosen, seed)
+    tested = len(labels) - train
+    return {
+        "accuracy": accuracy,
+        "stderr": math.sqrt(accuracy * (1 - accuracy) / tested),
+        "C": chosen,
+        "validation": best,
+        "width": inputs.shape[1],
+        "converged": converged,
+    }
+
+
+def _fitted(
+    inputs: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    test_inputs: NDArray[np.float32],
+    test_labels: NDArray[np.int64],
+    penalty: float,
+    seed: int,
+) -> tuple[float, bool]:
+    """Accuracy on the test rows, and whether the optimiser converged."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=_ITERATIONS, random_state=seed))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(inputs, labels)
+    late = any(issubclass(one.category, ConvergenceWarning) for one in caught)
+    return float(model.score(test_inputs, test_labels)), not late
+
+
+def table(record: dict[str, Any]) -> str:
+    """One markdown table, from worst to best, and a line that says of what."""
+    found = record["probes"]
+    lines = ["| inputs of the probe | numbers | accuracy |", "|---|---:|---:|"]
+    for name in sorted(found, key=lambda one: found[one]["accuracy"]):
+        row = found[name]
+        mark = "" if row["converged"] else " †"
+        lines.append(
+            f"| {NAMES[name]} | {row['width']:,} | {100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %{mark} |"
+        )
+    lines += [
+        "",
+        f"Logistic regression on standardised inputs, C from {', '.join(f'{one:g}' for one in PENALTIES)} by a fifth "
+        f"of the part fitted on; {record['train']:,} images of {record['data']} to fit, {record['test']:,} to test, "
+        f"seed {record['seed']}, {record['classes']} classes; ± binomial standard error. "
+        f"†: stopped after {_ITERATIONS} iterations.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.linear_probe", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--data", type=Path, help="a Parquet file with the columns image and label")
+    parser.add_argument("--teacher", default="embedded")
+    parser.add_argument("--side", type=int, default=32, help="side of the raw pixels")
+    parser.add_argument("--train", type=int, default=8000)
+    parser.add_argument("--limit", type=int, help="use this many images only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the record there")
+    parser.add_argument("--table", type=Path, metavar="RECORD", help="print this record as markdown instead")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
+    if not options.checkpoint or not options.data:
+        raise UsageError("A checkpoint and --data are needed.")
+    student = Student.load(options.checkpoint)
+    images, labels = read_table(options.data, options.limit, options.seed)
+    if not 10 <= options.train < len(images):
+        raise UsageError(f"--train must be from 10 to less than the {len(images)} images, not {options.train}.")
+    begun = time.perf_counter()
+    inputs = describe_images(images, student, load_teacher(options.teacher), side=options.side)
+    print(f"described {len(images)} images in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    probes = {}
+    for name, rows in inputs.items():
+        probes[name] = probe(rows, labels, options.train, seed=options.seed)
+        print(f"{name}: {probes[name]}", file=sys.stderr, flush=True)
+    record = {
+        "command": command("linear_probe", sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "data": options.data.name,
+        "train": options.train,
+        "test": len(images) - options.train,
+        "classes": len(set(labels.tolist())),
+        "seed": options.seed,
+        "student": student.record,
+        "teacher": options.teacher,
+        "probes": probes,
+        "environment": describe(),
+    }
+    if options.out:
+        write_record(record, options.out)
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Writes the tables of benchmarks/README.md from the records: `python -m apm.benchmarks.studies.readme_tables`.
+
+The text around the tables is written by hand; what stands between two markers is made here, and a test holds the one
+to the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apm.errors import UsageError
+from apm.images.files import write_atomically
+
+from ..runs.records import MethodRows, Records, RunFolder
+from ..tables.build import Table, make_tables
+from ..tables.formats import markdown
+from ..tables.stats import mcnemar, standard_error
+from . import choose_target
+
+HERE = Path(__file__).parent.parent
+RESULTS = HERE / "results"
+DOCUMENT = HERE / "README.md"
+TINY, CROSS, CHOICE = ("tiny-clean", "tiny-corrupted"), "cross-dataset", "choose-target.json"
+PAPER_TARGET = "apm"
+_MARKER = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def groups(tiny: Table, cross: Table) -> dict[str, list[tuple[Table, str]]]:
+    """The cells that are looked at together: clean, corrupted, each other data set, and these together."""
+    corrupted = [(tiny, column) for column in tiny.columns if column != "clean"]
+    others = {column: [(cross, column)] for column in cross.columns if cross.rows[0].cells.get(column)}
+    together = [cell for cells in others.values() for cell in cells]
+    return {
+        "Tiny ImageNet, clean": [(tiny, "clean")],
+        f"Tiny ImageNet, {len(corrupted)} corruptions": corrupted,
+        **others,
+        f"these {len(others)} together": together,
+    }
+
+
+def answers(cells: Iterable[tuple[Table, str]], method: str) -> list[MethodRows]:
+    """The rows of one method in each of the cells."""
+    return [next(row for row in table.rows if row.method == method).answers[column].rows for table, column in cells]
+
+
+def right(parts: Sequence[MethodRows]) -> NDArray[np.bool_]:
+    """Which images are answered rightly, cell behind cell; an image without an answer is not."""
+    return np.concatenate([part.rank == 1 for part in parts])
+
+
+def paired(tiny: Table, cross: Table, reference: str, methods: Sequence[str]) -> str:
+    """Each method against ``reference`` on the same images: a markdown table, one row a group and method."""
+    lines = [
+        f"| images | method | n | top-1 | {reference} | lost | won | p |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, cells in groups(tiny, cross).items():
+        before = right(answers(cells, reference))
+        n = len(before)
+        for method in methods:
+            after = right(answers(cells, method))
+            lost, won = int((before & ~after).sum()), int((~before & after).sum())
+            share, base = float(after.mean()), float(before.mean())
+            lines.append(
+                f"| {name} | {method} | {n} | {100 * share:.1f} ± {100 * standard_error(share, n):.1f} | "
+                f"{100 * base:.1f} | {lost} | {won} | {mcnemar(lost, won):.2g} |"
+            )
+    return "\n".join(lines)
+
+
+def student(tiny: Table, cross: Table, method: str) -> str:
+    """How far a student departs from its teacher, and how sure the teacher's neighbourhood was: a markdown table."""
+    lines = [
+        "| images | n | agree % | cosine, median | cosine, least | right→wrong | wrong→right | p | "
+        "probability where they agree | where they differ |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, cells in groups(tiny, cross).items():
+        parts = answers(cells, method)
+
+        def joined(field: str, parts: Sequence[MethodRows] = parts) -> NDArray[np.float64]:
+            return np.concatenate([getattr(part, field) for part in parts])
+
+        same = joined("prediction") == joined("teacher_prediction")
+        teacher, own = joined("teacher_prediction") == joined("label"), right(parts)
+        lost, won = int((teacher & ~own).sum()), int((~teacher & own).sum())
+        sure = joined("probability")
+        apart = f"{np.median(sure[~same]):.2f}" if (~same).any() else ""
+        lines.append(
+            f"| {name} | {len(same)} | {100 * same.mean():.1f} | {np.median(joined('cosine')):.4f} | "
+            f"{joined('cosine').min():.3f} | {lost} | {won} | {mcnemar(lost, won):.2g} | "
+            f"{np.median(sure[same]):.2f} | {apart} |"
+        )
+    return "\n".join(lines)
+
+
+def commands(*runs: Records) -> str:
+    """The commands that made runs, and what they ran on."""
+    session, config = runs[-1].run["sessions"][0], runs[-1].run["config"]
+    versions = ", ".join(f"{name} {session['versions'][name]}" for name in ("torch", "open_clip_torch"))
+    lines = [f"    {' '.join(run.run['sessions'][0]['command'])}" for run in runs]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Commit {session['git_commit']}, {session['processor']}, {session['threads']} thread each, {versions}; "
+            f"teacher `{config['teacher']}`, seed {config['seed']}.",
+        ]
+    )
+
+
+def parts(results: Path = RESULTS) -> Iterator[tuple[str, str]]:
+    """Name and text of everything that the document takes from records."""
+    small, others = [Records.open(results / name) for name in TINY], Records.open(results / CROSS)
+    (tiny,), (cross,) = make_tables(small, published=False), make_tables([others], published=False)
+    methods = [row.method for row in tiny.rows]
+    yield "tiny", f"{commands(*small)}\n\n{markdown([tiny])}".replace(f"{results}/", "results/")
+    yield "cross", f"{commands(others)}\n\n{markdown([cross])}".replace(f"{results}/", "results/")
+    yield "helps", paired(tiny, cross, "zero-shot", [name for name in methods if name != "zero-shot"])
+    yield "targets", paired(tiny, cross, PAPER_TARGET, [name for name in methods if name.startswith("apm[")])
+    yield "student", student(tiny, cross, PAPER_TARGET)
+    choice = json.loads((results / CHOICE).read_text(encoding="utf-8"))
+    yield "choice", f"    {choice['command']}\n\n{choose_target.table(choice)}"
+
+
+def filled(document: str, texts: Mapping[str, str]) -> str:
+    """Put each text between its markers."""
+    return _MARKER.sub(lambda match: f"{match[1]}{texts[match[2]].rstrip()}\n{match[3]}", document)
+
+
+def collect(run: Path, results: Path = RESULTS) -> None:
+    """Copy a finished run among the records: the same rows, sorted, in one shard for each cell instead of hundreds."""
+    source, target = RunFolder(run), RunFolder(results / run.name)
+    record = source.read_run()
+    if record is None:
+        raise UsageError(f'No run at "{run}".')
+    shutil.rmtree(target.path, ignore_errors=True)
+    shutil.copytree(source.path / "shards", target.path / "shards")
+    for cell in record["cells"]:
+        target.merge(cell)
+    target.write_run(record)
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.readme_tables", description=__doc__)
+    parser.add_argument("--collect", type=Path, nargs="+", default=[], metavar="RUN", help="first take these runs in")
+    for run in parser.parse_args().collect:
+        collect(run)
+    write_atomically(DOCUMENT, filled(DOCUMENT.read_text(encoding="utf-8"), dict(parts())).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Tables as text: markdown, LaTeX, CSV and JSON.
+
+The terminal's form is made by the command line from `grid` and `details`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from .build import MARKS, Kind, Score, Table, TableRow
+
+NOTHING = "–"
+_KINDS: Mapping[Kind, str] = {"ours": "", "published": "published", "oracle": "ORACLE"}
+
+DETAIL_HEADINGS = ("method", "n", "failed", "agree %", "right→wrong", "wrong→right", "p", "ECE", "NLL", "images/s")
+
+
+def grid(table: Table) -> tuple[list[str], list[list[str]]]:
+    """The table as text: headings, and a list of cells for each row."""
+    averages = ["average", "OOD average"] if table.has_ood else ["average"]
+    if len(table.averaged) < 2:
+        averages = []
+    headings = ["method", "teacher", "prompts", *table.columns, *averages, "source"]
+    lines = []
+    for row in table.rows:
+        cells = [_cell(row.cells.get(column)) for column in table.columns]
+        means = [_average(row.average, row.printed_average), _average(row.ood_average, row.printed_ood_average)]
+        lines.append([_name(row), row.teacher, row.prompts, *cells, *means[: len(averages)], _source(row)])
+    return headings, lines
+
+
+def details(table: Table) -> list[list[str]]:
+    """Under `DETAIL_HEADINGS`, a list of cells for each of our rows, all its cells together."""
+    return [_detail(row.method, row.total) for row in table.rows if row.total is not None]
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """All tables in GitHub's markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(_in_markdown(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    def block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+        return [line(headings), line(["---"] * len(headings)), *(line(row) for row in rows), ""]
+
+    out: list[str] = []
+    for table in tables:
+        headings, rows = grid(table)
+        out += [f"### {_in_markdown(table.title)}", "", *block(headings, rows)]
+        if detailed := details(table):
+            out += ["All cells together, against the teacher:", "", *block(DETAIL_HEADINGS, detailed)]
+        out += [f"> **Warning.** {_in_markdown(warning)}\n" for warning in table.warnings]
+        out += [f"- {_in_markdown(note)}" for note in table.notes] + ([""] if table.notes else [])
+    return "\n".join(out)
+
+
+def _in_markdown(text: str) -> str:
+    """Text on one line in which no name of a user's can start a tag or an escape."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split("\n")).replace("\\", r"\\"))
+
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "→": r"$\rightarrow$",
+        "†": r"\dag{}",
+        "‡": r"\ddag{}",
+        "§": r"\S{}",
+        "¶": r"\P{}",
+        "…": r"\ldots{}",
+        "–": "--",
+        "<": r"$<$",
+        ">": r"$>$",
+        "|": r"\textbar{}",
+        "\n": " ",
+    }
+)
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """All tables as LaTeX floats, ready to paste: with booktabs, the best of our own rows in each column in bold."""
+
+    def block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+        sides = "".join("l" if heading in ("method", "teacher", "prompts", "source") else "r" for heading in headings)
+        lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
+        lines += [" & ".join(heading.translate(_LATEX) for heading in headings) + r" \\", r"\midrule"]
+        return [*lines, *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule", r"\end{tabular}"]
+
+    out: list[str] = [r"% needs \usepackage{booktabs}"]
+    for table in tables:
+        headings, rows = grid(table)
+        best = _best(table, headings)
+        shown = [
+            [_bold(cell.translate(_LATEX), (number, place) in best) for place, cell in enumerate(row)]
+            for number, row in enumerate(rows)
+        ]
+        out += [
+            "",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{table.title.translate(_LATEX)}}}",
+            *block(headings, shown),
+        ]
+        if detailed := details(table):
+            plain = [[cell.translate(_LATEX) for cell in row] for row in detailed]
+            out += ["", r"\medskip", "All cells together, against the teacher:", "", *block(DETAIL_HEADINGS, plain)]
+        out += [rf"\par\footnotesize {note.translate(_LATEX)}" for note in (*table.warnings, *table.notes)]
+        out.append(r"\end{table}")
+    return "\n".join(out) + "\n"
+
+
+def _best(table: Table, headings: Sequence[str]) -> set[tuple[int, int]]:
+    """Row and column, in `grid`, of the highest accuracy among our own rows; none where there is one row alone."""
+    ours = [(number, row) for number, row in enumerate(table.rows) if row.kind == "ours"]
+    found: set[tuple[int, int]] = set()
+    for place, heading in enumerate(headings):
+        values = {
+            number: row.average if heading == "average" else row.ood_average if heading == "OOD average" else value
+            for number, row in ours
+            for value in [row.cells[heading].accuracy if heading in row.cells else None]
+        }
+        known = {number: value for number, value in values.items() if value is not None}
+        if len(known) > 1:
+            top = max(known.values())
+            found |= {(number, place) for number, value in known.items() if value == top}
+    return found
+
+
+def _bold(text: str, wanted: bool) -> str:
+    return rf"\textbf{{{text}}}" if wanted else text
+
+
+CSV_COLUMNS = (
+    "table",
+    "kind",
+    "method",
+    "teacher",
+    "prompts",
+    "uses_training_data",
+    "source",
+    "column",
+    "accuracy",
+    "stderr",
+    "n",
+    "failed",
+    "agreement",
+    "right_to_wrong",
+    "wrong_to_right",
+    "mcnemar_p",
+    "ece",
+    "nll",
+    "images_per_second",
+    "marks",
+)
+
+
+def comma_separated(tables: Sequence[Table]) -> str:
+    """All tables in one long CSV: a line for each cell and each average, `CSV_COLUMNS` as header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for table in tables:
+        for row in table.rows:
+            shared = {
+                "table": table.title,
+                "kind": row.kind,
+                "method": row.method,
+                "teacher": row.teacher,
+                "prompts": row.prompts,
+                "uses_training_data": row.uses_training_data,
+                "source": row.source,
+            }
+            for column in table.columns:
+                if column in row.cells:
+                    writer.writerow(
+                        {**shared, "column": column, **_values(row.cells[column], published=row.kind == "published")}
+                    )
+            if row.total is not None:
+                writer.writerow({**shared, "column": "all cells", **_values(row.total)})
+            for name, value in _averages(row).items():
+                if value is not None:
+                    writer.writerow({**shared, "column": name, "accuracy": round(value, 6)})
+    return text.getvalue()
+
+
+def as_json(tables: Sequence[Table]) -> str:
+    """All tables as one JSON document, every figure unrounded (schema: schemas/table.schema.json)."""
+    document = {"schema": 1, "unit": "percent", "tables": [_table_record(table) for table in tables]}
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+FORMATS: Mapping[str, Callable[[Sequence[Table]], str]] = {
+    "markdown": markdown,
+    "csv": comma_separated,
+    "json": as_json,
+    "latex": latex,
+}
+
+
+def _name(row: TableRow) -> str:
+    words = [_KINDS[row.kind]] if row.kind == "published" else []
+    if row.uses_training_data != "no":
+        words.append("with training data" if row.uses_training_data == "yes" else f"uses {row.uses_training_data}")
+    return f"{row.method} ({', '.join(words)})" if words else row.method
+
+
+def _source(row: TableRow) -> str:
+    return "labels peeked at: an upper bound" if row.kind == "oracle" else row.source
+
+
+def _cell(score: Score | None) -> str:
+    if score is None or (score.accuracy is None and not score.failed):
+        return NOTHING
+    signs = "".join(MARKS[mark][0] for mark in score.marks)
+    if score.accuracy is None:
+        return f"{NOTHING} (n=0){signs}"
+    if score.stderr is None:  # published: with the decimals that were printed, one or two
+        return f"{score.accuracy:.2f}".removesuffix("0")
+    return f"{score.accuracy:.1f} ± {score.stderr:.1f} (n={score.n}){signs}"
+
+
+def _average(own: float | None, printed: float | None) -> str:
+    if own is None:
+        return NOTHING if printed is None else f"printed {printed:.1f}"
+    text = f"{own:.1f}"
+    return text if printed is None or text == f"{printed:.1f}" else f"{text} (printed {printed:.1f})"
+
+
+def _detail(name: str, score: Score) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return NOTHING if value is None else format(value, form)
+
+    p = score.mcnemar_p
+    return [
+        name,
+        str(score.n),
+        str(score.failed),
+        number(score.agreement, ".1f"),
+        number(score.right_to_wrong, "d"),
+        number(score.wrong_to_right, "d"),
+        "<0.001" if p is not None and p < 0.001 else number(p, ".3f"),
+        number(score.ece, ".3f"),
+        number(score.nll, ".3f"),
+        number(score.images_per_second, ".3g"),
+    ]
+
+
+def _averages(row: TableRow) -> dict[str, float | None]:
+    return {
+        "average": row.average,
+        "printed average": row.printed_average,
+        "OOD average": row.ood_average,
+        "printed OOD average": row.printed_ood_average,
+    }
+
+
+def _values(score: Score, *, published: bool = False) -> dict[str, Any]:
+    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(score).items()}
+    values = {**rounded, "marks": " ".join(mark.replace(" ", "-") for mark in score.marks)}
+    return {**values, "n": "", "failed": ""} if published else values
+
+
+def _table_record(table: Table) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "columns": list(table.columns),
+        "averaged": list(table.averaged),
+        "rows": [
+            {
+                "kind": row.kind,
+                "method": row.method,
+                "teacher": row.teacher,
+                "prompts": row.prompts,
+                "source": row.source,
+                "uses_training_data": row.uses_training_data,
+                "settings": dict(row.settings),
+                "cells": {column: _score_record(score, row.kind) for column, score in row.cells.items()},
+                "total": None if row.total is None else _score_record(row.total, row.kind),
+                "averages": {name.replace(" ", "_").lower(): value for name, value in _averages(row).items()},
+            }
+            for row in table.rows
+        ],
+        "notes": list(table.notes),
+        "warnings": list(table.warnings),
+    }
+
+
+def _score_record(score: Score, kind: Kind) -> dict[str, Any]:
+    if kind == "published":
+        return {"accuracy": score.accuracy}
+    return {**asdict(score), "marks": list(score.marks)}

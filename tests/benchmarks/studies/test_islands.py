@@ -1,0 +1,114 @@
+"""The study of islands: conditions that differ as they should, and a page made from its records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from apm.benchmarks.studies import documents, island_tables
+from apm.benchmarks.studies import islands as study
+from apm.cli.main import app
+from apm.errors import UsageError
+from apm.student import islands
+from apm.test_time.trainer import AdaptConfig
+from tests.benchmarks.studies.test_pointing import TINY, ColourTeacher
+
+ADAPT = AdaptConfig(steps=120, lr=1e-4, precision="fp32")
+
+
+def quarters(row: int, col: int, *colours: str) -> Image.Image:
+    """An image of 64 × 64 cut into four at a row and a column."""
+    image = Image.new("RGB", (64, 64), colours[0])
+    for colour, box in zip(colours[1:], ((col, 0, 64, row), (0, row, col, 64), (col, row, 64, 64)), strict=True):
+        image.paste(colour, box)
+    return image
+
+
+IMAGES = [quarters(32, 32, "red", "blue", "lime", "white"), quarters(16, 48, "lime", "white", "blue", "red")]
+
+
+@pytest.fixture(scope="module")
+def subject() -> study.Subject:
+    return study.prepare(*IMAGES, ColourTeacher(), TINY, parts=4, seed=0)  # type: ignore[arg-type]
+
+
+def test_controls_differ_from_the_image_where_they_should(subject: study.Subject) -> None:
+    pixels, token, grid = subject.inputs["image"]
+    assert pixels.shape == (1, 3, 32, 32) and token.shape == (1, 16) and grid.shape == (1, 64, 16)
+    assert set(subject.inputs) | {"no steps"} == set(study.CONDITIONS)
+    drawn = subject.inputs["random target"]
+    assert torch.equal(drawn[0], pixels)
+    torch.testing.assert_close(drawn[2].norm(dim=-1), grid.norm(dim=-1))
+    torch.testing.assert_close(drawn[1].norm(), token.norm())
+    assert torch.cosine_similarity(drawn[2], grid, dim=-1).mean() < 0.5
+    other = subject.inputs["other target"]
+    assert torch.equal(other[0], pixels) and not torch.allclose(other[2], grid)
+    assert not torch.equal(subject.inputs["shuffled image"][0], pixels)
+    torch.testing.assert_close(subject.inputs["shuffled image"][0].mean(), pixels.mean(), atol=0.05, rtol=0)
+    assert islands.agreement(subject.superpixels, np.kron([[0, 1], [2, 3]], np.ones((4, 4)))) == pytest.approx(1)
+
+
+def test_the_field_is_kept_with_its_loss(subject: study.Subject) -> None:
+    trainer = study.trainers(TINY, replace(ADAPT, steps=5))["grid"]
+    run = study.watch(trainer, subject.inputs["image"], (0, 2, 5))
+    assert list(run.fields) == list(run.losses) == [0, 2, 5]
+    assert run.last.shape == (8, 8, 16) and run.last is run.fields[5]
+    grid = subject.inputs["image"][2].reshape(8, 8, 16).numpy()
+    for step, field in run.fields.items():
+        assert run.losses[step] == pytest.approx(float(((field - grid) ** 2).mean()), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_student_of_the_grid_follows_the_image_and_one_of_the_token_does_not() -> None:
+    found = study.study(IMAGES, ColourTeacher(), TINY, ADAPT, parts=4, grid_lr=1e-2)  # type: ignore[arg-type]
+    grid = found["conditions"]["grid"]
+    assert grid["image"]["AMI image"][0] > 0.6
+    assert grid["image"]["contrast image"][0] > grid["image"]["contrast other image"][0] + 0.2  # cut elsewhere
+    assert grid["other target"]["contrast other image"][0] > grid["other target"]["contrast image"][0] + 0.2
+    for control in ("random target", "other target", "no steps"):
+        assert found["differences"]["grid"][control]["contrast image"][0] > 0.2
+    for measure in ("AMI", "contrast"):
+        against = {target: found["image_against_other"][target][measure][0] for target in study.TARGETS}
+        assert against["grid"] > 0.2 > abs(against["cls"]), measure
+    assert found["same_regions"]["grid"][0] < found["same_regions"]["cls"][0]
+    assert found["references"]["teacher's grid"][0] > 0.9
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_page_is_made_from_the_record_and_names_the_command_of_its_pictures() -> None:
+    record = json.loads(island_tables.RECORD.read_text())
+    assert record["settings"]["precision"] == "fp32"
+    assert documents.block(island_tables.DOCUMENT, "islands") == island_tables.table(record)
+    text = " ".join(island_tables.DOCUMENT.read_text().split())
+    assert f"`apm {' '.join(island_tables.COMMAND)}`" in text
+    for name in island_tables.PICTURES.values():
+        assert f"]({name})" in text and (island_tables.DOCUMENT.parent / name).is_file()
+    said = CliRunner().invoke(app, [*island_tables.COMMAND[:-2], "--out", ".", "--steps", "0"])
+    assert said.exit_code == 2 and "--steps is 0" in said.stderr  # every option is known: only this value is not
+
+
+def test_fields_are_fitted_and_read_in_float32_whatever_is_asked_for(subject: study.Subject) -> None:
+    trainers = study.trainers(TINY, replace(ADAPT, steps=30, precision="bf16"))
+    for target, trainer in trainers.items():
+        assert trainer.precision == "fp32"
+        run = study.watch(trainer, subject.inputs["image"], (0, 30))
+        assert run.rounding is not None and 0 < run.rounding < 1e-2, target
+
+
+def test_a_document_is_filled_between_its_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- one: how -->\nold\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n")
+    documents.fill(page, "one", "new\n\n| \\1 |\n")
+    assert page.read_text() == (
+        "a\n<!-- one: how -->\nnew\n\n| \\1 |\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"
+    )
+    assert documents.block(page, "two") == "kept"
+    with pytest.raises(UsageError, match="no place for three"):
+        documents.fill(page, "three", "")

@@ -1,0 +1,55 @@
+"""benchmarks/README.md says what the records say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from apm.benchmarks.runs.records import Row, RunFolder
+from apm.benchmarks.studies import readme_tables as measured
+from apm.benchmarks.tables.stats import mcnemar
+
+
+def test_the_document_is_what_the_records_give() -> None:
+    document = measured.DOCUMENT.read_text(encoding="utf-8")
+    texts = dict(measured.parts())
+    assert set(re.findall(r"<!-- measured: (\w+) -->", document)) == set(texts)
+    assert measured.filled(document, texts) == document
+
+
+def test_flips_are_those_of_the_shards() -> None:
+    """Counted again from the files, image by image, for one method and target on the corrupted images."""
+    right: dict[str, dict[tuple[str, str], bool]] = {}
+    for shard in (measured.RESULTS / measured.TINY[1] / "shards").rglob("*.parquet"):
+        for row in pq.read_table(shard, partitioning=None).to_pylist():
+            right.setdefault(row["method"], {})[shard.parent.name, row["id"]] = row["prediction"] == row["label"]
+    texts = dict(measured.parts())
+    for part, reference, method in (("helps", "zero-shot", "mta"), ("targets", "apm", "apm[mta,16]")):
+        before, after = right[reference], right[method]
+        assert before.keys() == after.keys() and len(before) > 1000
+        lost = sum(before[key] and not after[key] for key in before)
+        won = sum(after[key] and not before[key] for key in before)
+        (line,) = re.findall(
+            rf"^\| Tiny ImageNet, 15 corruptions \| {re.escape(method)} \|.*$", texts[part], re.MULTILINE
+        )
+        assert line.endswith(f"| {lost} | {won} | {mcnemar(lost, won):.2g} |")
+
+
+def test_a_collected_run_holds_the_same_rows_in_fewer_files(tmp_path: Path) -> None:
+    source = RunFolder(measured.RESULTS / measured.CROSS)
+    scattered = RunFolder(tmp_path / "scattered")
+    record = source.read_run()
+    assert record is not None
+    for cell in record["cells"]:
+        rows = [Row(**row) for row in source.read(cell).to_pylist()]
+        for start in range(0, len(rows), 50):
+            scattered.append(cell, rows[start : start + 50])
+    scattered.write_run(record)
+    measured.collect(scattered.path, tmp_path / "results")
+    collected = RunFolder(tmp_path / "results" / "scattered")
+    assert len(collected.all_shards()) == len(record["cells"]) < len(scattered.all_shards())
+    order = [("position", "ascending"), ("method", "ascending")]
+    for cell in record["cells"]:
+        assert collected.read(cell).sort_by(order).equals(source.read(cell).sort_by(order))

@@ -289,9 +289,9 @@ class Session:
         remaining = self.left / rate if rate else 0.0
         self.on_progress(Progress(cell, number + 1, len(self.lanes), done, total, tally.accuracy(), rate, remaining))
 
-    def _batch(self, items: Sequence[Readable], head: ZeroShotHead, length: int) -> ClockedBatch:
+    def _batch(self, items: Sequence[Readable], head: ZeroShotHead, length: int) -> TimedBatch:
         ids, images = [item.sample.id for item in items], [item.image for item in items]
-        return ClockedBatch(ids, images, self.teacher, head, seed=self.options.seed, stream_length=length)
+        return TimedBatch(ids, images, self.teacher, head, seed=self.options.seed, stream_length=length)
 
     def _replay(self, lane: WorkShare, samples: Sequence[Sample], order: Sequence[int], head: ZeroShotHead) -> None:
         """Show stream methods again what they have answered already, and record nothing."""

@@ -16,7 +16,7 @@ from apm.benchmarks.methods import REGISTRY, Batch, MethodOptions, create_method
 from apm.benchmarks.methods.dota import ClassGaussians, DOTASettings
 from apm.errors import UsageError
 from apm.text.zeroshot import ZeroShotHead
-from tests.benchmarks.test_methods import OpenTeacher, full_spec, make_batch, pictures
+from tests.benchmarks.methods.test_methods import OpenTeacher, full_spec, make_batch, pictures
 
 DIM = 16
 TOKEN_ONLY = (

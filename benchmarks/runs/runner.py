@@ -48,6 +48,7 @@ from .run_record import (
 )
 from .scoring import NOT_FINITE, Tally, score
 from .shares import WorkShare, divide, stream_order
+from .timed_batch import TimedBatch
 
 if TYPE_CHECKING:
     from ..datasets import Dataset, Sample

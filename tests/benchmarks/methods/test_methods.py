@@ -45,6 +45,7 @@ from apm.text.learned_prompt import META_NET, LearnedPrompt, write_learned_promp
 from apm.text.prompts import TunablePrompt, _replaced
 from apm.text.zeroshot import ZeroShotHead
 from tests.fakes import FakeTeacher
+from tests.places import ROOT
 
 CLASSES = ("cat", "dog", "coffee mug", "space rocket", "daisy", "bus", "violin")
 TEMPLATE = "a photo of a {}."
@@ -342,7 +343,7 @@ def test_settings_are_json_values(name: str) -> None:
 
 
 def test_every_method_has_its_row_and_its_kind_in_the_table_of_methods() -> None:
-    text = (Path(__file__).parent.parent.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w+-]+)` \|[^|]+\| (episodic|stream) \|", text.split("## The methods")[1], re.MULTILINE)
     assert dict(rows) == {name: "stream" if name in STREAM else "episodic" for name in REGISTRY}
 

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from apm.errors import unknown
+from apm.errors import UsageError, unknown
+from apm.images.paths import printable
 
 from .groups import Group
 from .options import Debug
-from .render import failure, notice_if_slow, say
+from .render import failure, notice, notice_if_slow, say
 from .training import TrainingProgress, check_training, train
 
 NETWORK, TRAINING, FILES = "The network", "Training", "Files"
@@ -177,3 +178,55 @@ def train_(
     )
     if images.skipped:
         raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The photograph; its central square is used.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="Checkpoint of `apm glom train`.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for pictures, tree and arrays; made if need be.")],
+    threshold: Annotated[float, typer.Option(help="Cosine from which on neighbours are of one island.")] = 0.9,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps in which the columns settle. Default: as in training.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Look at the columns of one image: each level's embeddings in colours over the steps, and the parse tree.
+
+    Writes the levels as a picture and as an animation, the islands and their tree as a picture and as nested JSON, and
+    the arrays (npz). Prints the files' names.
+    """
+    if steps is not None and steps < 1:
+        raise UsageError(f"--steps must be 1 or more, not {steps}.")
+    if not -1 <= threshold <= 1:
+        raise UsageError(f"--threshold is a cosine, from -1 to 1, not {threshold}.")
+    from apm.classifier import pick_device
+    from apm.figures.base import output_stem
+    from apm.figures.glom import write_show
+    from apm.glom.training import load_glom
+    from apm.images.files import make_folder
+    from apm.images.load import MAX_PIXELS, load_image
+
+    model, trained = load_glom(checkpoint, device=pick_device(device))
+    loaded = load_image(image, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
+    for note in loaded.notes:
+        notice(note)
+    make_folder(out)
+    files = write_show(
+        model,
+        loaded.image,
+        out / output_stem(image),
+        steps=steps or trained["settling"] or model.config.steps,
+        threshold=threshold,
+        settings={
+            "image": printable(image.name),
+            "GLOM": f"{model.config.levels} levels of {model.config.dim}",
+            "trained": f"{trained['step']} steps",
+        },
+    )
+    for file in files:
+        say(str(file))

@@ -178,10 +178,13 @@ class GLOM(nn.Module):
 
     @torch.no_grad()
     def _draw(self, generator: np.random.Generator) -> None:
-        """Uniform in ±1/√inputs for the nets; normal for positions and first levels: embeddings of length √D."""
+        """Uniform in ±1/√inputs for the nets, normal for first levels: embeddings of length √D, and small positions.
+
+        Positions as large as embeddings would let no two places agree before anything is learned.
+        """
         for name, parameter in self.named_parameters():
             if name in ("positions", "initial_levels"):
-                drawn = generator.standard_normal(parameter.shape)
+                drawn = generator.standard_normal(parameter.shape) * (0.1 if name == "positions" else 1.0)
             elif "bias" in name:
                 drawn = np.zeros(parameter.shape)
             else:

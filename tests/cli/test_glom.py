@@ -82,3 +82,40 @@ def test_interrupted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder = make_folder(tmp_path / "images", 4)
     code, _, told = run("train", folder, "--out", tmp_path / "g.safetensors", *FAST)
     assert code == 130 and "the same command goes on from the last checkpoint" in told
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glom")
+    out = folder / "g.safetensors"
+    assert run("train", make_folder(folder / "images", 6), "--out", out, *FAST, "--settling", "4", "--quiet")[0] == 0
+    return out
+
+
+def test_shows_the_columns_of_an_image(trained: Path, tmp_path: Path, picture: Path) -> None:
+    code, said, told = run("show", picture, "--checkpoint", trained, "--out", tmp_path / "new" / "folder")
+    assert (code, told) == (0, "")
+    files = [Path(line) for line in said.splitlines()]
+    assert len(files) == 5 and all(file.is_file() for file in files)
+    tree = json.loads(next(file for file in files if file.suffix == ".json").read_text())
+    assert tree["settings"] == {
+        "image": "picture.jpg",
+        "GLOM": "3 levels of 8",
+        "trained": "2 steps",
+        "steps": 4,  # as in training
+        "threshold": 0.9,
+    }
+    assert sorted(place for island in tree["tree"] for place in island["places"]) == [
+        [r, c] for r in range(4) for c in range(4)
+    ]
+
+
+def test_show_refuses_what_cannot_be_shown(trained: Path, tmp_path: Path, picture: Path) -> None:
+    for arguments, code, message in (
+        ((picture, "--checkpoint", tmp_path / "none.safetensors"), 2, "no such checkpoint; `apm glom train` makes one"),
+        ((picture, "--checkpoint", trained, "--threshold", "1.5"), 2, "--threshold is a cosine"),
+        ((picture, "--checkpoint", trained, "--steps", "0"), 2, "--steps must be 1 or more"),
+        ((tmp_path / "none.jpg", "--checkpoint", trained), 1, "none.jpg"),
+    ):
+        found, said, told = run("show", *arguments, "--out", tmp_path / "out")
+        assert (found, said) == (code, "") and message in told, (arguments, told)

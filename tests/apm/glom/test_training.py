@@ -203,7 +203,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.test_glom_training import make_images, trainer
+from tests.apm.glom.test_training import make_images, trainer
 
 folder, kill_after = Path(sys.argv[1]), int(sys.argv[2])
 

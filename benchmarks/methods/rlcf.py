@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from apm.errors import UsageError
-from apm.teachers import load_teacher
+from apm.teachers import check_teacher, load_teacher
 from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, MethodOptions
@@ -47,7 +47,7 @@ class RLCFSettings(PromptSettings):
         super().__post_init__()
         if not self.reward:
             raise UsageError(
-                "RLCF needs a second teacher that rewards the first: name one, as in rlcf:reward=openai/ViT-L-14."
+                "RLCF needs a second teacher that rewards the first: name one, as in rlcf:reward=ViT-L-14/openai."
             )
         if self.proposals < 2:
             raise UsageError(f"RLCF with {self.proposals} proposals: a reward is told from the mean of 2 or more.")
@@ -65,6 +65,7 @@ class RLCF(PromptTuned):
 
     def __init__(self, options: MethodOptions) -> None:
         super().__init__(options)
+        check_teacher(self._chosen.reward)  # a wrong name is told before anything is done
         self.weight_decay = self._chosen.weight_decay
         self._device = options.device
         self._reward: Teacher | None = None

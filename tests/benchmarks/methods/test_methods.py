@@ -36,6 +36,8 @@ from apm.benchmarks.methods import (
     rlcf,
 )
 from apm.benchmarks.methods.base import HasOwnPrompt, Method
+from apm.benchmarks.methods.dynaprompt import choose
+from apm.benchmarks.methods.rtpt import view_weights
 from apm.benchmarks.methods.tda import Cache
 from apm.benchmarks.methods.tpt import marginal_entropy
 from apm.benchmarks.methods.zero import vote_logits, zero_votes
@@ -73,7 +75,7 @@ def learned_prompt(method: str) -> Path:
 def full_spec(name: str, *, neighbours: int = 20) -> str:
     """A method's name, with what it cannot do without."""
     if name == "rlcf":
-        return "rlcf:reward=second"
+        return "rlcf:reward=embedded"
     if name == "rtpt":
         return f"rtpt:neighbours={neighbours}"
     kind = name.removeprefix("tpt+")
@@ -294,7 +296,8 @@ def test_method_specs_are_parsed() -> None:
         ("rtpt:views=20", "20 neighbours of 20 views.*rtpt:views=64"),
         ("rtpt:temperature=0", "temperature 0.0"),
         ("rlcf", "needs a second teacher"),
-        ("rlcf:reward=second,proposals=1", "1 proposals"),
+        ("rlcf:reward=embedded,proposals=1", "1 proposals"),
+        ("rlcf:reward=embeded", "Unknown teacher"),
         ("dynaprompt:prompts=0", "0 prompts"),
         ("tpt:prompt={} texture.", "needs words before"),
         ("dpe:answer=men", 'Did you mean "mean"'),
@@ -547,6 +550,86 @@ def test_tpt_says_which_prompt_it_uses() -> None:
     assert own.own_prompt(["a photo of a {}."]) == "art of a {}"
     assert paper.own_prompt(["this is a {}."]) == "this is a {}."
     assert paper.own_prompt(["{} texture."]) == paper.own_prompt(["a {}", "the {}"]) == "a photo of a {}."
+
+
+# --- other methods that tune a prompt ---------------------------------------------------------------------------------
+
+
+def test_ctpt_without_dispersion_is_tpt_and_with_it_keeps_texts_apart(open_teacher: OpenTeacher) -> None:
+    batch = make_batch(3, open_teacher)
+    tpt = create_method("tpt", SMALL).predict(batch)
+    none = create_method("ctpt:dispersion=0", SMALL).predict(batch)
+    assert torch.equal(none.logits, tpt.logits)
+    much = create_method("ctpt:dispersion=1000", SMALL).predict(batch)
+    assert (much.extras["dispersion_last"] > much.extras["dispersion_first"]).all()
+    assert (much.extras["dispersion_last"] > none.extras["dispersion_last"]).all()
+
+
+def test_rtpt_lowers_each_views_entropy_and_an_outlier_hardly_counts(open_teacher: OpenTeacher) -> None:
+    answer = create_method("rtpt:neighbours=3,keep=0.5", SMALL).predict(make_batch(4, open_teacher))
+    assert (answer.extras["entropy_last"] < answer.extras["entropy_first"]).all()
+    like = normalize(torch.ones(7, 16) + 0.1 * torch.randn(7, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    weights = view_weights(torch.cat([like, -like[:1]]), 3, 0.01)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[7] < 1e-6 < weights[:7].min()
+    twice = view_weights(torch.cat([like[:1], like]), 3, 0.01)  # a view's copy is another view
+    assert twice[0] == pytest.approx(float(twice[1]))
+
+
+def test_the_reward_model_sees_the_same_views_and_its_favourite_gains(
+    open_teacher: OpenTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    favourite = 2
+
+    class Second(FakeTeacher):
+        """Finds the third class in every view, and no other."""
+
+        def encode_image(self, pixels: Tensor) -> Tensor:
+            self.image_calls += len(pixels)
+            seen.append(pixels)
+            return torch.eye(16)[:1].expand(len(pixels), -1)
+
+        def encode_text(self, texts: Any) -> Tensor:
+            return torch.eye(16)[[0 if CLASSES[favourite] in text else 1 for text in texts]]
+
+    seen: list[Tensor] = []
+    second = Second(dim=16, name="second")
+    monkeypatch.setattr(rlcf, "load_teacher", lambda spec, device: second)
+    batch = make_batch(2, open_teacher)
+    own: list[Tensor] = []
+    encode = open_teacher.encode_image
+    monkeypatch.setattr(open_teacher, "encode_image", lambda pixels: (own.append(pixels), encode(pixels))[1])
+    spec = f"rlcf:reward=embedded,proposals={len(CLASSES)},lr=0.002"
+    create_method(spec, SMALL).predict(batch)
+    assert torch.equal(torch.cat(seen), torch.cat(own))
+    assert second.image_calls == 2 * 8
+    before = batch.head.probabilities(batch.tokens())[:, favourite]
+    alone = create_method(f"{spec},views=1", SMALL).predict(batch)  # the image is the one view that is tuned on
+    assert (alone.logits.softmax(1)[:, favourite] > 1.005 * before).all()
+
+
+def test_dynaprompt_depends_on_the_order_and_forgets_on_reset(open_teacher: OpenTeacher) -> None:
+    method: Any = create_method("dynaprompt:prompts=4,keep=0.5,views=4", SMALL)
+    forward = method.predict(make_batch(8, open_teacher))
+    assert forward.extras["prompts"].max() > 1
+    method.reset()
+    turned = method.predict(make_batch(8, open_teacher, order=[*range(7, -1, -1)])).logits.flip(0)
+    assert (turned - forward.logits).abs().max() > 1e-3
+    method.reset()
+    parts = [method.predict(make_batch(8, open_teacher, order=part)).logits for part in ([0, 1, 2, 3, 4], [5, 6, 7])]
+    torch.testing.assert_close(torch.cat(parts), forward.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_of_dynaprompts_candidates_those_are_taken_that_both_rankings_prefer() -> None:
+    """Worked by hand: entropies fall from prompt 0 to 3; prompt 1 is the oldest, at place 1; 0 and 3 differ most."""
+    height = torch.tensor([1.0, 2.0, 3.0, 4.0])  # of the one class that stands out: the higher, the surer
+    logits = torch.zeros(4, 3, 5)
+    logits[:, :, 0] = height[:, None]
+    logits[3, 1:, 0] -= 0.5
+    assert choose(logits, oldest=1) == [3, 1]  # the candidate 3 alone is in the first of the second ranking
+    assert choose(logits, oldest=0) == [0]  # nothing stands before it in the second ranking
+    logits[1, 1:, 0] -= 0.1
+    assert choose(logits[[0, 2, 1, 3]], oldest=1) == [3, 1]
 
 
 def test_a_teacher_with_a_closed_text_tower_is_named() -> None:

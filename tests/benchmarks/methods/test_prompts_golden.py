@@ -145,7 +145,7 @@ def test_rlcf(path: Path, settings: str, suffix: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(rlcf, "load_teacher", lambda spec, device: Reward())
     weight = float(golden["clipscore_weight"])
-    holds(golden, f"rlcf:reward=second,score_weight={weight:g}{settings}", suffix)
+    holds(golden, f"rlcf:reward=embedded,score_weight={weight:g}{settings}", suffix)
 
 
 @each_golden("dynaprompt")

@@ -16,14 +16,14 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from apm.errors import ImageError
 from apm.images.paths import file_problem, printable
@@ -50,16 +50,6 @@ _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVI
 # Bytes a pixel that a codec holds beside the picture it gives, where it does not go line by line (measured).
 _CODEC = {"JPEG": 4, "WEBP": 12, "AVIF": 12, "JPEG2000": 16, "TIFF": 4}
 _STRIP = 1 << 20  # pixels that are converted at a time
-
-_UPRIGHT = {  # EXIF orientation (EXIF 2.32, tag 0x0112) → what sets the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +130,9 @@ def _decode(file: IO[bytes], held: ExitStack, max_pixels: int, as_published: boo
         held.enter_context(_BUDGET.reserved(_decoding_bytes(image)))
         image.load()
         rgb, more = _to_rgb(image, transparency=not as_published)
-        turned = None if as_published else _orientation(image)
-    return LoadedImage(image=rgb if turned is None else rgb.transpose(turned), notes=(*notes, *more))
+        if not as_published:
+            _set_upright(rgb, image)
+    return LoadedImage(image=rgb, notes=(*notes, *more))
 
 
 def from_pixels(image: Image.Image) -> LoadedImage:
@@ -153,8 +144,8 @@ def from_pixels(image: Image.Image) -> LoadedImage:
     with _explained("image"):
         _check_size(*image.size, image.width * image.height)
         rgb, notes = _to_rgb(image)
-        turned = _orientation(image)
-        return LoadedImage(image=rgb if turned is None else rgb.transpose(turned), notes=notes)
+        _set_upright(rgb, image)
+        return LoadedImage(image=rgb, notes=notes)
 
 
 def student_input(image: Image.Image, size: int) -> Tensor:
@@ -247,12 +238,11 @@ def _frame_notes(image: Image.Image) -> Iterator[str]:
         yield f"{image.format} with several frames: only the first is used"
 
 
-def _orientation(source: Image.Image) -> Image.Transpose | None:
-    """What sets the picture upright."""
-    try:
-        return _UPRIGHT.get(source.getexif().get(0x0112, 1))
-    except Exception:  # damaged EXIF data says nothing about the picture, which did decode
-        return None
+def _set_upright(rgb: Image.Image, source: Image.Image) -> None:
+    """Turn an image in place as the EXIF data of its source ask for."""
+    with suppress(Exception):  # damaged EXIF data says nothing about the picture, which did decode
+        rgb.getexif()[ExifTags.Base.Orientation] = source.getexif().get(ExifTags.Base.Orientation, 1)
+        ImageOps.exif_transpose(rgb, in_place=True)
 
 
 def _decoding_bytes(image: Image.Image) -> int:

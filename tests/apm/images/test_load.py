@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from apm.images.load import (
     IMAGENET_STD,
     MAX_PIXELS,
     decode_image,
+    from_pixels,
     load_image,
     student_input,
 )
@@ -222,6 +224,18 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
     assert np.array_equal(array(path), upright)
+
+
+def test_an_orientation_counts_where_other_tags_are_wrong(tmp_path: Path) -> None:
+    """These tags can be read, but not written again, which Pillow does when it turns a picture."""
+    path, wrong = tmp_path / "a.jpg", struct.pack("<HHI4s", 0x0100, 2, 4, b"abc\0")  # a width that is text
+    right = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    data = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + wrong + right + bytes(4)
+    Image.new("RGB", (8, 4), "red").save(path, exif=data)
+    with Image.open(path) as opened:
+        with pytest.raises(Exception, match=r"."):
+            opened.getexif().tobytes()
+        assert load_image(path).image.size == from_pixels(opened).image.size == (4, 8)
 
 
 def test_damaged_exif_does_not_matter(tmp_path: Path) -> None:
@@ -497,7 +511,7 @@ def test_no_two_images_are_decoded_at_once_that_do_not_fit_together(
 PEAK = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from apm.images import load_image, opened_image
+from apm.images.load import load_image, opened_image
 
 def small(path):
     with opened_image(path) as loaded:
@@ -514,7 +528,6 @@ print(sizes[0], peak() - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_decoding_stays_within_its_bytes(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from apm.images.paths import printable
 
 from .groups import Group
 from .options import Debug
+from .progress import counted
 from .render import failure, notice, notice_if_slow, say
 from .training import TrainingProgress, check_training, train
 
@@ -230,3 +231,49 @@ def show(
     )
     for file in files:
         say(str(file))
+
+
+@app.command()
+def probe(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A Parquet file with the columns image and label.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="Checkpoint of `apm glom train`.")],
+    train_on: Annotated[int, typer.Option("--train", help="Images to fit on; the others test.")] = 8000,
+    limit: Annotated[int | None, typer.Option(help="Use this many images only.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps in which the columns settle. Default: as in training.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the fits.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the record there, as JSON.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Fit a linear classifier on each level's embeddings, beside the pixels and a network that was not trained.
+
+    Prints a table. Labels serve the probe alone: the network is not changed.
+    """
+    for name, value in (("--steps", steps), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be 1 or more, not {value}.")
+    from apm.benchmarks.runs.environment import write_record
+    from apm.benchmarks.studies.glom_probe import probe_levels
+    from apm.benchmarks.studies.linear_probe import table
+    from apm.classifier import pick_device
+    from apm.glom.training import load_glom
+
+    model, trained = load_glom(checkpoint, device=pick_device(device))
+    if not data.is_file():
+        raise UsageError(f"{printable(data)}: no such file; a probe needs a Parquet file with images and labels.")
+    with counted("probe", wanted=not quiet) as far:
+        record = probe_levels(
+            model,
+            data,
+            steps=steps or trained["settling"] or model.config.steps,
+            train=train_on,
+            limit=limit,
+            seed=seed,
+            on_probe=far,
+        )
+    if out is not None:
+        write_record({"checkpoint": checkpoint.name, "trained": trained, **record}, out)
+    say(table(record))

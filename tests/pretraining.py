@@ -58,8 +58,10 @@ def make_folder(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def make_parquet(path: Path, count: int = 12, *, plain: bool = False, broken: tuple[int, ...] = ()) -> Path:
-    """Write the same pictures as rows, a few to a row group."""
+def make_parquet(
+    path: Path, count: int = 12, *, plain: bool = False, broken: tuple[int, ...] = (), classes: int | None = None
+) -> Path:
+    """Write the same pictures as rows, a few to a row group; each is a class of its own, or they take turns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -70,7 +72,11 @@ def make_parquet(path: Path, count: int = 12, *, plain: bool = False, broken: tu
         data = buffer.getvalue()[: 60 if number in broken else None]
         rows.append(data if plain else {"bytes": data, "path": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"image": rows, "label": list(range(count))}), path, row_group_size=5)
+    pq.write_table(
+        pa.table({"image": rows, "label": [number % (classes or count) for number in range(count)]}),
+        path,
+        row_group_size=5,
+    )
     return path
 
 

@@ -155,9 +155,8 @@ def table(record: dict[str, Any]) -> str:
     for name in sorted(found, key=lambda one: found[one]["accuracy"]):
         row = found[name]
         mark = "" if row["converged"] else " †"
-        lines.append(
-            f"| {NAMES[name]} | {row['width']:,} | {100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %{mark} |"
-        )
+        share = f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %{mark}"
+        lines.append(f"| {NAMES.get(name, name)} | {row['width']:,} | {share} |")
     lines += [
         "",
         f"Logistic regression on standardised inputs, C from {', '.join(f'{one:g}' for one in PENALTIES)} by a fifth "

@@ -119,3 +119,24 @@ def test_show_refuses_what_cannot_be_shown(trained: Path, tmp_path: Path, pictur
     ):
         found, said, told = run("show", *arguments, "--out", tmp_path / "out")
         assert (found, said) == (code, "") and message in told, (arguments, told)
+
+
+def test_probes_every_level_beside_pixels_and_an_untrained_network(trained: Path, tmp_path: Path) -> None:
+    table = make_parquet(tmp_path / "t.parquet", 30, classes=2)
+    command = ("probe", table, "--checkpoint", trained, "--train", "20", "--quiet")
+    code, said, told = run(*command, "--out", tmp_path / "r.json")
+    assert (code, told) == (0, "")
+    names = {"pixels", *(f"{kind}level {level}" for kind in ("", "untrained ") for level in range(3))}
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["probes"].keys() == names and (record["train"], record["test"], record["classes"]) == (20, 10, 2)
+    assert record["steps"] == 4 and record["trained"]["lr"] == 0.001
+    assert {name: row["width"] for name, row in record["probes"].items()} == {
+        name: 32 * 32 * 3 if name == "pixels" else 8 for name in names
+    }
+    assert "| level 2 | 8 | " in said and "| raw pixels | 3,072 | " in said
+    for arguments, message in (
+        ((*command[:-2], "30"), "--train must be from 10 to less than the 30 images, not 30"),
+        (("probe", tmp_path / "none", *command[2:]), "no such file; a probe needs a Parquet file"),
+    ):
+        code, said, told = run(*arguments)
+        assert (code, said) == (2, "") and message in told

@@ -65,13 +65,13 @@ def show(tables: Sequence[Table]) -> None:
     from apm.benchmarks.tables.formats import DETAIL_HEADINGS, details, grid
 
     for one in tables:
-        headings, rows = grid(one)
+        headings, rows, notes = grid(one)
         kinds = ["" if row.kind == "ours" else "dim" if row.kind == "published" else "yellow" for row in one.rows]
         print_table(headings, rows, title=one.title, styles=kinds)
         if detailed := details(one):
             say("")
             print_table(DETAIL_HEADINGS, detailed, title="all cells together, against the teacher")
-        say("".join(f"\n  {' '.join(note.splitlines())}" for note in one.notes) + "\n")
+        say("".join(f"\n  {' '.join(note.splitlines())}" for note in notes) + "\n")
     warn(tables)
 
 

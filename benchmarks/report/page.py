@@ -137,7 +137,7 @@ def render(runs: Sequence[Records], tables: Sequence[Table], options: Options) -
 
 
 def _block(table: Table) -> Block:
-    headings, rows = grid(table)
+    headings, rows, notes = grid(table)
     detailed = details(table)
     return Block(
         title=printable(table.title),
@@ -151,7 +151,7 @@ def _block(table: Table) -> Block:
         details=sheet("All cells together, against the teacher", DETAIL_HEADINGS, detailed, text=_TEXT)
         if detailed
         else None,
-        notes=tuple(map(printable, table.notes)),
+        notes=tuple(map(printable, notes)),
     )
 
 

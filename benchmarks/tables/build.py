@@ -248,7 +248,9 @@ def _own_rows(layout: _Layout, runs: Sequence[Records], *, oracle: bool) -> tupl
     if any(row.settings.get("stream") for row in table_rows):
         orders = sorted({str(run.run["stream_order"]["seed"]) for run in used})
         notes.append(f"Stream methods see the images in the order of seed {', '.join(orders)}.")
-    if oracle and not any(row.kind == "oracle" for row in table_rows) and table_rows:
+    if any(row.kind == "oracle" for row in table_rows):
+        notes.append("ORACLE: labels peeked at, an upper bound.")
+    elif oracle and table_rows:
         notes.append("No ORACLE row: no run of this table recorded per-step predictions (--record-steps).")
     warnings = [*_data_warnings(layout, found.values()), *_chance_warnings(layout, table_rows, found.values())]
     return table_rows, notes, warnings

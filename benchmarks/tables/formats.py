@@ -5,13 +5,13 @@ The terminal's form is made by the command line from `grid` and `details`.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
+
+import pandas
 
 from .build import MARKS, Kind, Score, Table, TableRow
 
@@ -21,18 +21,52 @@ _KINDS: Mapping[Kind, str] = {"ours": "", "published": "published", "oracle": "O
 DETAIL_HEADINGS = ("method", "n", "failed", "agree %", "right→wrong", "wrong→right", "p", "ECE", "NLL", "images/s")
 
 
-def grid(table: Table) -> tuple[list[str], list[list[str]]]:
-    """The table as text: headings, and a list of cells for each row."""
+class Grid(NamedTuple):
+    """A table as text. What is the same in every cell or row is said once, in a note."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    notes: tuple[str, ...]
+    """To be read below the table: what it says of all cells and rows, then the table's own notes."""
+
+
+def grid(table: Table) -> Grid:
+    """The table as text: headings, a list of cells for each row, and the notes below."""
     averages = ["average", "OOD average"] if table.has_ood else ["average"]
     if len(table.averaged) < 2:
         averages = []
-    headings = ["method", "teacher", "prompts", *table.columns, *averages, "source"]
+    counts = _counts(table)
+    sources = {row.source for row in table.rows}
+    headings = ["method", "teacher", "prompts", *table.columns, *averages]
     lines = []
     for row in table.rows:
-        cells = [_cell(row.cells.get(column)) for column in table.columns]
+        cells = [_cell(row.cells.get(column), counted=column not in counts) for column in table.columns]
         means = [_average(row.average, row.printed_average), _average(row.ood_average, row.printed_ood_average)]
-        lines.append([_name(row), row.teacher, row.prompts, *cells, *means[: len(averages)], _source(row)])
-    return headings, lines
+        lines.append([_name(row), row.teacher, row.prompts, *cells, *means[: len(averages)]])
+    notes = [_count_note(counts)] if counts else []
+    if len(sources) == 1:
+        notes.append(f"source: {sources.pop()}")
+    else:
+        headings.append("source")
+        for line, row in zip(lines, table.rows, strict=True):
+            line.append(row.source)
+    return Grid(headings, lines, (*notes, *table.notes))
+
+
+def _counts(table: Table) -> dict[str, int]:
+    """The number of images of each column in which all of our rows have as many."""
+    found = {
+        column: {row.cells[column].n for row in table.rows if row.kind != "published" and column in row.cells}
+        for column in table.columns
+    }
+    return {column: counts.pop() for column, counts in found.items() if len(counts) == 1}
+
+
+def _count_note(counts: Mapping[str, int]) -> str:
+    columns: dict[int, list[str]] = {}
+    for column, n in counts.items():
+        columns.setdefault(n, []).append(column)
+    return "images: " + "; ".join(f"n={n} in {', '.join(names)}" for n, names in columns.items())
 
 
 def details(table: Table) -> list[list[str]]:
@@ -51,12 +85,12 @@ def markdown(tables: Sequence[Table]) -> str:
 
     out: list[str] = []
     for table in tables:
-        headings, rows = grid(table)
+        headings, rows, notes = grid(table)
         out += [f"### {_in_markdown(table.title)}", "", *block(headings, rows)]
         if detailed := details(table):
             out += ["All cells together, against the teacher:", "", *block(DETAIL_HEADINGS, detailed)]
         out += [f"> **Warning.** {_in_markdown(warning)}\n" for warning in table.warnings]
-        out += [f"- {_in_markdown(note)}" for note in table.notes] + ([""] if table.notes else [])
+        out += [*(f"- {_in_markdown(note)}" for note in notes), ""]
     return "\n".join(out)
 
 
@@ -96,15 +130,15 @@ _LATEX = str.maketrans(
 def latex(tables: Sequence[Table]) -> str:
     """All tables as LaTeX floats, ready to paste: with booktabs, the best of our own rows in each column in bold."""
 
-    def block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         sides = "".join("l" if heading in ("method", "teacher", "prompts", "source") else "r" for heading in headings)
-        lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
-        lines += [" & ".join(heading.translate(_LATEX) for heading in headings) + r" \\", r"\midrule"]
-        return [*lines, *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule", r"\end{tabular}"]
+        names = [heading.translate(_LATEX) for heading in headings]
+        frame = pandas.DataFrame(rows, columns=names)
+        return frame.to_latex(index=False, escape=False, column_format=sides).rstrip()
 
     out: list[str] = [r"% needs \usepackage{booktabs}"]
     for table in tables:
-        headings, rows = grid(table)
+        headings, rows, notes = grid(table)
         best = _best(table, headings)
         shown = [
             [_bold(cell.translate(_LATEX), (number, place) in best) for place, cell in enumerate(row)]
@@ -115,12 +149,12 @@ def latex(tables: Sequence[Table]) -> str:
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{table.title.translate(_LATEX)}}}",
-            *block(headings, shown),
+            block(headings, shown),
         ]
         if detailed := details(table):
             plain = [[cell.translate(_LATEX) for cell in row] for row in detailed]
-            out += ["", r"\medskip", "All cells together, against the teacher:", "", *block(DETAIL_HEADINGS, plain)]
-        out += [rf"\par\footnotesize {note.translate(_LATEX)}" for note in (*table.warnings, *table.notes)]
+            out += ["", r"\medskip", "All cells together, against the teacher:", "", block(DETAIL_HEADINGS, plain)]
+        out += [rf"\par\footnotesize {note.translate(_LATEX)}" for note in (*table.warnings, *notes)]
         out.append(r"\end{table}")
     return "\n".join(out) + "\n"
 
@@ -146,57 +180,34 @@ def _bold(text: str, wanted: bool) -> str:
     return rf"\textbf{{{text}}}" if wanted else text
 
 
+_ROW_COLUMNS = ("kind", "method", "teacher", "prompts", "uses_training_data", "source")
 CSV_COLUMNS = (
     "table",
-    "kind",
-    "method",
-    "teacher",
-    "prompts",
-    "uses_training_data",
-    "source",
+    *_ROW_COLUMNS,
     "column",
     "accuracy",
     "stderr",
-    "n",
-    "failed",
-    "agreement",
-    "right_to_wrong",
-    "wrong_to_right",
-    "mcnemar_p",
-    "ece",
-    "nll",
-    "images_per_second",
-    "marks",
+    *(field.name for field in fields(Score) if field.name not in ("accuracy", "stderr")),
 )
 
 
 def comma_separated(tables: Sequence[Table]) -> str:
     """All tables in one long CSV: a line for each cell and each average, `CSV_COLUMNS` as header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    lines: list[dict[str, Any]] = []
     for table in tables:
         for row in table.rows:
-            shared = {
-                "table": table.title,
-                "kind": row.kind,
-                "method": row.method,
-                "teacher": row.teacher,
-                "prompts": row.prompts,
-                "uses_training_data": row.uses_training_data,
-                "source": row.source,
-            }
+            shared = {"table": table.title, **{name: getattr(row, name) for name in _ROW_COLUMNS}}
             for column in table.columns:
                 if column in row.cells:
-                    writer.writerow(
-                        {**shared, "column": column, **_values(row.cells[column], published=row.kind == "published")}
-                    )
+                    values = _values(row.cells[column], published=row.kind == "published")
+                    lines.append({**shared, "column": column, **values})
             if row.total is not None:
-                writer.writerow({**shared, "column": "all cells", **_values(row.total)})
+                lines.append({**shared, "column": "all cells", **_values(row.total)})
             for name, value in _averages(row).items():
                 if value is not None:
-                    writer.writerow({**shared, "column": name, "accuracy": round(value, 6)})
-    return text.getvalue()
+                    lines.append({**shared, "column": name, "accuracy": round(value, 6)})
+    frame = pandas.DataFrame(lines, columns=list(CSV_COLUMNS), dtype=object)  # counts stay whole where some are missing
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def as_json(tables: Sequence[Table]) -> str:
@@ -220,11 +231,8 @@ def _name(row: TableRow) -> str:
     return f"{row.method} ({', '.join(words)})" if words else row.method
 
 
-def _source(row: TableRow) -> str:
-    return "labels peeked at: an upper bound" if row.kind == "oracle" else row.source
-
-
-def _cell(score: Score | None) -> str:
+def _cell(score: Score | None, *, counted: bool) -> str:
+    """Accuracy, its standard error, where `counted` the number of images, and marks."""
     if score is None or (score.accuracy is None and not score.failed):
         return NOTHING
     signs = "".join(MARKS[mark][0] for mark in score.marks)
@@ -232,7 +240,8 @@ def _cell(score: Score | None) -> str:
         return f"{NOTHING} (n=0){signs}"
     if score.stderr is None:  # published: with the decimals that were printed, one or two
         return f"{score.accuracy:.2f}".removesuffix("0")
-    return f"{score.accuracy:.1f} ± {score.stderr:.1f} (n={score.n}){signs}"
+    count = f" (n={score.n})" if counted else ""
+    return f"{score.accuracy:.1f} ± {score.stderr:.1f}{count}{signs}"
 
 
 def _average(own: float | None, printed: float | None) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr
 from scipy.stats import binomtest
 
 
@@ -29,7 +28,7 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
     flips = right_to_wrong + wrong_to_right
     if flips == 0:
         return 1.0
-    return min(1.0, 2 * float(bdtr(min(right_to_wrong, wrong_to_right), flips, 0.5)))
+    return float(binomtest(right_to_wrong, flips).pvalue)
 
 
 BINS = 15

@@ -17,7 +17,7 @@ import pytest
 
 from apm.benchmarks.runs.records import Records
 from apm.benchmarks.tables.build import MARKS, Table, TableRow, make_tables, published_rows
-from apm.benchmarks.tables.formats import CSV_COLUMNS, FORMATS
+from apm.benchmarks.tables.formats import CSV_COLUMNS, FORMATS, grid
 from apm.benchmarks.tables.stats import mcnemar
 from tests.benchmarks.made_runs import Plain, make_dataset, make_run
 from tests.benchmarks.make_table_golden import GOLDEN, RUNS, SUFFIXES
@@ -227,6 +227,22 @@ def test_folders_are_told_apart_by_their_path(tmp_path: Path) -> None:
     (table,) = make_tables([Records.open(tmp_path / name) for name in ("cats", "dogs")])
     assert table.columns == ("cats/val", "dogs/val")
     assert len(table.rows) == 1
+
+
+def test_counts_and_sources_that_are_equal_are_said_once(tmp_path: Path) -> None:
+    for name, images in (("a", 20), ("b", 15)):
+        make_run(tmp_path / name, [Plain()], [make_dataset(images, name="dtd"), make_dataset(20, name="pets")])
+    (alone,) = make_tables([Records.open(tmp_path / "a")], published=False)
+    shown = grid(alone)
+    assert "source" not in shown.headings and "(n=" not in str(shown.rows)
+    assert shown.notes[:2] == ("images: n=20 in dtd, pets", f"source: {tmp_path / 'a'}")
+    (both,) = make_tables([Records.open(tmp_path / name) for name in "ab"], published=False)
+    shown = grid(both)
+    assert shown.notes[0] == "images: n=20 in pets"
+    dtd, pets = (shown.headings.index(name) for name in ("dtd", "pets"))
+    assert ["(n=20)" in row[dtd] for row in shown.rows] == [True, False]
+    assert "(n=15)" in shown.rows[1][dtd] and not any("n=" in row[pets] for row in shown.rows)
+    assert [row[shown.headings.index("source")] for row in shown.rows] == [str(tmp_path / name) for name in "ab"]
 
 
 def test_names_cannot_break_the_markup(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def record(
     preset: str,
     device: str,
 ) -> dict[str, Any]:
-    """Return what `--json` prints: see schemas/profile.json."""
+    """Return what `--json` prints."""
     return {
         "preset": preset,
         "device": device,

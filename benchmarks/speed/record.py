@@ -1,4 +1,4 @@
-"""The record of one measurement: a JSON file (schemas/speed.schema.json) with the machine's description in it."""
+"""The record of one measurement: a JSON file with the machine's description in it."""
 
 from __future__ import annotations
 

@@ -48,13 +48,13 @@ with collector_paused():
     import torch; mark()
 import apm.cli.main, apm.cli.classify, apm.classifier; mark()
 from apm.labels import label_set, prompt_templates
-from apm.zeroshot import ZeroShotHead
+from apm.text.zeroshot import ZeroShotHead
 import_open_clip()
 import apm.teachers.openclip; mark()
 teacher = apm.classifier.load_teacher(name); mark()
 labels = teacher.default_labels or label_set("imagenet")
 ZeroShotHead.build(teacher, labels, teacher.default_templates or prompt_templates("single")); mark()
-from apm.precision import measured_precision
+from apm.student.matmul import measured_precision
 measured_precision(torch.device("cpu")); mark()
 classifier = apm.classifier.Classifier(teacher, labels=list(dict.fromkeys(labels)), preset=preset, device="cpu"); mark()
 answer = classifier(path); mark()

@@ -197,8 +197,8 @@ import resource, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from apm.benchmarks.unfolding import write_field
-from apm.field import Student
+from apm.figures.field import write_field
+from apm.pretrain.student import Student
 from tests.pretraining import picture
 
 student = Student.load(sys.argv[1])

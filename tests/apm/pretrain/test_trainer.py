@@ -124,8 +124,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from apm.benchmarks.distributed import join
-from apm.pretrain import Pretrainer
+from apm.processes import join
+from apm.pretrain.trainer import Pretrainer
 from tests.pretraining import DATA, STUDENT, TRAINING, make_cache
 
 folder, kill_after = Path(sys.argv[1]), int(sys.argv[2])

@@ -26,8 +26,8 @@ from tests.places import ROOT
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from apm.benchmarks.distributed import join, restarted
-from apm.benchmarks.records import RunFolder
+from apm.processes import join, restarted
+from apm.benchmarks.runs.records import RunFolder
 from tests.benchmarks.made_runs import Plain, Stream, make_dataset, make_run
 
 RunFolder.merge = lambda folder, cell: None  # the shards of each process are looked at
@@ -102,7 +102,7 @@ def test_a_killed_worker_is_restarted_and_goes_on(tmp_path: Path, whole: Path) -
 ORPHANED = """
 import os, sys, time
 from pathlib import Path
-from apm.benchmarks.distributed import join
+from apm.processes import join
 from tests.benchmarks.made_runs import Plain, Stream, make_dataset, make_run
 
 class Noted(Plain):

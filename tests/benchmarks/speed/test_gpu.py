@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import apm.benchmarks
 from apm.benchmarks.speed import __main__ as command
 from apm.benchmarks.speed import gpu, gpu_checks, gpu_report
 from apm.benchmarks.speed.gpu_checks import Case, run_checks
@@ -27,7 +25,6 @@ from apm.student.model import draw_parameters
 from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
 
 CPU = torch.device("cpu")
-SCHEMA = Path(apm.benchmarks.__file__).parent / "schemas" / "speed.schema.json"
 both = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 Precision = Literal["fp32", "bf16"]
 
@@ -237,7 +234,6 @@ def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_all_parts_on_a_cpu(tmp_path: Path, quiet_commands: list[list[str]], picture: Path) -> None:
     made = gpu.measure_gpu(Options(quick=True, rounds=2, precision="fp32"), picture, tests=tmp_path)
     assert gpu.failures(made) == []
-    jsonschema.validate(made, json.loads(SCHEMA.read_text(encoding="utf-8")))
     parts = [row["part"] for row in made["rows"]]
     assert list(dict.fromkeys(parts)) == ["tests", "check", "speed", "classify", "bench"]
     assert made["summary"]["checks"] == made["summary"]["checks_held"] == 30

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 import typer
@@ -23,7 +21,6 @@ from apm.cli.profile import profile as command
 from apm.student.config import APMConfig
 from tests.fakes import FakeTeacher
 
-SCHEMA = json.loads((Path(apm.cli.__file__).parent / "schemas" / "profile.json").read_text(encoding="utf-8"))
 CPU = torch.device("cpu")
 
 
@@ -100,7 +97,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--preset", "small", "--teacher", "fake", "--precision", "fp32", "--device", "cpu"]
     done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     record: dict[str, Any] = json.loads(done.stdout)
-    jsonschema.validate(record, SCHEMA)
     assert record["student"]["config"]["dim"] == record["teacher"]["dim"] == 32
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0

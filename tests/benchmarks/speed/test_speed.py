@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -50,13 +49,11 @@ from tests.places import ROOT
 CPU = torch.device("cpu")
 QUICK = Options(quick=True, rounds=2, precision="fp32")
 FOLDER = Path(apm.benchmarks.__file__).parent
-SCHEMA = json.loads((FOLDER / "schemas" / "speed.schema.json").read_text(encoding="utf-8"))
 
 
 def check(made: dict[str, Any], kind: str, tmp_path: Path) -> list[dict[str, Any]]:
-    """Validate a record, see that it survives its file and has a table with a line for each row; return its rows."""
+    """See of a record that it survives its file and has a table with a line for each row; return its rows."""
     assert made["kind"] == kind
-    jsonschema.validate(made, SCHEMA)
     path = record.write(made, tmp_path)
     assert json.loads(path.read_text(encoding="utf-8")) == made
     table = report.as_markdown(made)
@@ -479,7 +476,6 @@ def test_the_records_in_the_repository_and_the_page_made_of_them() -> None:
         pytest.skip("no speed records in benchmarks/results yet")
     records = record.read_all(folder)
     for one in records:
-        jsonschema.validate({name: value for name, value in one.items() if name != "file"}, SCHEMA)
         assert one["settings"]["preset"] in ("paper", "small")
         assert one["file"] == record.file_name(one)
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == report.page_of(records)

@@ -47,7 +47,6 @@ def test_captions_name_the_very_commands_that_make_gallery_runs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["field", "walk"])
 def test_commands_of_captions_run_as_they_are_written(name: str, tmp_path: Path) -> None:
     gallery.lay_out(tmp_path / "work")

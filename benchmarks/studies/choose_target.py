@@ -8,13 +8,11 @@ method, with students, on other images. Labels choose between policies, once, on
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
-import time
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +27,8 @@ from apm.text.zeroshot import ZeroShotHead
 from ..corruptions import CORRUPTIONS
 from ..datasets import Dataset, open_dataset
 from ..datasets.dataset import balanced_subset
-from ..runs.environment import describe, write_record
 from ..tables.stats import mcnemar
+from .study import Options, Record, Study, each, markdown, run
 
 VIEWS = (16, 64)
 MIN_AREAS = (0.08, 0.5)
@@ -73,106 +71,101 @@ def right(teacher: Teacher, head: ZeroShotHead, data: Dataset, seed: int) -> Ten
     return torch.stack(rows)
 
 
-def measure(
-    dataset: str, root: Path | None, label_set: str | None, *, teacher_name: str, held: int, images: int, seed: int
-) -> dict[str, Any]:
+def measure(options: Options) -> Record:
     """Compare all candidates on the clean images and on the 15 corruptions at level 5, a fifth as many of each.
 
     Returns:
-        The record: settings, machine, and per candidate the accuracy on clean and on corrupted images, and the flips
-        against the paper's own target with McNemar's p.
+        Settings, and per candidate the accuracy on clean and on corrupted images, and the flips against the paper's own
+        target with McNemar's p.
     """
-    teacher = load_teacher(teacher_name)
-    parts: dict[str, list[Tensor]] = {"clean": [], "corrupted": []}
-    for corruption in (None, *CORRUPTIONS):
-        data = open_dataset(dataset, root, corruption=corruption, seed=seed, label_set=label_set)
-        data = held_out(data, held, images if corruption is None else images // 5, seed)
+    teacher = load_teacher(options.teacher)
+    seed = options.seed
+
+    def answered(corruption: str | None) -> tuple[Dataset, ZeroShotHead, Tensor]:
+        data = open_dataset(
+            options.dataset, options.root, corruption=corruption, seed=seed, label_set=options.label_set
+        )
+        data = held_out(data, options.held, options.limit if corruption is None else options.limit // 5, seed)
         head = ZeroShotHead.build(teacher, data.class_names, data.templates)
-        parts["corrupted" if corruption else "clean"].append(right(teacher, head, data, seed))
-        print(f"{corruption or 'clean'}: {len(data.samples)} images", file=sys.stderr)
-    hits = {name: torch.cat(values) for name, values in parts.items()}
+        return data, head, right(teacher, head, data, seed)
+
+    states = [None, *CORRUPTIONS]
+    found = each(states, answered, "states (clean, then each corruption)", minimum=len(states))
+    data, head, clean = found[0]
+    hits = {"clean": clean, "corrupted": torch.cat([answers for *_, answers in found[1:]])}
     rows = []
     for index, policy in enumerate(candidates()):
         row: dict[str, Any] = asdict(policy)
-        for name, table in hits.items():
-            lost = int((table[:, 0] & ~table[:, index]).sum())
-            won = int((~table[:, 0] & table[:, index]).sum())
-            row[name] = {"right": int(table[:, index].sum()), "lost": lost, "won": won, "p": mcnemar(lost, won)}
+        for name, answers in hits.items():
+            lost = int((answers[:, 0] & ~answers[:, index]).sum())
+            won = int((~answers[:, 0] & answers[:, index]).sum())
+            row[name] = {"right": int(answers[:, index].sum()), "lost": lost, "won": won, "p": mcnemar(lost, won)}
         rows.append(row)
     return {
-        "command": "python -m apm.benchmarks.studies.choose_target " + " ".join(sys.argv[1:]).partition(" --out")[0],
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "dataset": dataset,
+        "dataset": options.dataset,
         "classes": len(head.labels),
         "templates": list(data.templates),
-        "images": {name: len(table) for name, table in hits.items()},
-        "left_out": held,
+        "images": {name: len(answers) for name, answers in hits.items()},
+        "left_out": options.held,
         "teacher": teacher.identity,
         "seed": seed,
-        "environment": describe(),
         "candidates": rows,
     }
 
 
-def chosen(record: dict[str, Any]) -> dict[str, Any]:
+def chosen(record: Record) -> dict[str, Any]:
     """The candidate with the most right answers among those with no fewer than the paper's target on either part."""
     first, *others = record["candidates"]
     sound = [row for row in others if all(row[name]["right"] >= first[name]["right"] for name in record["images"])]
     return max(sound or [first], key=lambda row: _share(record, row))
 
 
-def _share(record: dict[str, Any], row: dict[str, Any]) -> float:
+def _share(record: Record, row: dict[str, Any]) -> float:
     """Share of right answers on the clean images plus that on the corrupted ones."""
     return sum(row[name]["right"] / n for name, n in record["images"].items())
 
 
-def table(record: dict[str, Any], count: int = 12) -> str:
+def table(record: Record, count: int = 12) -> str:
     """The paper's target and the ``count`` best others, by right answers on clean and corrupted images, as markdown."""
     n = record["images"]
-    lines = [
-        "| target | views | smallest crop | kept | weight of the token | "
-        f"clean, n = {n['clean']:,} | won, lost | p | corrupted, n = {n['corrupted']:,} | won, lost | p |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
     first, *others = record["candidates"]
-    for row in (first, *sorted(others, key=lambda row: -_share(record, row))[:count]):
-        own = row["kind"] == "cls"
-        cells = [row["kind"], str(row["views"]), "" if own else str(row["min_area"])]
-        cells += [str(row["keep"]) if row["kind"] == "confident" else "", "" if own else str(row["cls_weight"])]
-        for name in ("clean", "corrupted"):
-            cell = row[name]
-            cells.append(f"{100 * cell['right'] / n[name]:.1f} %")
-            cells += ["", ""] if own else [f"{cell['won']}, {cell['lost']}", f"{cell['p']:.2g}"]
-        lines.append("| " + " | ".join(cells) + " |")
+    shown = [first, *sorted(others, key=lambda row: -_share(record, row))[:count]]
+    titles = ["target", "views", "smallest crop", "kept", "weight of the token"]
+    for name, images in n.items():
+        titles += [f"{name}, n = {images:,}", "won, lost", "p"]
     best = chosen(record)
     words = ", ".join(f"{name} {best[name]}" for name in ("kind", "views", "min_area", "keep", "cls_weight"))
-    return "\n".join([*lines, "", f"Chosen, as the best that is behind the paper's target on neither part: {words}."])
+    rows = markdown(titles, (_cells(row, n) for row in shown))
+    return f"{rows}\n\nChosen, as the best that is behind the paper's target on neither part: {words}."
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.choose_target", description=__doc__)
+def _cells(row: dict[str, Any], images: dict[str, int]) -> list[str]:
+    """One candidate's line; the paper's own target has neither settings nor flips."""
+    own = row["kind"] == "cls"
+    cells = [row["kind"], row["views"], "" if own else row["min_area"]]
+    cells += [row["keep"] if row["kind"] == "confident" else "", "" if own else row["cls_weight"]]
+    for name, n in images.items():
+        cell = row[name]
+        flips = ["", ""] if own else [f"{cell['won']}, {cell['lost']}", f"{cell['p']:.2g}"]
+        cells += [f"{100 * cell['right'] / n:.1f} %", *flips]
+    return cells
+
+
+def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("dataset", nargs="?", default="folder")
-    parser.add_argument("--root", type=Path)
     parser.add_argument("--label-set", help="for the data set folder: its label space")
-    parser.add_argument("--teacher", default="embedded")
     parser.add_argument("--held", type=int, default=1000, help="size of the table's own subset, which is left out")
-    parser.add_argument("--images", type=int, default=1000, help="clean images; each corruption has a fifth")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="where to write the record")
-    options = parser.parse_args(arguments)
-    record = measure(
-        options.dataset,
-        options.root,
-        options.label_set,
-        teacher_name=options.teacher,
-        held=options.held,
-        images=options.images,
-        seed=options.seed,
-    )
-    write_record(record, options.out)
-    print(table(record))
 
+
+STUDY = Study(
+    name="choose_target",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    arguments=_arguments,
+    shared={"root": None, "teacher": "embedded", "seed": 0, "limit": 1000},  # clean images; each corruption has a fifth
+    results="choose-target.json",
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(STUDY.main))

@@ -13,7 +13,7 @@ from typing import Any
 from apm.errors import ApmError
 from apm.images.files import write_atomically
 
-from . import documents
+from . import study as documents
 
 TARGETS = ("cls", "grid")
 CONTROLS = {

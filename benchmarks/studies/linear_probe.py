@@ -1,7 +1,7 @@
 """How much of an image's class a linear classifier reads from a student trained without labels.
 
-``python -m apm.benchmarks.studies.linear_probe CKPT --data TABLE.parquet --teacher NAME --out RECORD``. The images are
-split by a seed into a part to fit on, of which a fifth chooses the penalty, and a part to test on. Labels are used
+``python -m apm.benchmarks.studies.linear_probe CKPT --root TABLE.parquet --teacher NAME --record FILE``. The images
+are split by a seed into a part to fit on, of which a fifth chooses the penalty, and a part to test on. Labels are used
 here only.
 
 Inputs of the probe, each standardised on the part it is fitted on: the pixels (``pixels``), also pooled to the grid of
@@ -12,12 +12,9 @@ of its last hidden layer over the locations (``hidden``); the mean field of a st
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import sys
-import time
 import warnings
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +32,8 @@ from apm.student.position import grid_locations, position_code
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 
-from ..runs.environment import describe, write_record
-from .pretraining import command
+from ..tables.stats import standard_error
+from .study import ROOT, USUAL, Options, Record, Study, each, markdown, run
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for C of sklearn's logistic regression (larger: weaker penalty)."""
@@ -115,10 +112,9 @@ def probe(
         if accuracy > best:
             chosen, best = penalty, accuracy
     accuracy, converged = _fitted(inputs[:train], labels[:train], inputs[train:], labels[train:], chosen, seed)
-    tested = len(labels) - train
     return {
         "accuracy": accuracy,
-        "stderr": math.sqrt(accuracy * (1 - accuracy) / tested),
+        "stderr": standard_error(accuracy, len(labels) - train),
         "C": chosen,
         "validation": best,
         "width": inputs.shape[1],
@@ -148,71 +144,73 @@ def _fitted(
     return float(model.score(test_inputs, test_labels)), not late
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: Record) -> str:
     """One markdown table, from worst to best, and a line that says of what."""
     found = record["probes"]
-    lines = ["| inputs of the probe | numbers | accuracy |", "|---|---:|---:|"]
-    for name in sorted(found, key=lambda one: found[one]["accuracy"]):
-        row = found[name]
-        mark = "" if row["converged"] else " †"
-        share = f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %{mark}"
-        lines.append(f"| {NAMES.get(name, name)} | {row['width']:,} | {share} |")
-    lines += [
-        "",
+    rows = (
+        (
+            NAMES.get(name, name),
+            f"{row['width']:,}",
+            f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %{'' if row['converged'] else ' †'}",
+        )
+        for name, row in sorted(found.items(), key=lambda one: float(one[1]["accuracy"]))
+    )
+    return (
+        f"{markdown(('inputs of the probe', 'numbers', 'accuracy'), rows)}\n\n"
         f"Logistic regression on standardised inputs, C from {', '.join(f'{one:g}' for one in PENALTIES)} by a fifth "
         f"of the part fitted on; {record['train']:,} images of {record['data']} to fit, {record['test']:,} to test, "
         f"seed {record['seed']}, {record['classes']} classes; ± binomial standard error. "
-        f"†: stopped after {_ITERATIONS} iterations.",
-    ]
-    return "\n".join(lines)
+        f"†: stopped after {_ITERATIONS} iterations."
+    )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.linear_probe", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, nargs="?")
-    parser.add_argument("--data", type=Path, help="a Parquet file with the columns image and label")
-    parser.add_argument("--teacher", default="embedded")
-    parser.add_argument("--side", type=int, default=32, help="side of the raw pixels")
-    parser.add_argument("--train", type=int, default=8000)
-    parser.add_argument("--limit", type=int, help="use this many images only")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the record there")
-    parser.add_argument("--table", type=Path, metavar="RECORD", help="print this record as markdown instead")
-    options = parser.parse_args(arguments)
-    if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return
-    if not options.checkpoint or not options.data:
-        raise UsageError("A checkpoint and --data are needed.")
+def measure(options: Options) -> Record:
+    """Fit and test a probe on each kind of inputs.
+
+    Raises:
+        UsageError: checkpoint or images are missing, or too few to fit on and to test.
+    """
+    if not options.checkpoint or not options.root:
+        raise UsageError("A checkpoint and --root, a Parquet file of images, are needed.")
     student = Student.load(options.checkpoint)
-    images, labels = read_table(options.data, options.limit, options.seed)
+    images, labels = read_table(options.root, options.limit, options.seed)
     if not 10 <= options.train < len(images):
         raise UsageError(f"--train must be from 10 to less than the {len(images)} images, not {options.train}.")
-    begun = time.perf_counter()
-    inputs = describe_images(images, student, load_teacher(options.teacher), side=options.side)
-    print(f"described {len(images)} images in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-    probes = {}
-    for name, rows in inputs.items():
-        probes[name] = probe(rows, labels, options.train, seed=options.seed)
-        print(f"{name}: {probes[name]}", file=sys.stderr, flush=True)
-    record = {
-        "command": command("linear_probe", sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "data": options.data.name,
+    teacher = load_teacher(options.teacher, device=options.device)
+    inputs = describe_images(images, student, teacher, side=options.side)
+
+    def probed(name: str) -> tuple[str, dict[str, Any]]:
+        return name, probe(inputs[name], labels, options.train, seed=options.seed)
+
+    return {
+        "data": options.root.name,
         "train": options.train,
         "test": len(images) - options.train,
         "classes": len(set(labels.tolist())),
         "seed": options.seed,
         "student": student.record,
         "teacher": options.teacher,
-        "probes": probes,
-        "environment": describe(),
+        "probes": dict(each(list(inputs), probed, "probes", minimum=len(inputs))),
     }
-    if options.out:
-        write_record(record, options.out)
-    print(table(record))
 
+
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--side", type=int, default=32, help="side of the raw pixels")
+    parser.add_argument("--train", type=int, default=8000, help="images to fit on; the others are tested on")
+
+
+STUDY = Study(
+    name="linear_probe",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    arguments=_arguments,
+    shared={**USUAL, "limit": None},
+    results="linear_probe.json",
+    document=ROOT / "docs" / "pretraining.md",
+    marker="probe",
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(STUDY.main))

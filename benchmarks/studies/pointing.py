@@ -29,7 +29,7 @@ from apm.text.zeroshot import ZeroShotHead
 from ..datasets import open_dataset
 from ..runs.environment import describe, write_record
 from ..tables.stats import mcnemar, standard_error
-from . import documents
+from . import study as documents
 from .composites import Composite, Mapper, composites
 
 DOCUMENT = documents.ROOT / "docs" / "explain.md"

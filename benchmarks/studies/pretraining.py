@@ -1,8 +1,8 @@
 """What self-supervised training achieves on held-out images, against baselines that need no training.
 
-``python -m apm.benchmarks.studies.pretraining CKPT --data FOLDER --teacher-grid NAME --cache DIR --out RECORD``
-measures and writes a JSON record; ``--figure FILE`` draws the curves of a record, ``--table`` prints it as markdown,
-``--pictures FILE --images IMAGE…`` draws input, teacher, student and error side by side (Modi & Rawat 2024, figure 5).
+``python -m apm.benchmarks.studies.pretraining CKPT --root FOLDER --teacher NAME --cache DIR --record FILE`` measures;
+``--figure FILE`` draws the curves of a record; ``--pictures FILE --images IMAGE…`` draws input, teacher, student and
+error side by side (Modi & Rawat 2024, figure 5).
 
 Baselines, all on the student's own locations and without the teacher at test time: the training images' mean feature,
 over all locations and for each location; the grid of the nearest training image by pooled pixels and by the student's
@@ -11,12 +11,10 @@ own trigger column; a linear map (ridge regression) from the pooled pixels, and 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
-import time
-from collections.abc import Callable
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ from apm.student.position import grid_locations
 from apm.teachers import load_grid_teacher
 from apm.teachers.base import GridTeacher
 
-from ..runs.environment import describe, write_record
+from .study import RESULTS, ROOT, Options, Record, Study, markdown, plus_minus, read_record, run
 
 _BATCH = 64
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -57,7 +55,7 @@ NAMES = {
 }
 
 
-def measure(student: Student, cache: GridCache, config: PretrainConfig) -> dict[str, Any]:
+def compare(student: Student, cache: GridCache, config: PretrainConfig) -> dict[str, Any]:
     """Compare the student and the baselines on the held-out images.
 
     Returns:
@@ -66,6 +64,41 @@ def measure(student: Student, cache: GridCache, config: PretrainConfig) -> dict[
         explains, and the mean cosine to the teacher's features.
     """
     train, held_out = config.split(len(cache.names))
+    predict = _predictors(student, cache, train)
+    rows: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+    cosines: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+    colours: dict[str, list[Tensor]] = {"mean": [], "nearest_column": [], "student": []}
+    for part in _parts(held_out):
+        wanted, found, seen, guessed = predict(part)
+        for name, guess in found.items():
+            rows[name].append((guess - wanted).square().mean((1, 2)))
+            cosines[name].append(torch.cosine_similarity(guess, wanted, dim=-1).mean(1))
+        for name, colour in guessed.items():
+            colours[name].append((colour - seen).square().mean((1, 2)))
+    base, own = torch.cat(rows["mean"]).mean().item(), torch.cat(rows["student"])
+    return {
+        "grid": {
+            name: {
+                **_summary(torch.cat(rows[name])),
+                "above_student": _summary(torch.cat(rows[name]) - own),
+                "explained": 1 - torch.cat(rows[name]).mean().item() / base,
+                "cosine": torch.cat(cosines[name]).mean().item(),
+            }
+            for name in NAMES
+        },
+        "colours": {name: _summary(torch.cat(values)) for name, values in colours.items()},
+    }
+
+
+def _predictors(
+    student: Student, cache: GridCache, train: NDArray[np.int64]
+) -> Callable[[NDArray[np.int64]], tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]]:
+    """Fit every baseline on the images `train`.
+
+    Returns:
+        Numbers of images → the teacher's features (B, N, D) and what each predictor says they are; the colours
+        (B, N, 3), and what each says they are.
+    """
     grid = student.config.grid
 
     def targets(numbers: NDArray[np.int64]) -> Tensor:
@@ -82,53 +115,27 @@ def measure(student: Student, cache: GridCache, config: PretrainConfig) -> dict[
     )
     per_location = sum(targets(part).sum(0) for part in _parts(train)) / len(train)  # (N, D)
     assert isinstance(per_location, Tensor)
-    mean = per_location.mean(0)  # (D,)
-    linear = {
-        "linear_pixels": _linear(train_pixels, cache, train),
-        "linear_column": _linear(train_columns, cache, train),
-    }
-    rows: dict[str, list[Tensor]] = {name: [] for name in NAMES}
-    cosines: dict[str, list[Tensor]] = {name: [] for name in NAMES}
-    colours: dict[str, list[Tensor]] = {"mean": [], "nearest_column": [], "student": []}
-    places = grid_locations(grid)
-    for part in _parts(held_out):
+    from_pixels, from_column = _linear(train_pixels, cache, train), _linear(train_columns, cache, train)
+
+    def predict(part: NDArray[np.int64]) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
         wanted = targets(part)
         columns, pixels, seen = described(part)
-        features, guessed = student.field(columns, *places)
-        nearest = {
-            "nearest_pixels": torch.cdist(pixels, train_pixels).argmin(1).numpy(),
-            "nearest_column": torch.cdist(columns, train_columns).argmin(1).numpy(),
-        }
+        features, guessed = student.field(columns, *grid_locations(grid))
+        by_pixels = torch.cdist(pixels, train_pixels).argmin(1).numpy()
+        by_column = torch.cdist(columns, train_columns).argmin(1).numpy()
         found = {
             "student": features,
-            "mean": mean.expand_as(wanted),
+            "mean": per_location.mean(0).expand_as(wanted),
             "mean_per_location": per_location.expand_as(wanted),
-            **{name: targets(train[numbers]) for name, numbers in nearest.items()},
-            "linear_pixels": resample(linear["linear_pixels"](pixels), grid),
-            "linear_column": resample(linear["linear_column"](columns), grid),
+            "nearest_pixels": targets(train[by_pixels]),
+            "nearest_column": targets(train[by_column]),
+            "linear_pixels": resample(from_pixels(pixels), grid),
+            "linear_column": resample(from_column(columns), grid),
         }
-        for name, guess in found.items():
-            rows[name].append((guess - wanted).square().mean((1, 2)))
-            cosines[name].append(torch.cosine_similarity(guess, wanted, dim=-1).mean(1))
-        for name, colour in (
-            ("student", guessed),
-            ("mean", train_colours.mean((0, 1)).expand_as(seen)),
-            ("nearest_column", train_colours[nearest["nearest_column"]]),
-        ):
-            colours[name].append((colour - seen).square().mean((1, 2)))
-    base, own = torch.cat(rows["mean"]).mean().item(), torch.cat(rows["student"])
-    return {
-        "grid": {
-            name: {
-                **_summary(torch.cat(rows[name])),
-                "above_student": _summary(torch.cat(rows[name]) - own),
-                "explained": 1 - torch.cat(rows[name]).mean().item() / base,
-                "cosine": torch.cat(cosines[name]).mean().item(),
-            }
-            for name in NAMES
-        },
-        "colours": {name: _summary(torch.cat(values)) for name, values in colours.items()},
-    }
+        mean = train_colours.mean((0, 1)).expand_as(seen)
+        return wanted, found, seen, {"student": guessed, "mean": mean, "nearest_column": train_colours[by_column]}
+
+    return predict
 
 
 def _linear(inputs: Tensor, cache: GridCache, train: NDArray[np.int64]) -> Callable[[Tensor], Tensor]:
@@ -173,59 +180,39 @@ def _parts(numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
 
 
-def record_of(checkpoint: Path, student: Student, cache: GridCache, config: PretrainConfig) -> dict[str, Any]:
-    """Measure, and put beside it how the student was trained: settings, curves, machine."""
-    train, held_out = config.split(len(cache.names))
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "checkpoint": student.record,
-        "parameters": sum(p.numel() for p in student.model.parameters()),
-        "train_images": len(train),
-        "held_out_images": len(held_out),
-        "teacher_grid": list(cache.grids.shape[1:]),
-        **measure(student, cache, config),
-        "curves": read_log(checkpoint.with_name(checkpoint.name + ".log.jsonl")),
-        "environment": describe(),
-    }
-
-
-def command(module: str, arguments: list[str]) -> str:
-    """What was called, the folders of files left out: they are another on each machine."""
-    return f"python -m apm.benchmarks.studies.{module} " + " ".join(Path(argument).name for argument in arguments)
-
-
-def table(record: dict[str, Any]) -> str:
+def table(record: Record) -> str:
     """Markdown tables of the held-out errors, from worst to best, and a line that says of what."""
-    lines = [
-        "| predictor of the teacher's grid | mean squared error | above the student, paired | explained | cosine |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    found = record["grid"]
-    for name in sorted(found, key=lambda one: -found[one]["mse"]):
-        row, bold = found[name], "**" if name == "student" else ""
-        above = row["above_student"]
-        paired = "–" if bold else f"{above['mse']:.4f} ± {above['stderr']:.4f}"
-        lines.append(
-            f"| {bold}{NAMES[name]}{bold} | {row['mse']:.4f} ± {row['stderr']:.4f} | {paired} | "
-            f"{100 * row['explained']:.1f} % | {row['cosine']:.3f} |"
-        )
+
+    def cells(name: str, row: dict[str, Any]) -> list[str]:
+        bold, above = "**" if name == "student" else "", row["above_student"]
+        return [
+            f"{bold}{NAMES[name]}{bold}",
+            plus_minus((row["mse"], row["stderr"]), 4),
+            "–" if bold else plus_minus((above["mse"], above["stderr"]), 4),
+            f"{100 * row['explained']:.1f} %",
+            f"{row['cosine']:.3f}",
+        ]
+
+    titles = (
+        *("predictor of the teacher's grid", "mean squared error", "above the student, paired", "explained"),
+        "cosine",
+    )
+    ordered = sorted(record["grid"].items(), key=lambda one: -float(one[1]["mse"]))
     colours = record["colours"]
     settings, last = record["checkpoint"]["settings"], record["curves"][-1]
-    lines += [
-        "",
+    return (
+        f"{markdown(titles, (cells(*one) for one in ordered))}\n\n"
         f"Colours, mean squared error in [0, 1]²: student {colours['student']['mse']:.4f}, nearest training image by "
-        f"the trigger column {colours['nearest_column']['mse']:.4f}, mean colour {colours['mean']['mse']:.4f}.",
-        "",
+        f"the trigger column {colours['nearest_column']['mse']:.4f}, mean colour {colours['mean']['mse']:.4f}.\n\n"
         f"{record['held_out_images']} held-out images, {record['train_images']} trained on; ± standard error over "
         f"images. Teacher `{settings['teacher']}`, grid {'×'.join(map(str, record['teacher_grid'][:2]))} of "
         f"{settings['grid_size']} pixels; {record['checkpoint']['step']} steps of {settings['batch_size']} images at "
         f"{settings['locations'] or 'all'} locations, seed {settings['seed']}, {last['seconds'] / 60:.0f} minutes on "
-        f"{record['environment']['threads']} thread of {record['environment']['processor']}, shared with other work.",
-    ]
-    return "\n".join(lines)
+        f"{record['environment']['threads']} thread of {record['environment']['processor']}, shared with other work."
+    )
 
 
-def draw_curves(record: dict[str, Any], path: Path) -> None:
+def draw_curves(record: Record, path: Path) -> None:
     """Draw trained and held-out errors against steps, with the baselines as lines."""
     curves, settings = record["curves"], record["checkpoint"]["settings"]
     figure = figures.new_figure(8.4, 3.1)
@@ -298,49 +285,81 @@ def draw_pictures(
     return [error.mean().item() for error in errors]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.pretraining", description=__doc__)
+def measure(options: Options) -> Record:
+    """Compare a checkpoint with the baselines, and put beside it how it was trained: settings and curves.
+
+    Raises:
+        UsageError: checkpoint or images are missing, or the teacher is another than that of the training.
+    """
+    if not options.checkpoint or not options.root:
+        raise UsageError("A checkpoint and --root, the images that it was trained on, are needed.")
+    student, teacher = _loaded(options)
+    settings = student.record["settings"]
+    config = PretrainConfig(**{name: settings[name] for name in PretrainConfig.__dataclass_fields__})
+    cache = build_cache(
+        open_images(options.root),
+        teacher,
+        options.cache or options.checkpoint.with_name(options.checkpoint.name + ".cache"),
+        size=student.config.image_size,
+        grid_size=settings["grid_size"],
+    )
+    train, held_out = config.split(len(cache.names))
+    return {
+        "checkpoint": student.record,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "train_images": len(train),
+        "held_out_images": len(held_out),
+        "teacher_grid": list(cache.grids.shape[1:]),
+        **compare(student, cache, config),
+        "curves": read_log(options.checkpoint.with_name(options.checkpoint.name + ".log.jsonl")),
+    }
+
+
+def _loaded(options: Options) -> tuple[Student, GridTeacher]:
+    student, teacher = Student.load(options.checkpoint), load_grid_teacher(options.teacher)
+    expected = student.record["settings"]["teacher"]
+    if teacher.identity != expected:
+        raise UsageError(f"The student was trained with {expected}, not with {teacher.identity}.")
+    return student, teacher
+
+
+def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?")
-    parser.add_argument("--data", type=Path, help="what the student was trained on")
-    parser.add_argument("--teacher-grid", default="embedded")
     parser.add_argument("--cache", type=Path, help="where the training's cache lies; default: beside the checkpoint")
-    parser.add_argument("--out", type=Path, help="write the record there")
-    parser.add_argument("--record", type=Path, help="a record measured before, for --figure and --table")
-    parser.add_argument("--figure", type=Path, help="draw the curves of the record there")
-    parser.add_argument("--table", action="store_true", help="print the record as markdown")
-    parser.add_argument("--pictures", type=Path, help="draw --images there")
+    parser.add_argument("--figure", type=Path, help="draw the curves of the first record of --table there, instead")
+    parser.add_argument("--pictures", type=Path, help="draw --images there, instead of measuring")
     parser.add_argument("--images", type=Path, nargs="+", default=[])
-    options = parser.parse_args(arguments)
-    record: dict[str, Any] = json.loads(options.record.read_text(encoding="utf-8")) if options.record else {}
-    if options.checkpoint:
-        student = Student.load(options.checkpoint)
-        settings = student.record["settings"]
-        teacher = load_grid_teacher(options.teacher_grid)
-        if teacher.identity != settings["teacher"]:
-            raise UsageError(f"The student was trained with {settings['teacher']}, not with {teacher.identity}.")
-        if options.data:
-            config = PretrainConfig(**{name: settings[name] for name in PretrainConfig.__dataclass_fields__})
-            cache = build_cache(
-                open_images(options.data),
-                teacher,
-                options.cache or options.checkpoint.with_name(options.checkpoint.name + ".cache"),
-                size=student.config.image_size,
-                grid_size=settings["grid_size"],
-            )
-            record = record_of(options.checkpoint, student, cache, config)
-            record = {"command": command("pretraining", sys.argv[1:]), **record}
-        if options.pictures:
-            found = draw_pictures(student, teacher, options.images, settings["grid_size"], options.pictures)
-            for image, error in zip(options.images, found, strict=True):
-                print(f"{image.name}: {error:.4f}", file=sys.stderr)
-    if options.out:
-        write_record(record, options.out)
+
+
+STUDY = Study(
+    name="pretraining",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    arguments=_arguments,
+    shared={"root": None, "teacher": "embedded"},
+    results="pretraining.json",
+    document=ROOT / "docs" / "pretraining.md",
+    marker="pretraining",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or draw."""
+    options = STUDY.read(arguments)
     if options.figure:
-        draw_curves(record, options.figure)
-    if options.table:
-        print(table(record))
+        draw_curves(read_record(options.table[0] if options.table else RESULTS / STUDY.results), options.figure)
+    elif options.pictures:
+        if not options.checkpoint:
+            raise UsageError("--pictures needs a checkpoint.")
+        student, teacher = _loaded(options)
+        size = student.record["settings"]["grid_size"]
+        found = draw_pictures(student, teacher, options.images, size, options.pictures)
+        for image, error in zip(options.images, found, strict=True):
+            print(f"{image.name}: {error:.4f}", file=sys.stderr)
+    else:
+        STUDY.run(options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -31,7 +31,7 @@ def record() -> dict[str, Any]:
         patch.setattr(choose_target, "load_teacher", lambda name: FakeTeacher(dim=16))
         patch.setattr(choose_target, "CORRUPTIONS", ("contrast", "pixelate"))
         patch.setattr(choose_target, "VIEWS", (2, 4))
-        return choose_target.measure("digits", None, None, teacher_name="fake", held=20, images=10, seed=0)
+        return choose_target.measure(choose_target.STUDY.read(["digits", "--held", "20", "--limit", "10"]))
 
 
 def test_flips_account_for_every_difference_from_the_papers_target(record: dict[str, Any]) -> None:

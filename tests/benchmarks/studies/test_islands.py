@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from apm.benchmarks.studies import documents, island_tables
+from apm.benchmarks.studies import island_tables
 from apm.benchmarks.studies import islands as study
+from apm.benchmarks.studies import study as documents
 from apm.cli.main import app
-from apm.errors import UsageError
 from apm.student import islands
 from apm.test_time.trainer import AdaptConfig
 from tests.benchmarks.studies.test_pointing import TINY, ColourTeacher
@@ -100,15 +99,3 @@ def test_fields_are_fitted_and_read_in_float32_whatever_is_asked_for(subject: st
         assert trainer.precision == "fp32"
         run = study.watch(trainer, subject.inputs["image"], (0, 30))
         assert run.rounding is not None and 0 < run.rounding < 1e-2, target
-
-
-def test_a_document_is_filled_between_its_markers(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("a\n<!-- one: how -->\nold\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n")
-    documents.fill(page, "one", "new\n\n| \\1 |\n")
-    assert page.read_text() == (
-        "a\n<!-- one: how -->\nnew\n\n| \\1 |\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"
-    )
-    assert documents.block(page, "two") == "kept"
-    with pytest.raises(UsageError, match="no place for three"):
-        documents.fill(page, "three", "")

@@ -35,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GridCache]:
 def test_baselines_are_what_they_are_called(trained: tuple[Path, GridCache]) -> None:
     path, cache = trained
     student = Student.load(path)
-    found = pretraining.measure(student, cache, TRAINING)
+    found = pretraining.compare(student, cache, TRAINING)
     train, held_out = TRAINING.split(40)
     grids = resample(torch.from_numpy(cache.grids.astype(np.float32)), 4).numpy()  # (40, 16, 4)
     test, fitted = grids[held_out], grids[train]
@@ -62,42 +62,44 @@ def test_baselines_are_what_they_are_called(trained: tuple[Path, GridCache]) -> 
     assert found["grid"]["linear_pixels"]["explained"] > 0.9  # this teacher is linear in pooled pixels
 
 
-def test_record_table_and_figures(trained: tuple[Path, GridCache], tmp_path: Path) -> None:
-    path, cache = trained
-    student = Student.load(path)
-    record = pretraining.record_of(path, student, cache, TRAINING)
-    record = json.loads(json.dumps(record))
-    assert [row["step"] for row in record["curves"]] == [0, 2, 4, 6]
-    assert record["held_out_images"] == 10 and record["teacher_grid"] == [2, 2, 4]
-    shown = pretraining.table(record)
-    assert f"| **student** | {record['grid']['student']['mse']:.4f} ± " in shown
-    pretraining.draw_curves(record, tmp_path / "curves.png")
-    images = []
-    for number in (50, 51):
-        images.append(tmp_path / f"{number}.png")
-        picture(number).save(images[-1])
-    errors = pretraining.draw_pictures(student, GridTeacher(), images, 8, tmp_path / "pictures.png")
-    assert len(errors) == 2 and all(error > 0 for error in errors)
-    assert (tmp_path / "curves.png").stat().st_size > 5000 and (tmp_path / "pictures.png").stat().st_size > 5000
+@pytest.fixture
+def arguments(trained: tuple[Path, GridCache], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(pretraining, "load_grid_teacher", lambda spec: GridTeacher())
+    path, _ = trained
+    return [str(path), "--data", str(path.parent / "images"), "--cache", str(path.parent / "cache")]
 
 
 def test_command_measures_what_was_trained(
-    trained: tuple[Path, GridCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, _ = trained
-    monkeypatch.setattr(pretraining, "load_grid_teacher", lambda spec: GridTeacher())
-    arguments = [str(path), "--data", str(path.parent / "images"), "--cache", str(path.parent / "cache")]
-    pretraining.main([*arguments, "--out", str(tmp_path / "r.json"), "--table"])
+    pretraining.main([*arguments, "--record", str(tmp_path / "r.json")])
     record = json.loads((tmp_path / "r.json").read_text())
-    assert capsys.readouterr().out.strip() == pretraining.table(record)
+    shown = pretraining.table(record)
+    assert capsys.readouterr().out.strip() == shown
+    assert f"| **student** | {record['grid']['student']['mse']:.4f} ± " in shown
     assert record["checkpoint"]["settings"] == {**DATA, **asdict(TRAINING), "precision": "fp32", "images": 40}
-    assert record["command"].startswith("python -m apm.benchmarks.studies.pretraining ")
-    assert pretraining.command("x", ["a/b.json", "--out", "c"]) == "python -m apm.benchmarks.studies.x b.json --out c"
+    assert record["command"] == (
+        "python -m apm.benchmarks.studies.pretraining c.safetensors --data images --cache cache"
+    )
+    assert [row["step"] for row in record["curves"]] == [0, 2, 4, 6]
+    assert record["held_out_images"] == 10 and record["teacher_grid"] == [2, 2, 4]
     other = GridTeacher()
     other.identity = "fake@1"
     monkeypatch.setattr(pretraining, "load_grid_teacher", lambda spec: other)
     with pytest.raises(UsageError, match=r"trained with fake@0, not with fake@1"):
         pretraining.main(arguments)
+
+
+def test_figures_are_drawn(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = []
+    for number in (50, 51):
+        images.append(str(tmp_path / f"{number}.png"))
+        picture(number).save(images[-1])
+    pretraining.main([arguments[0], "--pictures", str(tmp_path / "pictures.png"), "--images", *images])
+    told = dict(line.split(": ") for line in capsys.readouterr().err.splitlines())
+    assert set(told) == {"50.png", "51.png"} and all(float(error) > 0 for error in told.values())
+    pretraining.main(["--figure", str(tmp_path / "curves.png"), "--table", str(RESULTS / "pretraining.json")])
+    assert (tmp_path / "curves.png").stat().st_size > 5000 and (tmp_path / "pictures.png").stat().st_size > 5000
 
 
 def test_probe_finds_what_is_linear_and_tests_on_other_rows() -> None:
@@ -137,27 +139,13 @@ def test_probe_inputs(trained: tuple[Path, GridCache], tmp_path: Path, monkeypat
         atol=1e-3,
     )
 
-    monkeypatch.setattr(linear_probe, "load_teacher", lambda name: FakeTeacher())
+    monkeypatch.setattr(linear_probe, "load_teacher", lambda name, device: FakeTeacher())
     monkeypatch.setattr(linear_probe, "read_table", lambda *_: (images, labels % 2))
-    linear_probe.main([str(trained[0]), "--data", str(data), "--train", "15", "--out", str(tmp_path / "r.json")])
+    linear_probe.STUDY.main([str(trained[0]), "--data", str(data), "--train", "15", "--out", str(tmp_path / "r.json")])
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["test"] == 5 and record["classes"] == 2 and set(record["probes"]) == set(linear_probe.NAMES)
     with pytest.raises(UsageError, match="--train must be from 10 to less than the 20 images"):
-        linear_probe.main([str(trained[0]), "--data", str(data), "--train", "20"])
-
-
-@pytest.mark.parametrize(
-    ("marker", "record", "table"),
-    [
-        ("pretraining", "pretraining.json", pretraining.table),
-        ("probe", "linear_probe.json", linear_probe.table),
-    ],
-)
-def test_document_is_made_from_the_records(marker: str, record: str, table: object) -> None:
-    text = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
-    shown = text.partition(f"<!-- {marker}")[2].partition("-->\n")[2].partition("<!-- end -->")[0]
-    assert callable(table)
-    assert shown.strip() == table(json.loads((RESULTS / record).read_text(encoding="utf-8")))
+        linear_probe.STUDY.main([str(trained[0]), "--data", str(data), "--train", "20"])
 
 
 def test_document_shows_figures_that_are_there() -> None:

@@ -17,7 +17,8 @@ from tests.fakes import FakeTeacher
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(steps, "load_teacher", lambda name, device: FakeTeacher(dim=16, name=name))
-    return steps.measure("digits", None, preset="small", images=4, steps=15, precision="fp32")
+    fast = ("digits", "--preset", "small", "--limit", "4", "--steps", "15", "--precision", "fp32")
+    return steps.STUDY.measured(steps.STUDY.read(fast))
 
 
 @pytest.mark.slow

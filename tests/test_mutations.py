@@ -6,7 +6,7 @@ Each mutation runs a part of the recorded baseline (tests/baseline: digits, one 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -37,6 +37,7 @@ from apm.images.load import central_square, normalised
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.teachers import load_teacher
+from apm.teachers.base import Teacher
 from apm.text.zeroshot import ZeroShotHead
 
 pytestmark = pytest.mark.slow
@@ -141,9 +142,11 @@ def labels_shifted_when_scored(patch: Patch) -> None:
 
 def texts_shifted(patch: Patch) -> None:
     right = ZeroShotHead.build
-    patch.setattr(
-        ZeroShotHead, "build", lambda teacher, names, templates: right(teacher, [*names[1:], names[0]], templates)
-    )
+
+    def build(teacher: Teacher, names: Sequence[str], *rest: Any, **more: Any) -> ZeroShotHead:
+        return right(teacher, [*names[1:], names[0]], *rest, **more)
+
+    patch.setattr(ZeroShotHead, "build", build)
 
 
 @pytest.mark.parametrize(

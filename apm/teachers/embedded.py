@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from apm.errors import TeacherError
 from apm.startup import import_open_clip
-from apm.teachers.catalog import EMBEDDED
+from apm.teachers import catalog
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +20,11 @@ def load_embedded(*, device: str | torch.device = "cpu") -> OpenClipTeacher:
     Raises:
         TeacherError: its files are not in this installation, or are damaged.
     """
-    if not EMBEDDED.is_dir():
+    if not catalog.EMBEDDED.is_dir():
         raise TeacherError(
-            f"The embedded teacher's files are missing from this installation ({EMBEDDED}): reinstall apm."
+            f"The embedded teacher's files are missing from this installation ({catalog.EMBEDDED}): reinstall apm."
         )
     import_open_clip()
     from apm.teachers.openclip import load_folder
 
-    return load_folder(EMBEDDED, name="embedded", device=device)
+    return load_folder(catalog.EMBEDDED, name="embedded", device=device)

@@ -38,7 +38,6 @@ from apm.teachers import (
     TeacherUnavailable,
     catalog,
     check_teacher,
-    embedded,
     list_teachers,
     load_default_teacher,
     load_teacher,
@@ -677,7 +676,7 @@ def packaged(tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = write_folder(tmp_path / "embedded", model, config)
     (folder / "bpe_vocab.txt.gz").write_bytes(gzip.compress("\n".join(merges).encode()))
     (folder / "labels.txt").write_text("tabby cat\ntench\n\nzero\n")
-    monkeypatch.setattr(embedded, "FOLDER", folder)
+    monkeypatch.setattr(catalog, "EMBEDDED", folder)
     return folder
 
 
@@ -701,7 +700,7 @@ def test_a_vocabulary_larger_than_the_text_tower_is_refused(packaged: Path) -> N
 
 
 def test_a_missing_embedded_teacher_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(embedded, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(catalog, "EMBEDDED", tmp_path / "none")
     with pytest.raises(TeacherError, match="missing from this installation"):
         load_teacher("embedded")
 

@@ -16,7 +16,7 @@ from .options import Debug
 from .render import say, say_json, warning
 
 if TYPE_CHECKING:
-    from apm.benchmarks.tables.build import Table
+    from apm.benchmarks.tables.table import Table
 
 FORMAT_NAMES = ("rich", "markdown", "csv", "json", "latex")
 _WIDE = 4000  # columns: a table is never cut, whatever the terminal's width

@@ -28,7 +28,8 @@ from apm.benchmarks.methods import base
 from apm.benchmarks.methods.base import Prediction
 from apm.benchmarks.runs import runner
 from apm.benchmarks.runs.decoding import Readable
-from apm.benchmarks.runs.records import Records, Row
+from apm.benchmarks.runs.records import Records
+from apm.benchmarks.runs.rows import Row
 from apm.benchmarks.studies import baseline
 from apm.benchmarks.tables.compare import Comparison, compare
 from apm.cli.main import app

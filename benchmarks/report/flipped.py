@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from apm.images.paths import printable
 
-from ..tables.build import Answers
+from ..tables.table import Answers
 from .drawing import mark_class, shape
 from .pictures import Pictures
 from .series import Part
@@ -84,13 +84,13 @@ def flipped_images(parts: Sequence[Part], *, limit: int, pictures: Pictures) -> 
         cell, run = answers.cell, answers.run.run
         key = (heading, *(cell[part] for part in ("source", "label_set", "prompt_set")), run["teacher"]["identity"])
         _, _, images, answered = cells.setdefault(key, (heading, answers, {}, set()))
-        answered.update(answers.rows.ids[answers.rows.error == None])  # noqa: E711 - elementwise, on objects
+        answered.update(answers.rows.id[answers.rows.error == None])  # noqa: E711 - elementwise, on objects
         rows, classes = answers.rows, run["label_sets"][cell["label_set"]]
         right, teacher_right = rows.prediction == rows.label, rows.teacher_prediction == rows.label
         for place in (right != teacher_right).nonzero()[0].tolist():
             if rows.error[place] is not None:
                 continue
-            identity = str(rows.ids[place])
+            identity = str(rows.id[place])
             found = images.setdefault(
                 identity,
                 _Found(heading, answers, place, identity, int(rows.label[place]), int(rows.teacher_prediction[place])),

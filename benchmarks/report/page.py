@@ -23,9 +23,10 @@ from apm.images.files import write_atomically
 from apm.images.paths import printable
 
 from ..runs.records import Records
-from ..tables.build import Table, make_tables
+from ..tables.build import make_tables
 from ..tables.formats import DETAIL_HEADINGS, details, grid
 from ..tables.stats import BINS, PER_BIN
+from ..tables.table import Table
 from . import sections
 from .charts import NARROW, WIDE
 from .drawing import mark_class, shape

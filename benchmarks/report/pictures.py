@@ -18,7 +18,7 @@ from ..corruptions import CROP, RESIZE, VERSION, corrupt_image
 from ..datasets.files import read_rgb
 from ..datasets.readers import Sample, read_digits
 from ..datasets.specs import spec_of
-from ..tables.build import Answers
+from ..tables.table import Answers
 
 SIDE = 144
 """Longest side of an embedded picture, in pixels."""

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from apm.images.paths import printable
 
-from ..runs.records import MethodRows
-from ..tables.build import Score
+from ..runs.rows import MethodRows
 from ..tables.stats import PER_BIN, reliability_bins
+from ..tables.table import Score
 from .charts import Chart, Line, Point, WorkShare, bars, boxes, diverging, dots, lines, reliability_diagram
 from .series import NamedRow, Part
 

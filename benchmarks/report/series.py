@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from apm.images.paths import printable
 
-from ..tables.build import Answers, Score, Table, TableRow
+from ..tables.table import Answers, Score, Table, TableRow
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _failures(records: Records) -> list[tuple[str, str, str]]:
         (str(identity), key, str(error))
         for key in records.cells
         for _, rows in records.rows(key)
-        for identity, error in zip(rows.ids, rows.error, strict=True)
+        for identity, error in zip(rows.id, rows.error, strict=True)
         if error is not None
     }
     return sorted(found)

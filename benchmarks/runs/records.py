@@ -37,7 +37,8 @@ from numpy.typing import NDArray
 from apm.errors import ApmError, UsageError
 from apm.images.files import WriteError, make_folder, write_atomically, writing
 
-from .run_json import SCHEMA_VERSION, read_run
+from .rows import ROW_SCHEMA, MethodRows, Row, row_table
+from .run_json import read_run
 
 _STAGING = ".writing-"
 _HEX = "[0-9a-f]"
@@ -47,72 +48,6 @@ _MERGED_AT_MOST = 2**28
 """Bytes of shards that are merged: they pass through memory."""
 _KEY = ["position", "method"]
 _TIMES = ("seconds", "shared_seconds")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One image answered by one method.
-
-    Where `error` is set, everything from `prediction` to `logits` is None.
-    """
-
-    id: str
-    """The sample's id: its path relative to the data set's root, posix."""
-    position: int
-    """Place in the stream order of the cell, from 0."""
-    label: int
-    """True class, an index into the cell's class names."""
-    method: str
-    prediction: int | None = None
-    """Class with the largest logit."""
-    probability: float | None = None
-    """Softmax probability of `prediction`, in (0, 1]."""
-    nll: float | None = None
-    """Negative log of the probability of the true class, in nats."""
-    rank: int | None = None
-    """Rank of the true class: 1 when the prediction is right."""
-    teacher_prediction: int | None = None
-    """What the teacher's own token answers with the same text features."""
-    loss: float | None = None
-    """Loss of the adapted student, for methods that have one."""
-    cosine: float | None = None
-    """Cosine of the adapted student's token to its target, for methods that have one."""
-    steps: int | None = None
-    """Adaptation steps made, for methods that adapt."""
-    seconds: float | None = None
-    """The method's own share of its batch's wall time, without decoding and without what methods share."""
-    shared_seconds: float | None = None
-    """Share of the wall time of what is computed once for all methods and this method uses: teacher token, views."""
-    step_predictions: tuple[int, ...] | None = None
-    """Prediction before the first step and after each, where per-step predictions were asked for."""
-    logits: tuple[float, ...] | None = None
-    """The logit of every class, where logits were asked for."""
-    error: str | None = None
-    """Why there is no answer: the image cannot be decoded, or the numbers are not finite."""
-
-
-ROW_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("position", pa.int32(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("method", pa.string(), nullable=False),
-        pa.field("prediction", pa.int32()),
-        pa.field("probability", pa.float32()),
-        pa.field("nll", pa.float32()),
-        pa.field("rank", pa.int32()),
-        pa.field("teacher_prediction", pa.int32()),
-        pa.field("loss", pa.float32()),
-        pa.field("cosine", pa.float32()),
-        pa.field("steps", pa.int32()),
-        pa.field("seconds", pa.float32()),
-        pa.field("shared_seconds", pa.float32()),
-        pa.field("step_predictions", pa.list_(pa.int32())),
-        pa.field("logits", pa.list_(pa.float32())),
-        pa.field("error", pa.string()),
-    ],
-    metadata={"apm.schema": str(SCHEMA_VERSION)},
-)
 
 
 class RunFolder:
@@ -174,12 +109,8 @@ class RunFolder:
             ApmError: the disk is full or cannot be written, the folder has gone, or another session has taken it over.
                 No part of these rows is kept, all earlier ones are.
         """
-        columns = [[getattr(row, field.name) for row in rows] for field in ROW_SCHEMA]
-        table = pa.Table.from_arrays(
-            [pa.array(values, field.type) for values, field in zip(columns, ROW_SCHEMA, strict=True)], schema=ROW_SCHEMA
-        )
         name = f"{rows[0].position:08d}-{uuid.uuid4().hex[:12]}.parquet"
-        return self._write(self.shard_folder(cell) / name, _encoded(table))
+        return self._write(self.shard_folder(cell) / name, _encoded(row_table(rows)))
 
     def _write(self, path: Path, data: bytes) -> Path:
         try:
@@ -374,30 +305,6 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class MethodRows:
-    """All rows of one method in one cell, by position in the stream; arrays of n. Failed rows hold -1 or nan."""
-
-    ids: NDArray[np.object_]
-    label: NDArray[np.int64]
-    prediction: NDArray[np.int64]
-    probability: NDArray[np.float64]
-    nll: NDArray[np.float64]
-    rank: NDArray[np.int64]
-    teacher_prediction: NDArray[np.int64]
-    loss: NDArray[np.float64]
-    cosine: NDArray[np.float64]
-    seconds: NDArray[np.float64]
-    error: NDArray[np.object_]
-    step_predictions: NDArray[np.int64] | None
-    """(n, K + 1); None where not recorded."""
-    logits: NDArray[np.float64] | None
-    """(n, C), nan in failed rows; None where not recorded."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
 class Records:
     """A run read back for tables and comparisons."""
 
@@ -439,38 +346,4 @@ class Records:
             part = table.filter(pa.array(names == method)).sort_by("position")
             if part.num_rows == 0:
                 continue
-            yield method, _method_rows(part)
-
-
-def _method_rows(table: pa.Table) -> MethodRows:
-    def numbers(name: str, missing: float, dtype: Any) -> NDArray[Any]:
-        return table[name].fill_null(missing).to_numpy().astype(dtype)
-
-    def objects(name: str) -> NDArray[np.object_]:
-        values = np.empty(table.num_rows, dtype=object)
-        values[:] = table[name].to_pylist()
-        return values
-
-    steps, logits = table["step_predictions"].to_pylist(), table["logits"].to_pylist()
-    width = max((len(row) for row in steps if row is not None), default=0)
-    classes = max((len(row) for row in logits if row is not None), default=0)
-    return MethodRows(
-        ids=objects("id"),
-        label=numbers("label", -1, np.int64),
-        prediction=numbers("prediction", -1, np.int64),
-        probability=numbers("probability", np.nan, np.float64),
-        nll=numbers("nll", np.nan, np.float64),
-        rank=numbers("rank", -1, np.int64),
-        teacher_prediction=numbers("teacher_prediction", -1, np.int64),
-        loss=numbers("loss", np.nan, np.float64),
-        cosine=numbers("cosine", np.nan, np.float64),
-        seconds=numbers("seconds", np.nan, np.float64) + numbers("shared_seconds", 0, np.float64),
-        error=objects("error"),
-        step_predictions=np.array([_padded(row, width) for row in steps]) if width else None,
-        logits=np.array([row or [np.nan] * classes for row in logits]) if classes else None,
-    )
-
-
-def _padded(steps: list[int] | None, width: int) -> list[int]:
-    """A failed row holds -1 throughout; one that stopped early keeps its last prediction."""
-    return [-1] * width if not steps else steps + steps[-1:] * (width - len(steps))
+            yield method, MethodRows.of(part)

@@ -34,7 +34,8 @@ from apm.text.zeroshot import ZeroShotHead
 from ..methods.base import Method, StreamMethod
 from .decoding import Readable, Unreadable, decoded
 from .file_state import check_files
-from .records import Row, RunFolder
+from .records import RunFolder
+from .rows import Row
 from .run_record import (
     RunOptions,
     add_own_prompts,

@@ -10,7 +10,7 @@ import torch
 
 from ..methods.base import Prediction
 from .decoding import Readable
-from .records import Row
+from .rows import ROW_SCHEMA, Row
 
 NOT_FINITE = "the numbers are not finite"
 
@@ -38,7 +38,7 @@ def score(
     probability = log_probabilities.gather(1, chosen).exp()
     steps = prediction.step_logits
     trails = None if steps is None else steps.detach().cpu().nan_to_num(nan=-torch.inf).argmax(2).tolist()
-    extras = {name: values.detach().cpu().tolist() for name, values in prediction.extras.items()}
+    extras = {name: prediction.extras[name].tolist() for name in ROW_SCHEMA.names if name in prediction.extras}
     rows = []
     for index, item in enumerate(items):
         place: dict[str, Any] = {
@@ -58,13 +58,11 @@ def score(
                 nll=float(nll[index]),
                 rank=int(ranks[index]),
                 teacher_prediction=teacher[index],
-                loss=extras["loss"][index] if "loss" in extras else None,
-                cosine=extras["cosine"][index] if "cosine" in extras else None,
-                steps=int(extras["steps"][index]) if "steps" in extras else None,
                 seconds=seconds,
                 shared_seconds=shared_seconds,
                 step_predictions=None if trails is None else tuple(trails[index]),
                 logits=tuple(logits[index].tolist()) if record_logits else None,
+                **{name: values[index] for name, values in extras.items()},
             )
         )
     return rows

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from apm.errors import UsageError
 from apm.images.files import write_atomically
 
-from ..runs.records import MethodRows, Records, RunFolder
-from ..tables.build import Table, make_tables
+from ..runs.records import Records, RunFolder
+from ..runs.rows import MethodRows
+from ..tables.build import make_tables
 from ..tables.formats import markdown
 from ..tables.stats import mcnemar, standard_error
+from ..tables.table import Table
 from . import choose_target
 
 HERE = Path(__file__).parent.parent

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from apm.errors import UsageError
 
-from ..runs.records import MethodRows, Records
+from ..runs.records import Records
+from ..runs.rows import MethodRows
 from ..runs.run_json import changed_configuration
 from .stats import mcnemar
 
@@ -132,9 +133,9 @@ def _paired(new: Records, baseline: Records, cell: str) -> Sequence[tuple[str, M
 
 
 def _compare_rows(cell: str, method: str, new: MethodRows, old: MethodRows, limits: Limits) -> Comparison:
-    by_id = {name: index for index, name in enumerate(new.ids)}
+    by_id = {name: index for index, name in enumerate(new.id)}
     try:
-        order = np.array([by_id[name] for name in old.ids])
+        order = np.array([by_id[name] for name in old.id])
     except KeyError as error:
         raise UsageError(f"{cell}: {error.args[0]} is in the baseline and not in the new run.") from None
     prediction = new.prediction[order]  # -1 where there is no answer
@@ -157,9 +158,9 @@ def _compare_rows(cell: str, method: str, new: MethodRows, old: MethodRows, limi
         len(old),
         accuracy,
         before,
-        tuple(old.ids[differs]),
-        tuple(old.ids[was_right & ~right]),
-        tuple(old.ids[~was_right & right]),
+        tuple(old.id[differs]),
+        tuple(old.id[was_right & ~right]),
+        tuple(old.id[~was_right & right]),
         moved,
         tuple(failures),
     )

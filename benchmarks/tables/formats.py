@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas
 
-from .build import MARKS, Kind, Score, Table, TableRow
+from .table import MARKS, Kind, Score, Table, TableRow
 
 NOTHING = "–"
 _KINDS: Mapping[Kind, str] = {"ours": "", "published": "published", "oracle": "ORACLE"}

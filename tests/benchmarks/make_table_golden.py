@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from apm.benchmarks.runs.records import Records, Row, RunFolder
+from apm.benchmarks.runs.records import Records, RunFolder
+from apm.benchmarks.runs.rows import Row
 from apm.benchmarks.runs.run_json import SCHEMA_VERSION
 from apm.benchmarks.tables.build import make_tables
 from apm.benchmarks.tables.formats import FORMATS

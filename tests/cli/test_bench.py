@@ -277,7 +277,7 @@ def test_compare_passes_on_the_same_and_fails_by_name_on_another() -> None:
         row["prediction"] = (row["prediction"] + 1) % 10
     for shard in folder.shards("digits"):
         shard.unlink()
-    from apm.benchmarks.runs.records import Row
+    from apm.benchmarks.runs.rows import Row
 
     folder.append("digits", [Row(**row) for row in rows])
     worse = apm_("compare", "new", "old", "--tolerance", "100")

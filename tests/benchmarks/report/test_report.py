@@ -32,10 +32,12 @@ from apm.benchmarks.report.drawing import COLOUR, SERIES, STYLE, VARIABLES, shap
 from apm.benchmarks.report.flipped import flipped_images
 from apm.benchmarks.report.pictures import SIDE, Pictures
 from apm.benchmarks.report.series import name_rows
-from apm.benchmarks.runs.records import MethodRows, Records
-from apm.benchmarks.tables.build import Table, TableRow, make_tables
+from apm.benchmarks.runs.records import Records
+from apm.benchmarks.runs.rows import MethodRows
+from apm.benchmarks.tables.build import make_tables
 from apm.benchmarks.tables.formats import DETAIL_HEADINGS, details, grid
 from apm.benchmarks.tables.stats import expected_calibration_error, reliability, reliability_bins
+from apm.benchmarks.tables.table import Table, TableRow
 from apm.cli.main import app
 from apm.errors import UsageError
 from apm.figures import base as figures

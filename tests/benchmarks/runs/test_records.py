@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from apm.benchmarks.runs.records import ROW_SCHEMA, Records, Row, RunFolder
+from apm.benchmarks.runs.records import Records, RunFolder
+from apm.benchmarks.runs.rows import ROW_SCHEMA, Row
 from apm.benchmarks.runs.run_json import describe_differences, differences
 from apm.errors import ApmError, UsageError
 from apm.images import files
@@ -308,7 +309,7 @@ def test_method_rows_are_in_stream_order_and_failures_are_marked(tmp_path: Path)
     folder.append("digits", [Row(id="first", position=0, label=2, method="m", error="cut off")])
     ((method, found),) = Records.open(tmp_path).rows("digits")
     assert method == "m"
-    assert list(found.ids) == ["first", "ä/1", "ä/2"]
+    assert list(found.id) == ["first", "ä/1", "ä/2"]
     assert list(found.error) == ["cut off", None, None]
     assert list(found.prediction) == [-1, 2, 2]
     assert np.isnan(found.nll[0])

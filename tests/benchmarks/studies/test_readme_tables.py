@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from apm.benchmarks.runs.records import Row, RunFolder
+from apm.benchmarks.runs.records import RunFolder
+from apm.benchmarks.runs.rows import Row
 from apm.benchmarks.studies import readme_tables as measured
 from apm.benchmarks.tables.stats import mcnemar
 

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from apm.benchmarks.runs.records import Records
-from apm.benchmarks.tables.build import MARKS, Table, TableRow, make_tables, published_rows
+from apm.benchmarks.tables.build import make_tables, published_rows
 from apm.benchmarks.tables.formats import CSV_COLUMNS, FORMATS, grid
 from apm.benchmarks.tables.stats import mcnemar
+from apm.benchmarks.tables.table import MARKS, Table, TableRow
 from tests.benchmarks.made_runs import Plain, make_dataset, make_run
 from tests.benchmarks.make_table_golden import GOLDEN, RUNS, SUFFIXES
 from tests.fakes import FakeTeacher

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from apm.benchmarks.runs.records import Records, Row, RunFolder
+from apm.benchmarks.runs.records import Records, RunFolder
+from apm.benchmarks.runs.rows import Row
 from apm.benchmarks.tables.compare import Comparison, Limits, compare
 from apm.errors import UsageError
 from tests.benchmarks.made_runs import Plain, Stream, make_dataset, make_run

@@ -1,0 +1,104 @@
+"""What is said below a table: its legend, what holds for its numbers, and what must not be overlooked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ..corruptions import MARK
+from ..runs.records import Records
+from .layouts import Layout
+from .table import MARKS, Answers, TableRow
+
+
+def notes(
+    layout: Layout, rows: Sequence[TableRow], entries: Sequence[Mapping[str, Answers]], *, oracle: bool
+) -> Iterator[str]:
+    """Notes of one table.
+
+    Args:
+        layout: its columns.
+        rows: our own rows of it.
+        entries: by column, the answers of each method.
+        oracle: whether ORACLE rows were asked for.
+    """
+    used = {mark for row in rows for score in row.cells.values() for mark in score.marks}
+    yield from (f"{sign} {text}" for mark, (sign, text) in MARKS.items() if mark in used)
+    yield from _cell_notes(layout, entries)
+    yield from _other_images(layout, entries)
+    if any(row.total is not None and len(row.cells) > 1 for row in rows):
+        yield "p of several cells together takes their images as independent; corruptions of one image are not."
+    runs = [one.run for row in entries for one in row.values()]
+    yield f"images/s: each method as if run alone, with teacher and views, without decoding; {_machines(runs)}."
+    if any(row.settings.get("stream") for row in rows):
+        orders = sorted({str(run.run["stream_order"]["seed"]) for run in runs})
+        yield f"Stream methods see the images in the order of seed {', '.join(orders)}."
+    if any(row.kind == "oracle" for row in rows):
+        yield "ORACLE: labels peeked at, an upper bound."
+    elif oracle:
+        yield "No ORACLE row: no run of this table recorded per-step predictions (--record-steps)."
+
+
+def warnings(layout: Layout, rows: Sequence[TableRow], entries: Sequence[Mapping[str, Answers]]) -> Iterator[str]:
+    """Warnings of one table; arguments as of `notes`."""
+    yield from _data_warnings(layout, entries)
+    yield from _chance_warnings(layout, rows, entries)
+
+
+def _machines(runs: Iterable[Records]) -> str:
+    """What the runs were computed on."""
+    sessions = [session for run in runs for session in run.run["sessions"]]
+    return "; ".join(
+        dict.fromkeys(
+            f"{session['device_name']}, {session['threads']} threads, processes: {session['processes']}"
+            for session in sessions
+        )
+    )
+
+
+def _cell_notes(layout: Layout, rows: Iterable[Mapping[str, Answers]]) -> list[str]:
+    """What the data sets' records say, each note once with the columns that it is about.
+
+    That corruptions were generated is left to the mark.
+    """
+    columns: dict[str, list[str]] = {}
+    for column in layout.columns:
+        for entries in rows:
+            for note in entries[column].cell["notes"] if column in entries else ():
+                if MARK not in note and column not in columns.setdefault(note, []):
+                    columns[note].append(column)
+    return [f"{', '.join(about)}: {note}" for note, about in columns.items()]
+
+
+def _other_images(layout: Layout, rows: Iterable[Mapping[str, Answers]]) -> Iterator[str]:
+    """A note for each column whose rows are of different images: the difference of two of them may come from that."""
+    for column in layout.columns:
+        if len({entries[column].cell["fingerprint"] for entries in rows if column in entries}) > 1:
+            yield f"{column}: not all rows are of the same images; compare them with care."
+
+
+def _data_warnings(layout: Layout, rows: Iterable[Mapping[str, Answers]]) -> Iterator[str]:
+    """What the data sets' records warn of: pictures that are not what the column says."""
+    for column in layout.columns:
+        told = (entries[column].cell.get("warnings", ()) for entries in rows if column in entries)
+        yield from dict.fromkeys(f"{column}: {warning}" for warnings in told for warning in warnings)
+
+
+def _chance_warnings(layout: Layout, rows: Sequence[TableRow], entries: Iterable[Mapping[str, Answers]]) -> list[str]:
+    """One warning for each column in which a method is no better than guessing."""
+    headers = {column: one.cell for row in entries for column, one in row.items()}
+    warnings = []
+    for column in layout.columns:
+        scores = [
+            f"{row.method} {row.cells[column].accuracy:.1f} % of {row.cells[column].n}"
+            for row in rows
+            if row.kind == "ours" and column in row.cells and "near chance" in row.cells[column].marks
+        ]
+        if scores:
+            classes = headers[column]["classes"]
+            warnings.append(
+                f"{column}: {', '.join(scores)}: within two standard errors of chance ({100 / classes:.1f} % for "
+                f"{classes} classes). Likely causes: the wrong parent folder; classes sorted in another order than the "
+                "class names; the label set of another data set; openai weights without their QuickGELU config; too "
+                "few images to tell."
+            )
+    return warnings

@@ -69,7 +69,7 @@ def islands(
         check_teacher(teacher)
     files = list(expand_paths(paths))
 
-    from apm.benchmarks.studies import islands as study
+    from apm.benchmarks.studies import island_fields
     from apm.classifier import pick_device
     from apm.student.config import APMConfig
     from apm.teachers import load_default_teacher, load_teacher
@@ -82,7 +82,7 @@ def islands(
     for note in source.notes:
         render.notice(note)
     config = APMConfig.preset(preset, dim=source.dim)
-    by_target = study.trainers(config, adapt, grid_lr=grid_lr, device=where)
+    by_target = island_fields.trainers(config, adapt, grid_lr=grid_lr, device=where)
     settings = {
         "teacher": source.identity,
         "preset": preset,
@@ -118,8 +118,7 @@ def _one(
 ) -> None:
     from PIL import Image
 
-    from apm.benchmarks.studies import island_figures
-    from apm.benchmarks.studies import islands as study
+    from apm.benchmarks.studies import island_fields, island_figures
     from apm.figures import base as figures
     from apm.images.load import central_square
     from apm.student import islands as measuring
@@ -132,13 +131,18 @@ def _one(
         other, told = following[1], printable(following[0].name)
     settings = {"image": printable(file.name), **settings, "other target": told}
     seed, parts, threshold = settings["seed"], settings["parts"], settings["threshold"]
-    subject = study.prepare(image, other, teacher, config, parts=parts, seed=seed, grid_size=settings["grid size"])
+    subject = island_fields.prepare(
+        image, other, teacher, config, parts=parts, seed=seed, grid_size=settings["grid size"]
+    )
     kept = sorted({*shown, *_logarithmic(settings["steps"], FRAMES)})
-    runs = {target: study.watch_all(trainer, subject, kept, controls=controls) for target, trainer in by_target.items()}
+    runs = {
+        target: island_fields.watch_all(trainer, subject, kept, controls=controls)
+        for target, trainer in by_target.items()
+    }
     measured = {
         target: {
             condition: {
-                step: study.measures(run.fields[step], subject, threshold=threshold, parts=parts, seed=seed)
+                step: island_fields.measures(run.fields[step], subject, threshold=threshold, parts=parts, seed=seed)
                 for step in run.fields
                 if step in shown
             }

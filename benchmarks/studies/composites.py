@@ -19,7 +19,7 @@ from apm.test_time.label_maps import dense_locations, field_maps, label_maps
 from apm.test_time.trainer import AdaptConfig, AdaptResult, TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
-from .islands import square_of
+from .island_fields import square_of
 
 
 @dataclass(frozen=True)

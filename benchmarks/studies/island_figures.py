@@ -14,7 +14,7 @@ from apm.figures.base import component_colours, new_figure, save, save_animation
 from apm.student import islands
 
 if TYPE_CHECKING:
-    from .islands import Watched
+    from .island_fields import Watched
 
 NAMES = {"cls": "target: the token", "grid": "target: the grid"}
 COLOURS = {

@@ -1,196 +1,103 @@
 """What the islands in a student's field follow: `python -m apm.benchmarks.studies.islands --root DIR`.
 
 Real images, each once with the token as the target and once with the teacher's grid, beside controls in which regions
-could not follow the image. Steps and readings are in float32: bfloat16 rounds a nearly constant field into stripes.
-Writes a JSON record; `--document` puts it, its tables and the pictures where docs/islands.md has them.
+could not follow the image.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import shlex
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from apm.images.load import student_input
+from apm.errors import ApmError
+from apm.images.files import write_atomically
 from apm.student import islands
-from apm.student.config import PRESETS, APMConfig
-from apm.student.field import resample
-from apm.student.position import grid_locations
+from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.label_maps import LR, STEPS
 from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
 
 from ..datasets import open_dataset
-from ..runs.environment import describe, write_record
-from . import island_tables
-from .island_tables import CONDITIONS, CONTROLS, TARGETS, VARIATION
+from .island_fields import PATCHES, Subject, measures, prepare, root_mean_square, trainers, watch_all
+from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
 
-Field = NDArray[np.float32]
+TARGETS = ("cls", "grid")
+CONTROLS = {
+    "random target": "the image, with a target of random directions and the same lengths",
+    "shuffled image": "the image cut into 8 × 8 patches in random order, as the student and the teacher see it",
+    "other target": "the image, with the target of another image",
+    "no steps": "the student before its first step",
+}
+CONDITIONS = ("image", *CONTROLS)
+VARIATION = ("in one direction", "of row plus column")
+"""What `apm.student.islands.variation` tells of how a field differs between places."""
 
-PATCHES = 8
-"""Patches a side of the shuffled image."""
+COMMAND = (
+    *("islands", "coffee.png", "chelsea.png", "--teacher", "embedded"),
+    *("--snapshots", "0,10,50,100,150", "--grid-size", "448", "--out", "islands"),
+)
+"""Of `apm`, makes the pictures from two photographs of scikit-image."""
+PICTURES = {"coffee-*-strip.png": "islands-strip.png", "coffee-*-parts.png": "islands-parts.png"}
+"""What it makes: name in the document's folder."""
 
-
-@dataclass(frozen=True)
-class Watched:
-    """One student's field while it is fitted."""
-
-    fields: dict[int, Field]
-    """By the number of steps made: (H, H, D)."""
-    losses: dict[int, float]
-    """By the number of steps made."""
-    rounding: float | None = None
-    """How far the last field is from the same weights' in float64, root mean square, as a share of its spread."""
-
-    @property
-    def last(self) -> Field:
-        """The field after the last step."""
-        return self.fields[max(self.fields)]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One image, the controls' inputs, and what its regions are compared with."""
-
-    inputs: dict[str, tuple[Tensor, Tensor, Tensor]]
-    """By condition: pixels (1, 3, S, S), the teacher's token (1, D), its grid at the student's locations (1, N, D)."""
-    superpixels: islands.Labels
-    other_superpixels: islands.Labels
+COLUMNS = {
+    "cosine": "neighbours' cosine",
+    "regions": "regions",
+    "centred cosine": "cosine, mean taken out",
+    "centred regions": "regions, mean taken out",
+    "AMI image": "AMI, own superpixels",
+    "AMI other image": "AMI, another image's",
+    "contrast image": "contrast, own superpixels",
+    "contrast other image": "contrast, another image's",
+}
+TARGET_NAMES = {"cls": "the token", "grid": "the grid"}
 
 
-def square_of(image: Image.Image) -> Image.Image:
-    """Cut out the central square, which is what the student sees."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.convert("RGB").crop((left, top, left + side, top + side))
-
-
-def prepare(
-    image: Image.Image,
-    other: Image.Image,
-    teacher: Teacher,
-    config: APMConfig,
-    *,
-    parts: int,
-    seed: int,
-    grid_size: int | None = None,
-) -> Subject:
-    """Make the inputs of every condition; "no steps" has none of its own.
-
-    Args:
-        image: the image watched.
-        other: another one, for the control with its target.
-        teacher: gives tokens and grids.
-        config: of the student.
-        parts: number of superpixels.
-        seed: of random targets and of the patches' order.
-        grid_size: side, in pixels, at which the teacher's grid is made; None for its default.
-    """
-    square, second = square_of(image), square_of(other)
-    shuffled = islands.shuffle_patches(square, PATCHES, seed)
-
-    def targets(one: Image.Image) -> tuple[Tensor, Tensor]:
-        token = teacher.encode_image(teacher.preprocess(one)[None].to(teacher.device)).cpu()
-        return token, resample(teacher.encode_grid(one, size=grid_size)[None].cpu(), config.grid)
-
-    pixels, token, grid = student_input(square, config.image_size)[None], *targets(square)
-    return Subject(
-        inputs={
-            "image": (pixels, token, grid),
-            "random target": (pixels, islands.random_like(token, seed), islands.random_like(grid, seed)),
-            "shuffled image": (student_input(shuffled, config.image_size)[None], *targets(shuffled)),
-            "other target": (pixels, *targets(second)),
+def measure(options: Options) -> Record:
+    """Open data and teacher, and make the study."""
+    data = open_dataset("folder", options.root, limit=options.limit, seed=options.seed)
+    teacher = load_teacher(options.teacher, device=options.device)
+    config = APMConfig.preset(options.preset, dim=teacher.dim)
+    adapt = AdaptConfig(steps=options.steps, seed=options.seed)
+    images = [sample.load() for sample in data.samples]
+    began = time.perf_counter()
+    found = study(
+        images,
+        teacher,
+        config,
+        adapt,
+        threshold=options.threshold,
+        parts=options.parts,
+        grid_lr=options.grid_lr,
+        grid_size=options.grid_size,
+        device=options.device,
+    )
+    kept = ("preset", "steps", "grid_lr", "grid_size", "seed", "threshold", "parts")
+    return {
+        "sample_ids": [sample.id for sample in data.samples][: found["images"]],
+        "teacher": teacher.identity,
+        "teacher_grid": list(teacher.encode_grid(images[0], size=options.grid_size).shape[:2]),
+        "settings": {
+            **{name: getattr(options, name) for name in kept},
+            "locations": config.grid,
+            "lr": adapt.lr,
+            "precision": "fp32",
+            "patches": PATCHES,
         },
-        superpixels=islands.superpixels(square, config.grid, parts),
-        other_superpixels=islands.superpixels(second, config.grid, parts),
-    )
-
-
-def trainers(
-    config: APMConfig, adapt: AdaptConfig, *, grid_lr: float = LR, device: str | torch.device = "cpu"
-) -> dict[str, TestTimeTrainer]:
-    """Make one trainer for each target, in float32 whatever `adapt` says: the fields are looked at and measured.
-
-    The grid trains no object query, so its student is read by the mean; and it has a learning rate of its own, because
-    at a rate that suits the token its loss hardly falls.
-    """
-    adapt = replace(adapt, precision="fp32")
-    return {
-        "cls": TestTimeTrainer(replace(config, readout="query"), replace(adapt, distil="cls"), device=device),
-        "grid": TestTimeTrainer(
-            replace(config, readout="mean"), replace(adapt, distil="grid", lr=grid_lr), device=device
-        ),
-    }
-
-
-def watch(trainer: TestTimeTrainer, inputs: tuple[Tensor, Tensor, Tensor], snapshots: Sequence[int]) -> Watched:
-    """Fit a fresh student and keep its field after so many steps each (the last must be the config's)."""
-    pixels, token, grid = inputs
-    by_grid = trainer.config.distil != "cls"
-    result = trainer.adapt(pixels, token, grids=grid if by_grid else None, snapshots=snapshots, keep_field=True)
-    assert result.folded is not None
-    side = trainer.model.grid
-    losses = [*result.losses[0].tolist(), float(result.final_losses[0])]
-    exact = result.folded.double().features(*grid_locations(side))[0].cpu().numpy()
-    watched = Watched(
-        fields={step: field[0].reshape(side, side, -1).cpu().numpy() for step, field in result.fields.items()},
-        losses={step: losses[step] for step in result.fields},
-    )
-    apart, spread = (
-        _root_mean_square(v) for v in (watched.last.reshape(exact.shape) - exact, exact - exact.mean(axis=0))
-    )
-    return replace(watched, rounding=apart / spread if spread else 0.0)  # the same everywhere: a student that died
-
-
-def _root_mean_square(values: NDArray[np.floating]) -> float:
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
-
-
-def watch_all(
-    trainer: TestTimeTrainer, subject: Subject, snapshots: Sequence[int], *, controls: bool = True
-) -> dict[str, Watched]:
-    """Fit one student for each condition, or for the image alone."""
-    runs = {
-        name: watch(trainer, inputs, snapshots)
-        for name, inputs in subject.inputs.items()
-        if controls or name == "image"
-    }
-    first = runs["image"]
-    untrained = {0: first.fields[0]}
-    return {**runs, "no steps": Watched(untrained, {0: first.losses[0]})} if controls else runs
-
-
-def measures(field: Field, subject: Subject, *, threshold: float, parts: int, seed: int = 0) -> dict[str, float]:
-    """Measure one field (H, H, D): its islands, and what its clusters agree with."""
-    plain = islands.measure(field, threshold=threshold)
-    centred = islands.measure(field, threshold=threshold, centred=True)
-    found = islands.clusters(field, parts, seed=seed)
-    joined = islands.regions(field - field.mean(axis=(0, 1)), threshold)
-    return {
-        "cosine": plain.cosine,
-        "regions": float(plain.regions),
-        "centred cosine": centred.cosine,
-        "centred regions": float(centred.regions),
-        "centred largest": centred.largest,
-        "AMI image": islands.agreement(found, subject.superpixels),
-        "AMI other image": islands.agreement(found, subject.other_superpixels),
-        "AMI regions": islands.agreement(joined, subject.superpixels),
-        "contrast image": islands.boundary_contrast(field, subject.superpixels),
-        "contrast other image": islands.boundary_contrast(field, subject.other_superpixels),
+        "seconds": time.perf_counter() - began,
+        **found,
     }
 
 
@@ -205,7 +112,6 @@ def study(
     grid_lr: float = LR,
     grid_size: int | None = None,
     device: str | torch.device = "cpu",
-    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Measure every condition on every image, or until Ctrl-C; the image after it serves as the other one.
 
@@ -215,17 +121,14 @@ def study(
         fields of two images; ``references``: agreement with the superpixels for what is no student's field.
     """
     by_target = trainers(config, adapt, grid_lr=grid_lr, device=device)
-    found: list[dict[str, Any]] = []
-    try:
-        for number, image in enumerate(images):
-            other = images[(number + 1) % len(images)]
-            seed = adapt.seed + number
-            subject = prepare(image, other, teacher, config, parts=parts, seed=seed, grid_size=grid_size)
-            found.append(_observe(subject, by_target, threshold=threshold, parts=parts))
-            progress(len(found))
-    except KeyboardInterrupt:  # hours may lie behind: what is done is worth having, and says how much it is
-        if len(found) < 2:
-            raise
+
+    def observe(number: int) -> dict[str, Any]:
+        image, other = images[number], images[(number + 1) % len(images)]
+        seed = adapt.seed + number
+        subject = prepare(image, other, teacher, config, parts=parts, seed=seed, grid_size=grid_size)
+        return _observe(subject, by_target, threshold=threshold, parts=parts)
+
+    found = each(range(len(images)), observe, "images", minimum=2)
     return _summarise(found)
 
 
@@ -243,7 +146,7 @@ def _observe(
         losses[target] = runs["image"].losses[trainer.config.steps]
         clusters[target] = islands.clusters(runs["image"].last, parts)
         field = runs["image"].last
-        spread[target] = _root_mean_square(field - field.mean(axis=(0, 1))) / _root_mean_square(field)
+        spread[target] = root_mean_square(field - field.mean(axis=(0, 1))) / root_mean_square(field)
         rounding[target] = runs["image"].rounding
         variation[target] = islands.variation(field)
     side = len(subject.superpixels)
@@ -317,79 +220,118 @@ def _summaries(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {name: _mean([row[name] for row in rows]) for name in rows[0]}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.islands", description=__doc__)
-    parser.add_argument("--table", type=Path, help="print this record instead of measuring")
-    parser.add_argument("--root", type=Path, help="a folder of images, one folder a class")
-    parser.add_argument("--teacher", default="embedded")
-    parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--images", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=STEPS)
+def table(record: Record) -> str:
+    """Print a record as markdown: the measures of every condition, then what they are to be read against.
+
+    A difference of more than two standard errors is bold.
+    """
+    settings = record["settings"]
+    grid = " × ".join(str(side) for side in record["teacher_grid"])
+    same, teacher = record["same_regions"], record["teacher_contrast"]
+    references = "; ".join(f"{name} {plus_minus(value, 3)}" for name, value in record["references"].items())
+    paragraphs = (
+        f"**{settings['preset']} student**, {settings['locations']} × {settings['locations']} locations, "
+        f"{settings['steps']} steps, {record['images']} images; the teacher's grid is {grid}. Final loss: the token "
+        f"{record['final_loss']['cls'][0]:.1e}, the grid {record['final_loss']['grid'][0]:.1e} (of a variance of "
+        f"{record['grid_variance'][0]:.1e} over the places). After the last step the features differ between places: "
+        f"with the token by {_spread(record, 'cls')}; with the grid by {_spread(record, 'grid')}.",
+        _conditions(record),
+        _differences(record),
+        f"Clusters in the fields of two images agree by an AMI of {plus_minus(same['cls'], 3)} "
+        f"(the token) and {plus_minus(same['grid'], 3)} (the grid). What is no student's field "
+        f"has an AMI with the superpixels of: {references}"
+        f". The teacher's grid itself has a contrast of {plus_minus(teacher['image'], 3)}, with another image's "
+        f"superpixels {plus_minus(teacher['other image'], 3)} (difference {_signed(teacher['difference'])}).",
+        f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · {settings['parts']} "
+        f"clusters and superpixels · threshold {settings['threshold']} · lr {settings['lr']:g}, of the grid "
+        f"{settings['grid_lr']:g} · {settings['precision']} · seed {settings['seed']} · ± is the standard error "
+        "over images</sub>",
+    )
+    return "\n\n".join(paragraphs)
+
+
+def _conditions(record: Record) -> str:
+    """Every measure of every condition."""
+    rows = []
+    for target, condition in itertools.product(TARGETS, CONDITIONS):
+        values = record["conditions"][target][condition]
+        cells = (plus_minus(values[name], 1 if "regions" in name else 3) for name in COLUMNS)
+        rows.append((TARGET_NAMES[target], condition, *cells))
+    return markdown(("target", "condition", *COLUMNS.values()), rows, text=2)
+
+
+def _differences(record: Record) -> str:
+    """How much better the regions fit the image's superpixels than those of each control do."""
+    pairs = list(itertools.product(("AMI", "contrast"), TARGETS))
+    rows = [
+        (
+            f"… the same in the control: {control}",
+            *(_signed(record["differences"][target][control][f"{name} image"]) for name, target in pairs),
+        )
+        for control in CONTROLS
+    ]
+    against = (_signed(record["image_against_other"][target][name]) for name, target in pairs)
+    titles = (
+        "own superpixels, less … (paired; bold: beyond two standard errors)",
+        *(f"{target}: {name}" for name in ("AMI", "contrast") for target in ("token", "grid")),
+    )
+    return markdown(titles, [*rows, ("… another image's superpixels", *against)])
+
+
+def _spread(record: Mapping[str, Any], target: str) -> str:
+    """How much a field varies, and how little of that is rounding."""
+    share, rounding = record["spread"][target][0], record["rounding"][target]
+    direction, places = (100 * record["variation"][target][name][0] for name in VARIATION)
+    return (
+        f"{100 * share:.2g} % of their size, of which rounding is at most {100 * rounding:.1g} %; of that variance "
+        f"{direction:.1f} % lie in one direction of the features, and {places:.1f} % are a sum of something of the row "
+        "and something of the column"
+    )
+
+
+def _signed(value: Sequence[float]) -> str:
+    text = f"{value[0]:+.3f} ± {value[1]:.3f}"
+    return f"**{text}**" if abs(value[0]) > 2 * value[1] else text
+
+
+def draw(options: Options) -> None:
+    """Make the page's pictures with the command that it names, whatever the study's `options`.
+
+    Raises:
+        ApmError: the command failed.
+    """
+    import skimage
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COMMAND[1:3]:
+            Path(folder, name).symlink_to(Path(skimage.__file__).parent / "data" / name)
+        done = subprocess.run([sys.executable, "-m", "apm", *COMMAND], cwd=folder, stdout=sys.stderr, check=False)
+        if done.returncode:
+            raise ApmError(f"apm {' '.join(COMMAND)} failed with exit code {done.returncode}.")
+        for pattern, name in PICTURES.items():
+            (made,) = Path(folder).glob(f"islands/{pattern}")
+            write_atomically(ROOT / "docs" / name, made.read_bytes())
+
+
+def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's students")
     parser.add_argument("--grid-size", type=int, help="side, in pixels, at which the teacher's grid is made")
-    parser.add_argument("--threshold", type=float, default=0.9)
-    parser.add_argument("--parts", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="where to write the record; standard output without it")
-    parser.add_argument(
-        "--document", action="store_true", help="write record, tables and pictures of docs/islands.md, in a clone"
-    )
-    options = parser.parse_args(arguments)
-    if options.table:
-        print(island_tables.table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return
-    if options.document:
-        options.out = island_tables.RECORD
-        island_tables.draw()  # first: it takes half a minute, and says what is missing
-    data = open_dataset("folder", options.root, limit=options.images, seed=options.seed)
-    teacher = load_teacher(options.teacher, device=options.device)
-    config = APMConfig.preset(options.preset, dim=teacher.dim)
-    adapt = AdaptConfig(steps=options.steps, seed=options.seed)
-    images = [sample.load() for sample in data.samples]
-    began = time.perf_counter()
-    found = study(
-        images,
-        teacher,
-        config,
-        adapt,
-        threshold=options.threshold,
-        parts=options.parts,
-        grid_lr=options.grid_lr,
-        grid_size=options.grid_size,
-        device=options.device,
-        progress=lambda done: print(f"{done} of {len(data.samples)} images", file=sys.stderr),
-    )
-    record = {
-        "command": f"python -m apm.benchmarks.studies.islands {shlex.join(arguments or sys.argv[1:])}".partition(
-            " --out"
-        )[0],
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "sample_ids": [sample.id for sample in data.samples][: found["images"]],
-        "teacher": teacher.identity,
-        "teacher_grid": list(teacher.encode_grid(images[0], size=options.grid_size).shape[:2]),
-        "settings": {
-            "preset": options.preset,
-            "locations": config.grid,
-            "steps": options.steps,
-            "lr": adapt.lr,
-            "grid_lr": options.grid_lr,
-            "grid_size": options.grid_size,
-            "precision": "fp32",
-            "seed": options.seed,
-            "threshold": options.threshold,
-            "parts": options.parts,
-            "patches": PATCHES,
-        },
-        "seconds": time.perf_counter() - began,
-        "environment": describe(options.device),
-        **found,
-    }
-    write_record(record, options.out)
-    if options.document:
-        island_tables.write(record)
+    parser.add_argument("--threshold", type=float, default=0.9, help="cosine from which on neighbours form one region")
+    parser.add_argument("--parts", type=int, default=12, help="number of clusters and of superpixels")
 
+
+STUDY = Study(
+    name="islands",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    arguments=_arguments,
+    shared={**USUAL, "preset": "small", "steps": STEPS, "limit": 30},
+    results="islands-*.json",
+    document=ROOT / "docs" / "islands.md",
+    marker="islands",
+    pictures=draw,
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(STUDY.main))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from apm.benchmarks.studies import island_tables
+from apm.benchmarks.studies import island_fields
 from apm.benchmarks.studies import islands as study
 from apm.benchmarks.studies import study as documents
 from apm.cli.main import app
@@ -34,11 +34,11 @@ IMAGES = [quarters(32, 32, "red", "blue", "lime", "white"), quarters(16, 48, "li
 
 
 @pytest.fixture(scope="module")
-def subject() -> study.Subject:
-    return study.prepare(*IMAGES, ColourTeacher(), TINY, parts=4, seed=0)  # type: ignore[arg-type]
+def subject() -> island_fields.Subject:
+    return island_fields.prepare(*IMAGES, ColourTeacher(), TINY, parts=4, seed=0)  # type: ignore[arg-type]
 
 
-def test_controls_differ_from_the_image_where_they_should(subject: study.Subject) -> None:
+def test_controls_differ_from_the_image_where_they_should(subject: island_fields.Subject) -> None:
     pixels, token, grid = subject.inputs["image"]
     assert pixels.shape == (1, 3, 32, 32) and token.shape == (1, 16) and grid.shape == (1, 64, 16)
     assert set(subject.inputs) | {"no steps"} == set(study.CONDITIONS)
@@ -54,9 +54,9 @@ def test_controls_differ_from_the_image_where_they_should(subject: study.Subject
     assert islands.agreement(subject.superpixels, np.kron([[0, 1], [2, 3]], np.ones((4, 4)))) == pytest.approx(1)
 
 
-def test_the_field_is_kept_with_its_loss(subject: study.Subject) -> None:
-    trainer = study.trainers(TINY, replace(ADAPT, steps=5))["grid"]
-    run = study.watch(trainer, subject.inputs["image"], (0, 2, 5))
+def test_the_field_is_kept_with_its_loss(subject: island_fields.Subject) -> None:
+    trainer = island_fields.trainers(TINY, replace(ADAPT, steps=5))["grid"]
+    run = island_fields.watch(trainer, subject.inputs["image"], (0, 2, 5))
     assert list(run.fields) == list(run.losses) == [0, 2, 5]
     assert run.last.shape == (8, 8, 16) and run.last is run.fields[5]
     grid = subject.inputs["image"][2].reshape(8, 8, 16).numpy()
@@ -81,21 +81,22 @@ def test_a_student_of_the_grid_follows_the_image_and_one_of_the_token_does_not()
     json.dumps(found, allow_nan=False)
 
 
-def test_the_page_is_made_from_the_record_and_names_the_command_of_its_pictures() -> None:
-    record = json.loads(island_tables.RECORD.read_text())
-    assert record["settings"]["precision"] == "fp32"
-    assert documents.block(island_tables.DOCUMENT, "islands") == island_tables.table(record)
-    text = " ".join(island_tables.DOCUMENT.read_text().split())
-    assert f"`apm {' '.join(island_tables.COMMAND)}`" in text
-    for name in island_tables.PICTURES.values():
-        assert f"]({name})" in text and (island_tables.DOCUMENT.parent / name).is_file()
-    said = CliRunner().invoke(app, [*island_tables.COMMAND[:-2], "--out", ".", "--steps", "0"])
+def test_the_page_names_the_command_of_its_pictures() -> None:
+    for path in documents.RESULTS.glob(study.STUDY.results):
+        assert json.loads(path.read_text())["settings"]["precision"] == "fp32"
+    page = study.STUDY.document
+    assert page is not None
+    text = " ".join(page.read_text().split())
+    assert f"`apm {' '.join(study.COMMAND)}`" in text
+    for name in study.PICTURES.values():
+        assert f"]({name})" in text and (page.parent / name).is_file()
+    said = CliRunner().invoke(app, [*study.COMMAND[:-2], "--out", ".", "--steps", "0"])
     assert said.exit_code == 2 and "--steps is 0" in said.stderr  # every option is known: only this value is not
 
 
-def test_fields_are_fitted_and_read_in_float32_whatever_is_asked_for(subject: study.Subject) -> None:
-    trainers = study.trainers(TINY, replace(ADAPT, steps=30, precision="bf16"))
+def test_fields_are_fitted_and_read_in_float32_whatever_is_asked_for(subject: island_fields.Subject) -> None:
+    trainers = island_fields.trainers(TINY, replace(ADAPT, steps=30, precision="bf16"))
     for target, trainer in trainers.items():
         assert trainer.precision == "fp32"
-        run = study.watch(trainer, subject.inputs["image"], (0, 30))
+        run = island_fields.watch(trainer, subject.inputs["image"], (0, 30))
         assert run.rounding is not None and 0 < run.rounding < 1e-2, target

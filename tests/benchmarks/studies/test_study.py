@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from apm.benchmarks.studies import linear_probe, pretraining, steps
+from apm.benchmarks.studies import islands, linear_probe, pointing, pretraining, steps
 from apm.benchmarks.studies import study as documents
 from apm.benchmarks.studies.study import Study, command, each, markdown, run
 from apm.errors import ApmError, UsageError
 
-DOCUMENTED = [module.STUDY for module in (linear_probe, pretraining, steps)]
+DOCUMENTED = [module.STUDY for module in (islands, linear_probe, pointing, pretraining, steps)]
 
 
 @pytest.mark.parametrize("study", DOCUMENTED, ids=lambda study: study.name)

@@ -1,0 +1,179 @@
+"""One image's fields, for the study of islands and `apm islands`: fitted under every condition, kept, and measured.
+
+Steps and readings are in float32: bfloat16 rounds a nearly constant field into stripes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from apm.images.load import student_input
+from apm.student import islands
+from apm.student.config import APMConfig
+from apm.student.field import resample
+from apm.student.position import grid_locations
+from apm.teachers.base import Teacher
+from apm.test_time.label_maps import LR
+from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+
+Field = NDArray[np.float32]
+
+PATCHES = 8
+"""Patches a side of the shuffled image."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One student's field while it is fitted."""
+
+    fields: dict[int, Field]
+    """By the number of steps made: (H, H, D)."""
+    losses: dict[int, float]
+    """By the number of steps made."""
+    rounding: float | None = None
+    """How far the last field is from the same weights' in float64, root mean square, as a share of its spread."""
+
+    @property
+    def last(self) -> Field:
+        """The field after the last step."""
+        return self.fields[max(self.fields)]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One image, the controls' inputs, and what its regions are compared with."""
+
+    inputs: dict[str, tuple[Tensor, Tensor, Tensor]]
+    """By condition: pixels (1, 3, S, S), the teacher's token (1, D), its grid at the student's locations (1, N, D)."""
+    superpixels: islands.Labels
+    other_superpixels: islands.Labels
+
+
+def square_of(image: Image.Image) -> Image.Image:
+    """Cut out the central square, which is what the student sees."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.convert("RGB").crop((left, top, left + side, top + side))
+
+
+def prepare(
+    image: Image.Image,
+    other: Image.Image,
+    teacher: Teacher,
+    config: APMConfig,
+    *,
+    parts: int,
+    seed: int,
+    grid_size: int | None = None,
+) -> Subject:
+    """Make the inputs of every condition; "no steps" has none of its own.
+
+    Args:
+        image: the image watched.
+        other: another one, for the control with its target.
+        teacher: gives tokens and grids.
+        config: of the student.
+        parts: number of superpixels.
+        seed: of random targets and of the patches' order.
+        grid_size: side, in pixels, at which the teacher's grid is made; None for its default.
+    """
+    square, second = square_of(image), square_of(other)
+    shuffled = islands.shuffle_patches(square, PATCHES, seed)
+
+    def targets(one: Image.Image) -> tuple[Tensor, Tensor]:
+        token = teacher.encode_image(teacher.preprocess(one)[None].to(teacher.device)).cpu()
+        return token, resample(teacher.encode_grid(one, size=grid_size)[None].cpu(), config.grid)
+
+    pixels, token, grid = student_input(square, config.image_size)[None], *targets(square)
+    return Subject(
+        inputs={
+            "image": (pixels, token, grid),
+            "random target": (pixels, islands.random_like(token, seed), islands.random_like(grid, seed)),
+            "shuffled image": (student_input(shuffled, config.image_size)[None], *targets(shuffled)),
+            "other target": (pixels, *targets(second)),
+        },
+        superpixels=islands.superpixels(square, config.grid, parts),
+        other_superpixels=islands.superpixels(second, config.grid, parts),
+    )
+
+
+def trainers(
+    config: APMConfig, adapt: AdaptConfig, *, grid_lr: float = LR, device: str | torch.device = "cpu"
+) -> dict[str, TestTimeTrainer]:
+    """Make one trainer for each target, in float32 whatever `adapt` says: the fields are looked at and measured.
+
+    The grid trains no object query, so its student is read by the mean; and it has a learning rate of its own, because
+    at a rate that suits the token its loss hardly falls.
+    """
+    adapt = replace(adapt, precision="fp32")
+    return {
+        "cls": TestTimeTrainer(replace(config, readout="query"), replace(adapt, distil="cls"), device=device),
+        "grid": TestTimeTrainer(
+            replace(config, readout="mean"), replace(adapt, distil="grid", lr=grid_lr), device=device
+        ),
+    }
+
+
+def watch(trainer: TestTimeTrainer, inputs: tuple[Tensor, Tensor, Tensor], snapshots: Sequence[int]) -> Watched:
+    """Fit a fresh student and keep its field after so many steps each (the last must be the config's)."""
+    pixels, token, grid = inputs
+    by_grid = trainer.config.distil != "cls"
+    result = trainer.adapt(pixels, token, grids=grid if by_grid else None, snapshots=snapshots, keep_field=True)
+    assert result.folded is not None
+    side = trainer.model.grid
+    losses = [*result.losses[0].tolist(), float(result.final_losses[0])]
+    exact = result.folded.double().features(*grid_locations(side))[0].cpu().numpy()
+    watched = Watched(
+        fields={step: field[0].reshape(side, side, -1).cpu().numpy() for step, field in result.fields.items()},
+        losses={step: losses[step] for step in result.fields},
+    )
+    apart, spread = (
+        root_mean_square(v) for v in (watched.last.reshape(exact.shape) - exact, exact - exact.mean(axis=0))
+    )
+    return replace(watched, rounding=apart / spread if spread else 0.0)  # the same everywhere: a student that died
+
+
+def root_mean_square(values: NDArray[np.floating]) -> float:
+    """Of all values."""
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def watch_all(
+    trainer: TestTimeTrainer, subject: Subject, snapshots: Sequence[int], *, controls: bool = True
+) -> dict[str, Watched]:
+    """Fit one student for each condition, or for the image alone."""
+    runs = {
+        name: watch(trainer, inputs, snapshots)
+        for name, inputs in subject.inputs.items()
+        if controls or name == "image"
+    }
+    first = runs["image"]
+    untrained = {0: first.fields[0]}
+    return {**runs, "no steps": Watched(untrained, {0: first.losses[0]})} if controls else runs
+
+
+def measures(field: Field, subject: Subject, *, threshold: float, parts: int, seed: int = 0) -> dict[str, float]:
+    """Measure one field (H, H, D): its islands, and what its clusters agree with."""
+    plain = islands.measure(field, threshold=threshold)
+    centred = islands.measure(field, threshold=threshold, centred=True)
+    found = islands.clusters(field, parts, seed=seed)
+    joined = islands.regions(field - field.mean(axis=(0, 1)), threshold)
+    return {
+        "cosine": plain.cosine,
+        "regions": float(plain.regions),
+        "centred cosine": centred.cosine,
+        "centred regions": float(centred.regions),
+        "centred largest": centred.largest,
+        "AMI image": islands.agreement(found, subject.superpixels),
+        "AMI other image": islands.agreement(found, subject.other_superpixels),
+        "AMI regions": islands.agreement(joined, subject.superpixels),
+        "contrast image": islands.boundary_contrast(field, subject.superpixels),
+        "contrast other image": islands.boundary_contrast(field, subject.other_superpixels),
+    }

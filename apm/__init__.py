@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from apm.student.config import APMConfig
     from apm.student.model import APM
     from apm.teachers import load_teacher
-    from apm.test_time.trainer import AdaptConfig, AdaptResult, TestTimeTrainer
+    from apm.test_time.options import AdaptConfig, StudentOptions
+    from apm.test_time.trainer import AdaptResult, TestTimeTrainer
     from apm.text.zeroshot import ZeroShotHead
 
 __version__ = "0.1.0"
@@ -27,10 +28,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "APM": "apm.student.model",
     "APMConfig": "apm.student.model",
-    "AdaptConfig": "apm.test_time.trainer",
+    "AdaptConfig": "apm.test_time.options",
     "AdaptResult": "apm.test_time.trainer",
     "Answer": "apm.classifier",
     "Classifier": "apm.classifier",
+    "StudentOptions": "apm.test_time.options",
     "TestTimeTrainer": "apm.test_time.trainer",
     "ZeroShotHead": "apm.text.zeroshot",
     "load_teacher": "apm.teachers",
@@ -43,6 +45,7 @@ __all__ = [
     "AdaptResult",
     "Answer",
     "Classifier",
+    "StudentOptions",
     "TestTimeTrainer",
     "ZeroShotHead",
     "__version__",

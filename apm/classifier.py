@@ -29,13 +29,12 @@ from apm.labels import (
     choose_templates,
     prompt_templates,
 )
-from apm.student.config import APMConfig
 from apm.student.field import resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.queries import AUTO, locations_a_step
-from apm.test_time.targets import aggregate, check_distilled, policy
-from apm.test_time.trainer import LARGEST_BATCH, AdaptConfig, AdaptResult, TestTimeTrainer
+from apm.test_time.options import StudentOptions
+from apm.test_time.targets import aggregate
+from apm.test_time.trainer import LARGEST_BATCH, AdaptResult, TestTimeTrainer
 from apm.test_time.views import pixels_id, view_tokens
 from apm.text.zeroshot import ZeroShotHead
 
@@ -46,7 +45,6 @@ __all__ = [
     "Perception",
     "Prediction",
     "check_grid",
-    "default_readout",
     "pick_device",
 ]
 
@@ -79,23 +77,10 @@ class Classifier:
         prompts: name of a set of prompt templates: "single", "simple" or "openai". None takes the teacher's own, else
             "single".
         templates: prompt templates instead, each with one ``{}`` for the class name.
-        preset: size of the student, "paper" or "small".
-        readout: "query" (the object query) or "mean". None: "query", but "mean" with distil="grid", where nothing would
-            train the query.
-        steps: optimisation steps for each image; None for the default of `AdaptConfig`.
-        lr: learning rate; None for the default of `AdaptConfig`.
-        precision: of the matrix products, "auto", "fp32" or "bf16".
+        student: the settings of the student; None for the defaults of `apm.StudentOptions`.
         device: "auto" (CUDA when there is one), "cpu" or "cuda".
         batch_size: images adapted side by side, each with its own weights; None chooses by the device. It changes the
             speed, not the answers.
-        seed: of the student's initial weights.
-        distil: what the student is overfit to: "cls", the teacher's token; "grid", its grid of patch features at the
-            student's own locations; "both".
-        rgb_weight: weight of a loss towards the image's own colours, added to that; 0: none.
-        target: what the student's token is overfit to, a name of `apm.test_time.targets.TARGETS`: "cls", the teacher's
-            token of the image (the paper's); "mean", "confident", "mta" or "best", an aggregate over augmented views.
-        queries: locations that each step reads, drawn afresh: a number, an approximation that is faster on a CPU;
-            "all", as in the paper; "auto" chooses (see `apm.test_time.queries`).
         top_k: how many labels an answer ranks.
         min_probability: answers whose best label is less probable are marked as unsure, in [0, 1].
         max_pixels: largest width × height of a file that is decoded. Decoding takes 8 bytes a pixel for most formats,
@@ -117,18 +102,9 @@ class Classifier:
         label_set: str | None = None,
         prompts: str | None = None,
         templates: Sequence[str] | None = None,
-        preset: str = "paper",
-        readout: str | None = None,
-        steps: int | None = None,
-        lr: float | None = None,
-        precision: str = "auto",
+        student: StudentOptions | None = None,
         device: str = "auto",
         batch_size: int | None = None,
-        seed: int = 0,
-        distil: str = "cls",
-        rgb_weight: float = 0.0,
-        target: str = "cls",
-        queries: int | str = AUTO,
         top_k: int = 5,
         min_probability: float = 0.0,
         max_pixels: int = MAX_PIXELS,
@@ -150,23 +126,11 @@ class Classifier:
                 raise UsageError(f"{name} is {value}; it must be at least 1.")
         if not 0 <= min_probability <= 1:
             raise UsageError(f"min_probability is {min_probability}; it must lie between 0 and 1.")
-        self.target, self._policy = target, policy(target)
-        check_distilled(target, distil)
-        chosen = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
-        readout = readout or default_readout(distil)
         self.device = pick_device(device)
-        self.adapt_config = AdaptConfig(
-            precision=precision,  # type: ignore[arg-type]
-            seed=seed,
-            distil=distil,  # type: ignore[arg-type]
-            rgb_weight=rgb_weight,
-            queries=locations_a_step(
-                queries, preset=preset, readout=readout, distil=distil, rgb_weight=rgb_weight, device=self.device
-            ),
-            **chosen,  # type: ignore[arg-type]
-        )
-        student = APMConfig.preset(preset, dim=512, readout=readout)  # type: ignore[arg-type]
-        TestTimeTrainer.check(student, self.adapt_config)
+        self.student = student or StudentOptions()
+        self._policy = self.student.policy()
+        self.adapt_config = self.student.training(self.device)
+        TestTimeTrainer.check(self.student.model(dim=512), self.adapt_config)
 
         asked = teacher
         if teacher is None:
@@ -174,27 +138,21 @@ class Classifier:
         elif isinstance(teacher, str):
             teacher = load_teacher(teacher, device=self.device)
         self.teacher: Teacher = teacher
-        if distil != "cls":
+        if self.student.distil != "cls":
             check_grid(teacher)
         self.fell_back = asked is None and teacher.name != DEFAULT
         self.top_k = top_k
         self.min_probability = min_probability
         self.max_pixels = max_pixels
-        self.preset = preset
         self.label_source, names = choose_labels(labels, label_set, teacher.default_labels)
         self.prompt_source, chosen_templates = choose_templates(prompts, templates, teacher.default_templates)
         self.head = ZeroShotHead.build(teacher, names, chosen_templates, progress=progress)
-        self.student_config = APMConfig.preset(preset, dim=teacher.dim, readout=student.readout)
+        self.student_config = self.student.model(teacher.dim)
         self.trainer = TestTimeTrainer(
             self.student_config, self.adapt_config, device=self.device, batch_size=batch_size
         )
         # One student's products keep a CPU's cores busy: there, waiting for a batch would only delay the first answer.
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else LARGEST_BATCH)
-
-    @property
-    def views(self) -> int:
-        """Number of views that the target is made of, the image itself included."""
-        return self._policy.views
 
     def __call__(self, image: str | os.PathLike[str] | Image.Image) -> Answer:
         """Classify one file, or one PIL image.
@@ -380,11 +338,6 @@ class Classifier:
 def _bytes(one: _Prepared) -> int:
     image = 4 * one.image.width * one.image.height if one.image is not None else 0
     return image + sum(pixels.nbytes for pixels in (one.teacher_pixels, one.student_pixels) if pixels is not None)
-
-
-def default_readout(distil: str) -> str:
-    """Return the readout for what is distilled: the grid alone would leave the object query as it was drawn."""
-    return "mean" if distil == "grid" else "query"
 
 
 def check_grid(teacher: Teacher) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from apm.errors import UsageError
 from apm.images.files import write_atomically
 from apm.images.paths import printable
+from apm.test_time.queries import ALL
 
 if TYPE_CHECKING:
     from apm.classifier import Classifier
@@ -68,21 +69,14 @@ def check_out(path: Path) -> None:
 
 def answer_settings(classifier: Classifier, *, steps_detail: bool) -> dict[str, Any]:
     """Everything that a classifier's answers and their lines depend on, by the option that sets it."""
-    adapt = classifier.adapt_config
+    student = classifier.student.record(classifier.device)
+    if student["queries"] is None:
+        student["queries"] = ALL
     return {
         "teacher": classifier.teacher.identity,
         "labels": list(classifier.head.labels),
         "prompts": list(classifier.head.templates),
-        "preset": classifier.preset,
-        "readout": classifier.student_config.readout,
-        "target": classifier.target,
-        "distil": adapt.distil,
-        "rgb-weight": adapt.rgb_weight,
-        "queries": "all" if adapt.queries is None else adapt.queries,
-        "steps": adapt.steps,
-        "lr": adapt.lr,
-        "precision": adapt.precision,
-        "seed": adapt.seed,
+        **{name.replace("_", "-"): value for name, value in student.items()},
         "top-k": classifier.top_k,
         "min-probability": classifier.min_probability,
         "steps-detail": steps_detail,

@@ -16,9 +16,10 @@ import typer
 from apm.errors import UsageError
 from apm.images.paths import printable
 from apm.labels import PROMPT_NAMES
-from apm.test_time.queries import parse_queries
+from apm.test_time.options import StudentOptions, settings_of
+from apm.test_time.queries import ALL
 
-from .options import Debug
+from .options import Debug, student_options
 from .progress import counted
 from .render import failure, notice, notice_if_slow, progress_line, progress_on_terminal, say, say_json, warning
 from .table import print_table, show
@@ -33,6 +34,7 @@ INTERRUPTED = 130
 _LINE_EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
 
 
+@student_options(METHOD, prefix="apm: ", defaults={"queries": ALL})
 def bench(
     datasets: Annotated[
         list[str] | None,
@@ -94,8 +96,7 @@ def bench(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="apm: which token the student is overfit to: cls (the teacher's, as in the paper), or an aggregate "
-            "over augmented views: mean, confident, mta, best; repeatable. Default: cls.",
+            help=f"apm: {settings_of(StudentOptions)['target'].help} Repeatable. Default: {StudentOptions.target}.",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -103,36 +104,8 @@ def bench(
         int | None,
         typer.Option(help="Number of augmented views, for every method that uses them.", rich_help_panel=METHOD),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="apm: optimisation steps.", rich_help_panel=METHOD)] = None,
-    lr: Annotated[float | None, typer.Option(help="apm: learning rate.", rich_help_panel=METHOD)] = None,
-    preset: Annotated[
-        str, typer.Option(help="apm: the student's size, paper or small.", rich_help_panel=METHOD)
-    ] = "paper",
-    distil: Annotated[
-        str | None,
-        typer.Option(
-            help="apm: what the loss compares: cls (the --target token), grid (the teacher's patch features) or both. "
-            "Default: cls.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    queries: Annotated[
-        str,
-        typer.Option(
-            help="apm: locations each step reads: all (as in the paper), a number, or auto as in apm classify.",
-            rich_help_panel=METHOD,
-        ),
-    ] = "all",
-    readout: Annotated[
-        str | None,
-        typer.Option(
-            help="apm: how the token is read: query or mean. Default: query; mean where distil is grid.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="apm: number format, auto, fp32 or bf16.", rich_help_panel=METHOD)
-    ] = "auto",
+    *,
+    student: dict[str, Any],
     record_steps: Annotated[
         bool,
         typer.Option("--record-steps", help="apm: record the prediction after each step.", rich_help_panel=METHOD),
@@ -202,7 +175,6 @@ def bench(
         raise UsageError(f"--seed is {seed}; it must be 0 or more.")
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
-    parse_queries(queries)
 
     from apm.benchmarks.runs.plan import default_folder, method_specs, plan_cells
     from apm.labels import check_templates, prompt_templates
@@ -229,6 +201,7 @@ def bench(
         fresh and on_many_machines()
     ):  # where the launchers do not tell each other of restarts: it would start over again
         raise UsageError("--fresh is for one machine. Remove the run folder, and leave --fresh out.")
+    precision = student.get("precision", "auto")
     with join() as group:
         loaded = _load_teacher(teacher, device, group)
         if not quiet and group.first:
@@ -238,17 +211,12 @@ def bench(
             notice_if_slow(precision, loaded.device)
         folder = out or default_folder(names, loaded.name)
         fresh = fresh and not restarted()
+        student["precision"] = _precision(precision, folder, loaded, fresh, group)
         methods = create_methods(
             method_specs(method or ["zero-shot", "apm"], target or ["cls"]),
             MethodOptions(
+                student=StudentOptions(**student),
                 views=views,
-                steps=steps,
-                lr=lr,
-                preset=preset,
-                distil=distil,
-                queries=parse_queries(queries),
-                readout=readout,
-                precision=_precision(precision, folder, loaded, fresh, group),
                 device=loaded.device,
                 seed=seed,
                 batch_size=batch_size,

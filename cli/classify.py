@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,12 +12,12 @@ from apm.errors import UsageError
 from apm.images.paths import printable
 from apm.labels import LABEL_SET_NAMES, PROMPT_NAMES, parse_labels, read_labels_file
 from apm.startup import collector_paused
-from apm.test_time.queries import parse_queries
+from apm.test_time.options import StudentOptions
 
 from . import render
 from .answer_file import check_out
 from .answering import Answering, Form, Inputs, interrupted
-from .options import Debug
+from .options import Debug, student_options
 from .progress import counted
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 STUDENT, SOURCE, OUTPUT = "The student", "Labels and teacher", "Output"
 
 
+@student_options(STUDENT, notes={"distil": "; both with --explain", "precision": "; fp32 with --explain"})
 def classify(
     paths: Annotated[
         list[str],
@@ -65,56 +66,8 @@ def classify(
         list[str] | None,
         typer.Option(help='A prompt template of your own: "a sketch of a {}."; repeatable.', rich_help_panel=SOURCE),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimisation steps for each image. Default: 50.", rich_help_panel=STUDENT)
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Adam's learning rate. Default: 0.0001.", rich_help_panel=STUDENT)
-    ] = None,
-    preset: Annotated[str, typer.Option(help="The student's size: paper or small.", rich_help_panel=STUDENT)] = "paper",
-    target: Annotated[
-        str,
-        typer.Option(
-            help="Which token the student is overfit to: cls (the teacher's token of the image, as in the paper), or "
-            "an aggregate over augmented views: mean, confident, mta; best is the best of them (mta).",
-            rich_help_panel=STUDENT,
-        ),
-    ] = "cls",
-    distil: Annotated[
-        str | None,
-        typer.Option(
-            help="What the loss compares: cls (the --target token), grid (the teacher's patch features) or both. "
-            "Default: cls; both with --explain.",
-            rich_help_panel=STUDENT,
-        ),
-    ] = None,
-    rgb_weight: Annotated[
-        float,
-        typer.Option(help="Weight of an added loss towards the image's own colours.", rich_help_panel=STUDENT),
-    ] = 0.0,
-    queries: Annotated[
-        str,
-        typer.Option(
-            help="Locations each step reads: all (as in the paper), a number (drawn afresh for each step: faster on a "
-            "CPU, an approximation), or auto (a number on a CPU if a token alone is distilled, else all).",
-            rich_help_panel=STUDENT,
-        ),
-    ] = "auto",
-    readout: Annotated[
-        str | None,
-        typer.Option(
-            help="How the student's token is read: query (attention of a learned object query) or mean (the field's "
-            "mean). Default: query; mean with --distil grid.",
-            rich_help_panel=STUDENT,
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Number format of the matrix products: auto, fp32 or bf16. Default: auto; fp32 with --explain.",
-            rich_help_panel=STUDENT,
-        ),
-    ] = None,
+    *,
+    student: dict[str, Any],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=STUDENT)] = "auto",
     batch_size: Annotated[
         str,
@@ -122,10 +75,6 @@ def classify(
             help="Images adapted side by side: a number or auto. Answers do not depend on it.", rich_help_panel=STUDENT
         ),
     ] = "auto",
-    seed: Annotated[
-        int,
-        typer.Option(help="Seed of the student's first weights and of the augmented views.", rich_help_panel=STUDENT),
-    ] = 0,
     top_k: Annotated[int, typer.Option(help="Number of labels to show.", rich_help_panel=OUTPUT)] = 5,
     min_probability: Annotated[
         float,
@@ -184,11 +133,10 @@ def classify(
     names = _labels(labels, labels_file, label_set)
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
-    size, locations = _batch_size(batch_size), parse_queries(queries)
+    size = _batch_size(batch_size)
     chosen: list[str] = []
     if explain is not None:
-        steps, lr, distil, precision, chosen = _for_maps(explain, explain_size, steps, lr, distil, precision)
-    distil = distil or "cls"
+        chosen = _fill_for_maps(student, explain, explain_size)
     if out is not None:
         check_out(out)
     form = Form(
@@ -213,18 +161,9 @@ def classify(
                 label_set=label_set,
                 prompts=prompts,
                 templates=template or None,
-                preset=preset,
-                readout=readout,
-                steps=steps,
-                lr=lr,
-                precision=precision or "auto",
+                student=StudentOptions(**student),
                 device=device,
                 batch_size=size,
-                seed=seed,
-                target=target,
-                distil=distil,
-                rgb_weight=rgb_weight,
-                queries=locations,
                 top_k=top_k,
                 min_probability=min_probability,
                 max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
@@ -232,13 +171,13 @@ def classify(
             )
     except KeyboardInterrupt:
         raise interrupted(0, inputs.total, form) from None
-    for note in _notes(classifier, quiet=quiet, given=readout, chosen=chosen):
+    for note in _notes(classifier, quiet=quiet, chosen=chosen):
         render.notice(note)
-    render.notice_if_slow(precision or "auto", classifier.device)
+    render.notice_if_slow(classifier.student.precision, classifier.device)
     Answering(classifier, inputs, form).run()
 
 
-def _notes(classifier: Classifier, *, quiet: bool, given: str | None, chosen: list[str]) -> Iterator[str]:
+def _notes(classifier: Classifier, *, quiet: bool, chosen: list[str]) -> Iterator[str]:
     """What the user should know before the first answer."""
     if not quiet or classifier.fell_back:  # that another teacher answers must be known in any case
         yield from classifier.teacher.notes
@@ -249,32 +188,27 @@ def _notes(classifier: Classifier, *, quiet: bool, given: str | None, chosen: li
         )
     if quiet:
         return
-    if given is None and classifier.adapt_config.distil == "grid":
+    if classifier.student.readout is None and classifier.student.distil == "grid":
         yield "--distil grid trains no object query, so the token is read as the field's mean (--readout mean)."
     if chosen:
         yield f"--explain takes {', '.join(chosen)}: the maps need them. Your own values go before."
 
 
-def _for_maps(
-    folder: Path, size: int, steps: int | None, lr: float | None, distil: str | None, precision: str | None
-) -> tuple[int, float, str, str, list[str]]:
+def _fill_for_maps(student: dict[str, Any], folder: Path, size: int) -> list[str]:
     """Check what --explain needs before anything is loaded; fill in what was not given, and say what was filled in."""
     from apm.test_time.label_maps import LR, STEPS
 
     if size < 1:
         raise UsageError(f"--explain-size is {size}; it must be at least 1.")
-    if distil == "cls":
+    if student.get("distil") == "cls":
         raise UsageError("--explain needs a target that says what is where: --distil both, or grid, not cls.")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--explain {printable(folder)} is a file; it must be a folder, or a name that is free.")
-    filled = (
-        ("--steps", steps, STEPS),
-        ("--lr", lr, LR),
-        ("--distil", distil, "both"),
-        ("--precision", precision, "fp32"),  # bfloat16 steps would leave their rounding in the field
-    )
-    told = [f"{name} {default}" for name, given, default in filled if given is None]
-    return steps or STEPS, LR if lr is None else lr, distil or "both", precision or "fp32", told
+    # bfloat16 steps would leave their rounding in the field
+    needed = {"steps": STEPS, "lr": LR, "distil": "both", "precision": "fp32"}
+    filled = {name: value for name, value in needed.items() if name not in student}
+    student.update(filled)
+    return [f"--{name} {value}" for name, value in filled.items()]
 
 
 def _labels(labels: str | None, labels_file: Path | None, label_set: str | None) -> tuple[str, ...] | None:

@@ -115,7 +115,7 @@ def train_(
     from apm.pretrain.cache import build_cache
     from apm.pretrain.checkpoint import check_settings, read_network
     from apm.pretrain.images import open_images
-    from apm.student.matmul import Precision
+    from apm.student.config import Precision
 
     if precision not in get_args(Precision):
         raise unknown("precision", precision, get_args(Precision))

@@ -73,7 +73,7 @@ def islands(
     from apm.classifier import pick_device
     from apm.student.config import APMConfig
     from apm.teachers import load_default_teacher, load_teacher
-    from apm.test_time.trainer import AdaptConfig
+    from apm.test_time.options import AdaptConfig
 
     adapt = AdaptConfig(steps=steps, lr=lr, seed=seed)
     APMConfig.preset(preset, dim=512)  # a wrong name is told before the teacher is loaded

@@ -78,8 +78,7 @@ def pretrain(
     from dataclasses import asdict
     from typing import get_args
 
-    from apm.student.config import PRESETS
-    from apm.student.matmul import Precision
+    from apm.student.config import PRESETS, Precision
 
     for kind, name, known in (("preset", preset, PRESETS), ("precision", precision, get_args(Precision))):
         if name not in known:

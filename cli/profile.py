@@ -47,8 +47,8 @@ def profile(
     from apm.benchmarks.speed.timing import Work, interleaved, spread
     from apm.classifier import pick_device
     from apm.errors import unknown
-    from apm.student.config import APMConfig
-    from apm.student.matmul import Precision, measured_precision
+    from apm.student.config import APMConfig, Precision
+    from apm.student.matmul import measured_precision
     from apm.teachers import load_teacher
 
     if precision not in get_args(Precision):

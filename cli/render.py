@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from apm.images.paths import printable
+from apm.test_time.options import StudentOptions, settings_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from apm.classifier import Adaptation, Answer, Classifier, Prediction
-    from apm.student.matmul import Precision
+    from apm.student.config import Precision
 
 PLAIN_WIDTH = 120  # of output that goes to a file or a pipe, where no terminal gives a width
 
@@ -199,15 +200,7 @@ def _adaptation(record: Adaptation | None, classifier: Classifier, *, steps_deta
     if record is None:
         return None
     told = {
-        "preset": classifier.preset,
-        "readout": classifier.student_config.readout,
-        "target": classifier.target,
-        "views": classifier.views,
-        "distil": classifier.adapt_config.distil,
-        "rgb_weight": classifier.adapt_config.rgb_weight,
-        "queries": classifier.adapt_config.queries,
-        "lr": classifier.adapt_config.lr,
-        "seed": classifier.adapt_config.seed,
+        **_student(classifier),
         "device": str(classifier.device),
         "precision": record.precision,
         "steps": record.steps,
@@ -220,6 +213,12 @@ def _adaptation(record: Adaptation | None, classifier: Classifier, *, steps_deta
         told["losses"] = [_finite(loss) for loss in record.losses]
         told["cosines"] = [_finite(cosine) for cosine in record.cosines]
     return told
+
+
+def _student(classifier: Classifier) -> dict[str, Any]:
+    """The student's settings that have an option, as they are used."""
+    record = classifier.student.record(classifier.device)
+    return {name: record[name] for name, one in settings_of(StudentOptions).items() if one.option}
 
 
 def _percent(prediction: Prediction) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,8 @@ def test_contributing_teacher() -> None:
     exec(compile(next(b for b in blocks("CONTRIBUTING.md", "python") if "ColourTeacher" in b), "t.py", "exec"), names)
     teacher = names["ColourTeacher"]()
     assert isinstance(teacher, apm.teachers.Teacher)
-    answer = apm.Classifier(teacher, preset="small", steps=60, lr=1e-3, device="cpu")(
-        Image.new("RGB", (30, 20), "blue")
-    )
+    student = apm.StudentOptions(preset="small", steps=60, lr=1e-3)
+    answer = apm.Classifier(teacher, student=student, device="cpu")(Image.new("RGB", (30, 20), "blue"))
     assert answer.teacher_top[0].label == answer.top[0].label == "blue"
-    gridded = apm.Classifier(teacher, preset="small", steps=60, lr=1e-3, device="cpu", distil="grid")
+    gridded = apm.Classifier(teacher, student=replace(student, distil="grid"), device="cpu")
     assert gridded(Image.new("RGB", (30, 20), "red")).top[0].label == "red"

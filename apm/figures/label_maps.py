@@ -57,7 +57,7 @@ def write_explanation(
         "teacher": classifier.teacher.identity,
         "labels": f"{len(head.labels)} ({classifier.label_source})",
         "templates": len(head.templates),
-        "student": f"{classifier.preset}, {cells} × {cells} locations",
+        "student": f"{classifier.student.preset}, {cells} × {cells} locations",
         "distil": config.distil,
         "rgb_weight": config.rgb_weight,
         "steps": int(result.steps[0]),

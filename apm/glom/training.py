@@ -26,7 +26,8 @@ from apm.pretrain.cache import GridCache
 from apm.pretrain.checkpoint import Checkpoint, Network, check_settings, read_network, write_checkpoint
 from apm.pretrain.config import Schedule
 from apm.pretrain.loop import Trainer
-from apm.student.matmul import Precision, measured_precision
+from apm.student.config import Precision
+from apm.student.matmul import measured_precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ from apm.pretrain.checkpoint import Checkpoint, check_settings, read_checkpoint,
 from apm.pretrain.config import PretrainConfig
 from apm.pretrain.loop import ALONE, Processes, Trainer
 from apm.pretrain.student import answer
-from apm.student.config import APMConfig
+from apm.student.config import APMConfig, Precision
 from apm.student.field import resample
-from apm.student.matmul import Precision, measured_precision
+from apm.student.matmul import measured_precision
 from apm.student.model import APM
 from apm.student.position import grid_locations, position_code
 

@@ -7,6 +7,9 @@ from typing import Literal, get_args
 from apm.errors import UsageError, unknown
 
 Readout = Literal["query", "mean"]
+Loss = Literal["mse", "cosine"]
+Distil = Literal["cls", "grid", "both"]
+Precision = Literal["auto", "fp32", "bf16"]
 PRESETS = ("paper", "small")
 
 

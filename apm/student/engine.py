@@ -21,14 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apm.student.config import APMConfig
-from apm.student.engine_losses import Distil, FieldLosses, Locations
+from apm.student.config import APMConfig, Distil, Loss
+from apm.student.engine_losses import FieldLosses, Locations
 from apm.student.engine_readout import MeanPooling, Parameters, Pooling, QueryPooling
 from apm.student.field import SavedField
 from apm.student.matmul import affine, product, relu_backward
 from apm.student.position import axis_code, grid_locations, position_code
-
-Loss = Literal["mse", "cosine"]
 
 # Each parameter starts at a multiple of this many numbers, so that kernels meet the same alignment in every sample
 ALIGNMENT = 64

@@ -8,16 +8,13 @@ beside those of the middle layers.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from apm.student.config import APMConfig
+from apm.student.config import APMConfig, Distil
 from apm.student.engine_readout import Parameters
 from apm.student.matmul import accumulate, affine, mean_square, product, relu_backward
-
-Distil = Literal["cls", "grid", "both"]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Precision = Literal["auto", "fp32", "bf16"]
+from apm.student.config import Precision
 
 # bfloat16 must be this much faster before "auto" gives up float32's digits for it
 WORTHWHILE = 1.3

@@ -8,70 +8,24 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from apm.errors import ApmError, UsageError, unknown
+from apm.errors import ApmError, UsageError
 from apm.student.config import APMConfig
-from apm.student.engine import Engine, Loss
-from apm.student.engine_losses import Distil
+from apm.student.engine import Engine
 from apm.student.field import SavedField
-from apm.student.matmul import Precision, measured_precision
+from apm.student.matmul import measured_precision
 from apm.student.model import draw_parameters
+from apm.test_time.options import AdaptConfig
 
 log = logging.getLogger("apm")
 
 # A GPU is full long before this; larger batches only take more memory
 LARGEST_BATCH = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptConfig:
-    """How each student is trained. Schedule: constant.
-
-    Raises:
-        UsageError: a value that cannot work; the message holds it.
-    """
-
-    steps: int = 50  # from the table of steps in the README
-    lr: float = 1e-4  # Adam's
-    loss: Loss = "mse"
-    precision: Precision = "auto"  # of the large products; auto: bf16 where it is measured to be clearly faster
-    seed: int = 0  # of the initial weights (and of the locations drawn, see `queries`)
-    tolerance: float | None = None  # stop an image early, once its loss (no label is involved) is at or below this
-    queries: int | None = None  # read this many locations, drawn afresh at each step, instead of all: an approximation
-    distil: Distil = "cls"  # the teacher's token, its grid at the student's own locations, or the sum of both losses
-    # Of the loss towards the image's own colours; Modi & Rawat 2024: 0 in test-time training. The colour head ends in a
-    # ReLU, which the first draw may shut for a channel: that channel then stays black, without a gradient.
-    rgb_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if self.steps < 1:
-            raise UsageError(f"steps must be 1 or more, not {self.steps}: an untrained student is useless.")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"lr must be a positive number, not {self.lr}.")
-        if self.loss not in get_args(Loss):
-            raise unknown("loss", self.loss, get_args(Loss))
-        if self.precision not in get_args(Precision):
-            raise unknown("precision", self.precision, get_args(Precision))
-        if self.seed < 0:
-            raise UsageError(f"seed must be 0 or more, not {self.seed}.")
-        if self.tolerance is not None and not (math.isfinite(self.tolerance) and self.tolerance > 0):
-            raise UsageError(f"tolerance must be a positive number or None, not {self.tolerance}.")
-        if self.queries is not None and self.queries < 1:
-            raise UsageError(f"queries must be 1 or more, or None for all, not {self.queries}.")
-        if self.distil not in get_args(Distil):
-            raise unknown("distil", self.distil, get_args(Distil))
-        if not (math.isfinite(self.rgb_weight) and self.rgb_weight >= 0):
-            raise UsageError(f"rgb_weight must be 0 or a positive number, not {self.rgb_weight}.")
-        if self.distil == "grid" and self.loss != "mse":
-            raise UsageError(
-                f'loss="{self.loss}" is of the token, which has no loss with distil="grid": use distil="both".'
-            )
 
 
 @dataclass

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from PIL import Image
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from apm.errors import UsageError, unknown
 from apm.images.load import student_input
+from apm.test_time.options import Setting, StudentOptions, text_type
 from apm.test_time.views import MIN_AREA, check, view_tokens
 
 if TYPE_CHECKING:
@@ -204,24 +204,10 @@ class HasOwnPrompt(Protocol):
 class MethodOptions:
     """What a run gives to each method it makes. None: the method's own default."""
 
-    target: str = "cls"
-    """``apm``: what the student is overfit to, a name of `apm.test_time.targets.TARGETS`."""
+    student: StudentOptions = field(default_factory=lambda: StudentOptions(queries="all"))
+    """``apm``: the run's student, all locations read at each step as in the paper. Its seed is the run's."""
     views: int | None = None
     """Number of views, for every method that uses views."""
-    steps: int | None = None
-    """``apm``: number of adaptation steps."""
-    lr: float | None = None
-    """``apm``: learning rate."""
-    preset: str = "paper"
-    """``apm``: size of the student."""
-    distil: str | None = None
-    """``apm``: what has a loss, ``cls``, ``grid`` or ``both``; None: ``cls``."""
-    queries: int | str = "all"
-    """``apm``: locations drawn at each step; ``all``; ``auto``: what `apm.test_time.queries` chooses by the machine."""
-    readout: str | None = None
-    """``apm``: how the student reads its token out; None: what suits what is distilled."""
-    precision: str = "auto"
-    """``apm``: of the matrix products, ``auto``, ``fp32`` or ``bf16``."""
     device: str | torch.device = "cpu"
     """Where methods compute."""
     seed: int = 0
@@ -238,7 +224,8 @@ def make_settings(kind: type[SettingsT], method: str, options: MethodOptions, **
     """Make a method's settings: its defaults, then what the run gives, then what stands behind the method's name.
 
     Args:
-        kind: a dataclass of values of type str, int, float or bool, all with defaults.
+        kind: a dataclass of values of type str, int, float, bool or a Literal of words, all with defaults; a field's
+            `Setting` may say how else it is read.
         method: its name, for errors.
         options: of the run.
         given: values from the run's options, by field; None leaves the default.
@@ -246,13 +233,13 @@ def make_settings(kind: type[SettingsT], method: str, options: MethodOptions, **
     Raises:
         UsageError: an override names no field, or its value is not of the field's type.
     """
-    fields = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    fields = {entry.name: entry.metadata.get("setting") for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     values = {name: value for name, value in given.items() if value is not None}
     for name, text in options.overrides.items():
         if name not in fields:
             raise unknown(f'setting of method "{method}"', name, fields)
-        values[name] = _parse(method, name, text, hints[name])
+        values[name] = _parse(method, name, text, hints[name], fields[name])
     return kind(**values)
 
 
@@ -289,12 +276,13 @@ def _bare(image: Image.Image) -> Image.Image:
 _BOOLEANS: dict[str, bool] = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def _parse(method: str, name: str, text: str, hint: Any) -> Json:
-    """Read a setting's value as its field's type."""
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if text.lower() == "none" and type(None) in choices:
+def _parse(method: str, name: str, text: str, hint: Any, setting: Setting | None) -> Json:
+    """Read a setting's value as its field says, or as the field's type."""
+    if setting is not None and setting.parse is not None:
+        return cast("Json", setting.parse(text))
+    if text.lower() == "none" and type(None) in typing.get_args(hint):
         return None
-    wanted: Callable[[str], Json] = next(choice for choice in choices if choice is not type(None))
+    wanted: Callable[[str], Json] = text_type(hint)
     try:
         return _BOOLEANS[text.lower()] if wanted is bool else wanted(text)
     except (ValueError, KeyError):

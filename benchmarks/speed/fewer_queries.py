@@ -14,7 +14,8 @@ from torch import Tensor
 from apm.images.load import student_input
 from apm.student.config import APMConfig
 from apm.teachers.base import Teacher
-from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets import Dataset

@@ -22,7 +22,8 @@ import torch
 
 from apm.classifier import Classifier
 from apm.student.config import APMConfig
-from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.test_time.options import AdaptConfig, StudentOptions
+from apm.test_time.trainer import TestTimeTrainer
 
 from .gpu_checks import Case, run_checks
 from .machine import floor, rate_probe, stream_probe
@@ -250,7 +251,9 @@ def _classify(options: Options, photograph: Path, clock: Clock) -> Iterator[Row]
         if done.returncode:
             raise RuntimeError(done.stderr[-1500:])
         answers.append(json.loads(done.stdout)["top"][0]["label"])
-    classifier = Classifier("embedded", labels=LABELS.split(","), preset=preset, device=str(options.device))
+    classifier = Classifier(
+        "embedded", labels=LABELS.split(","), student=StudentOptions(preset=preset), device=str(options.device)
+    )
     answers.append(classifier(photograph).top[0].label)
     warm = [seconds(lambda: classifier(photograph), options.device) for _ in range(options.rounds)]
     error = None if len(set(answers)) == 1 else f"the answers differ: {answers}"

@@ -22,7 +22,8 @@ from apm.errors import ApmError
 from apm.labels import prompt_templates
 from apm.processes import join
 from apm.teachers.base import Teacher
-from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.test_time.options import AdaptConfig, StudentOptions
+from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
 from .options import Options, images_and_targets
@@ -151,12 +152,14 @@ def _classifier(options: Options, teacher: Teacher, labels: Sequence[str], steps
         teacher,
         labels=labels,
         prompts="single",
-        preset="small" if options.quick else options.preset,
-        readout=options.readout,
-        steps=steps,
-        precision=options.precision,
+        student=StudentOptions(
+            preset="small" if options.quick else options.preset,
+            readout=options.readout,
+            steps=steps,
+            precision=options.precision,
+            queries="all",
+        ),
         device=str(options.device),
-        queries="all",
     )
 
 

@@ -56,7 +56,8 @@ labels = teacher.default_labels or label_set("imagenet")
 ZeroShotHead.build(teacher, labels, teacher.default_templates or prompt_templates("single")); mark()
 from apm.student.matmul import measured_precision
 measured_precision(torch.device("cpu")); mark()
-classifier = apm.classifier.Classifier(teacher, labels=list(dict.fromkeys(labels)), preset=preset, device="cpu"); mark()
+classifier = apm.classifier.Classifier(teacher, labels=list(dict.fromkeys(labels)), device="cpu",
+                                       student=apm.StudentOptions(preset=preset)); mark()
 answer = classifier(path); mark()
 spans = [b - a for a, b in zip(marks, marks[1:])]
 spans[-1] -= answer.adaptation.seconds

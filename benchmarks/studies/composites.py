@@ -16,7 +16,8 @@ from apm.student.config import APMConfig
 from apm.student.field import resample
 from apm.teachers.base import Teacher
 from apm.test_time.label_maps import dense_locations, field_maps, label_maps
-from apm.test_time.trainer import AdaptConfig, AdaptResult, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import AdaptResult, TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
 from .island_fields import square_of

@@ -27,7 +27,8 @@ from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.label_maps import LR, STEPS
-from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import TestTimeTrainer
 
 from ..datasets import open_dataset
 from .island_fields import PATCHES, Subject, measures, prepare, root_mean_square, trainers, watch_all

@@ -24,7 +24,7 @@ from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.label_maps import LR, STEPS, peak
-from apm.test_time.trainer import AdaptConfig
+from apm.test_time.options import AdaptConfig
 from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets import open_dataset

@@ -35,7 +35,8 @@ from apm.labels import label_set, prompt_templates
 from apm.student.config import PRESETS, APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
 from ..corruptions import CORRUPTIONS, CROP, VERSION, corrupt_image

@@ -19,6 +19,7 @@ from apm.errors import ImageError, TeacherError, UsageError
 from apm.images.load import load_image
 from apm.student.field import resample
 from apm.student.position import grid_locations
+from apm.test_time.options import StudentOptions, settings_of
 from apm.test_time.queries import FEWER, locations_a_step
 from apm.test_time.targets import TARGETS, aggregate
 from apm.test_time.views import pixels_id, views
@@ -28,8 +29,10 @@ LABELS = ("cat", "dog", "bird", "house", "tree", "car")
 
 
 def build(**options: object) -> apm.Classifier:
-    settings = {"teacher": FakeTeacher(), "labels": LABELS, "preset": "small", "steps": 3, "precision": "fp32"}
-    return apm.Classifier(**{**settings, "device": "cpu", **options})  # type: ignore[arg-type]
+    student = {"preset": "small", "steps": 3, "precision": "fp32"}
+    student |= {name: options.pop(name) for name in set(options) & set(settings_of(StudentOptions))}
+    settings = {"teacher": FakeTeacher(), "labels": LABELS, "device": "cpu", **options}
+    return apm.Classifier(student=StudentOptions(**student), **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture

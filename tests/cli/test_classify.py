@@ -22,8 +22,8 @@ from apm import classifier as module
 from apm.cli.main import app
 from apm.errors import TeacherError
 from apm.images.load import MAX_PIXELS
+from apm.test_time.options import AdaptConfig
 from apm.test_time.queries import FEWER
-from apm.test_time.trainer import AdaptConfig
 from tests.fakes import FakeTeacher
 
 SCHEMA = json.loads(resources.files("apm.cli").joinpath("schemas/classify.json").read_text())

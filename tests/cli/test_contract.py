@@ -283,4 +283,4 @@ def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
     assert list((tmp_path / ".bash_completions").iterdir())
     asked = {**environment, "COMP_WORDS": "apm classify --pre", "COMP_CWORD": "2", "_APM_COMPLETE": "complete_bash"}
     shown = subprocess.run(command, capture_output=True, text=True, env=asked, cwd="/", check=False).stdout.split()
-    assert shown == ["--preset", "--precision"]
+    assert sorted(shown) == ["--precision", "--preset"]

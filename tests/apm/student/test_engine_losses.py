@@ -18,7 +18,8 @@ from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.student.model import APM
 from apm.student.position import grid_locations, position_code
-from apm.test_time.trainer import AdaptConfig, AdaptResult, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import AdaptResult, TestTimeTrainer
 from tests.apm.student.test_engine import CANCELLING, REDUCED, apart, cancels, draw, plain, random_config
 
 LR = 1e-3

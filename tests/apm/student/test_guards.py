@@ -17,7 +17,8 @@ from apm.benchmarks.speed.options import TINY, images_and_targets, loaded_engine
 from apm.benchmarks.speed.profile import forward_flops, measured_flops, middle_flops, plain_flops, step_flops
 from apm.student.config import APMConfig
 from apm.student.model import APM
-from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import TestTimeTrainer
 from tests.counters import allocations
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from apm.student.config import APMConfig
 from apm.student.position import grid_locations
-from apm.test_time.trainer import AdaptConfig, AdaptResult, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import AdaptResult, TestTimeTrainer
 
 MODEL = APMConfig(dim=64, image_size=224, patch_size=14, position_dim=64, hidden=(512, 256, 128), rgb_hidden=16)
 STEPS = 30

@@ -17,7 +17,8 @@ from apm.student import matmul as precision
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.student.model import APM
-from apm.test_time.trainer import AdaptConfig, AdaptResult, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import AdaptResult, TestTimeTrainer
 
 MODEL = APMConfig(
     dim=24, image_size=24, patch_size=3, position_dim=32, hidden=(96, 64, 48), heads=4, rgb_hidden=4, init_std=0.1

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from apm.benchmarks.methods import REGISTRY, Batch, MethodOptions, create_method
 from apm.benchmarks.methods.dota import ClassGaussians, DOTASettings
 from apm.errors import UsageError
+from apm.test_time.options import StudentOptions
 from apm.text.zeroshot import ZeroShotHead
 from tests.benchmarks.methods.test_methods import OpenTeacher, full_spec, make_batch, pictures
 
@@ -29,7 +30,7 @@ TOKEN_ONLY = (
     "cocoop",
     "apm",
 )  # these see no view but the image itself
-SMALL = MethodOptions(preset="small", steps=2, precision="fp32", views=4)
+SMALL = MethodOptions(student=StudentOptions(preset="small", steps=2, precision="fp32"), views=4)
 
 
 open_teacher = functools.cache(OpenTeacher)
@@ -97,7 +98,7 @@ def _without(others: list[int]) -> GivenFeatures:
 @pytest.mark.parametrize(("images", "views", "classes"), [(3, 4, 1), (3, 1, 7), (1, 4, 7), (3, 4, 2)], ids=str)
 def test_small_sizes_are_answered(name: str, images: int, views: int, classes: int) -> None:
     batch = GivenFeatures(features(images, views), classes, stream_length=images)
-    options = MethodOptions(preset="small", steps=2, precision="fp32", views=views)
+    options = MethodOptions(student=StudentOptions(preset="small", steps=2, precision="fp32"), views=views)
     refusals = {("rtpt", 1, 7): "neighbours of 1 views", ("rlcf", 4, 1): "at least two labels"}
     if message := refusals.get((name, views, classes)):
         with pytest.raises(UsageError, match=message):

@@ -42,6 +42,7 @@ from apm.benchmarks.methods.tda import Cache
 from apm.benchmarks.methods.tpt import marginal_entropy
 from apm.benchmarks.methods.zero import vote_logits, zero_votes
 from apm.errors import UsageError
+from apm.test_time.options import StudentOptions
 from apm.test_time.queries import FEWER
 from apm.text.learned_prompt import META_NET, LearnedPrompt, write_learned_prompt
 from apm.text.prompts import TunablePrompt, _replaced
@@ -53,7 +54,14 @@ CLASSES = ("cat", "dog", "coffee mug", "space rocket", "daisy", "bus", "violin")
 TEMPLATE = "a photo of a {}."
 FEATURE_STREAMS = ("tda", "dmn", "boostadapter", "onzeta", "ecalp", "dpe", "dota", "oga")
 STREAM = {*FEATURE_STREAMS, "dynaprompt"}
-SMALL = MethodOptions(preset="small", steps=3, precision="fp32", views=8)
+
+
+def run_options(run: dict[str, Any] | None = None, **student: Any) -> MethodOptions:
+    """A run's options, of which `student` are the student's; as a run it reads all locations if nothing is said."""
+    return MethodOptions(student=StudentOptions(**{"queries": "all", **student}), **(run or {}))
+
+
+SMALL = run_options({"views": 8}, preset="small", steps=3, precision="fp32")
 
 
 @functools.cache
@@ -158,7 +166,7 @@ def test_settings_say_what_is_distilled_only_where_it_is_not_the_token_alone() -
     assert (settings["apm:distil=grid"]["distil"], settings["apm:distil=grid"]["readout"]) == ("grid", "mean")
     coloured = create_method("apm:rgb_weight=0.5", SMALL)
     assert coloured.settings["rgb_weight"] == 0.5 and coloured.name == "apm[rgb_weight=0.5]"
-    assert create_method("apm", MethodOptions(distil="both")).name == "apm[both]"
+    assert create_method("apm", run_options(distil="both")).name == "apm[both]"
     for spec, words in (
         ("apm:distil=grid,target=mta", "has no loss for it; add distil=both"),
         ("apm:distil=grid,readout=query", "nothing trains the object query"),
@@ -327,13 +335,15 @@ def test_variants_of_one_method_have_names_of_their_own() -> None:
     assert names[4].startswith("apm[best,")
     assert names[4].endswith(",keep=0.5]")
     assert names[5] == "tpt[steps=0]"
-    assert create_method("apm", MethodOptions(target="mean", views=32)).name == "apm[mean,32]"
+    assert create_method("apm", run_options({"views": 32}, target="mean")).name == "apm[mean,32]"
     with pytest.raises(UsageError, match=r'"apm\[mta,16\]" is given twice'):
         create_methods(["apm:target=mta", "apm:views=16,target=mta"])
 
 
 def test_what_stands_behind_the_name_wins_over_the_run() -> None:
-    method = create_method("apm:steps=9,target=mean", MethodOptions(steps=4, target="mta", views=16, seed=5, lr=0.01))
+    method = create_method(
+        "apm:steps=9,target=mean", run_options({"views": 16, "seed": 5}, steps=4, target="mta", lr=0.01)
+    )
     expected = {"steps": 9, "target": "mean", "aggregate": "mean", "views": 16, "seed": 5, "lr": 0.01}
     assert expected.items() <= dict(method.settings).items()
 
@@ -420,7 +430,7 @@ def test_apm_gives_losses_and_its_token_turns_to_the_target() -> None:
 
 def test_apm_records_steps_and_the_last_is_the_answer() -> None:
     batch = make_batch(2)
-    answer = create_method("apm", MethodOptions(preset="small", steps=3, record_steps=True)).predict(batch)
+    answer = create_method("apm", run_options({"record_steps": True}, preset="small", steps=3)).predict(batch)
     assert answer.step_logits is not None
     assert answer.step_logits.shape == (2, 4, len(CLASSES))
     torch.testing.assert_close(answer.step_logits[:, -1], answer.logits)
@@ -732,16 +742,16 @@ def test_the_runs_number_of_locations_is_used_recorded_and_named() -> None:
         ({}, "apm", None, "apm"),
         ({"queries": 9}, "apm", 9, "apm[queries=9]"),
         ({"queries": 9}, "apm:queries=5", 5, "apm[queries=5]"),
-        ({"queries": 9}, "apm:queries=none", None, "apm[queries=none]"),
+        ({"queries": 9}, "apm:queries=all", None, "apm[queries=all]"),
         ({"queries": "auto"}, "apm", FEWER["small"], f"apm[queries={FEWER['small']}]"),
         ({"queries": "auto"}, "apm:distil=both", None, "apm[both]"),
     ):
-        method = create_method(spec, MethodOptions(preset="small", steps=2, **options))  # type: ignore[arg-type]
+        method = create_method(spec, run_options(preset="small", steps=2, **options))
         assert (method.settings["queries"], method.name) == (queries, name)
     few, every = (
-        create_method("apm", MethodOptions(preset="small", steps=2, queries=queries)).predict(make_batch(1))
+        create_method("apm", run_options(preset="small", steps=2, queries=queries)).predict(make_batch(1))
         for queries in (9, "all")
     )
     assert not torch.equal(few.logits, every.logits)
     with pytest.raises(UsageError, match='queries is "0"'):
-        create_method("apm", MethodOptions(queries=0))
+        create_method("apm", run_options(queries=0))

@@ -22,7 +22,8 @@ from apm.benchmarks.speed.options import TINY, Options
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.student.model import draw_parameters
-from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import TestTimeTrainer
 
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("precision", ["fp32", "bf16"])

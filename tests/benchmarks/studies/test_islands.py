@@ -16,7 +16,7 @@ from apm.benchmarks.studies import islands as study
 from apm.benchmarks.studies import study as documents
 from apm.cli.main import app
 from apm.student import islands
-from apm.test_time.trainer import AdaptConfig
+from apm.test_time.options import AdaptConfig
 from tests.benchmarks.studies.test_pointing import TINY, ColourTeacher
 
 ADAPT = AdaptConfig(steps=120, lr=1e-4, precision="fp32")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apm.benchmarks.studies import composites, pointing
 from apm.student.config import APMConfig
-from apm.test_time.trainer import AdaptConfig
+from apm.test_time.options import AdaptConfig
 from apm.text.zeroshot import ZeroShotHead
 from tests.fakes import FakeTeacher
 from tests.places import ROOT

@@ -1,0 +1,235 @@
+"""Every setting of a student, declared once: `Classifier`, commands, methods, records and studies read it from here.
+
+A field of `StudentOptions` with a `setting` is an option of ``apm classify`` and ``apm bench``, a setting of the method
+``apm`` (``apm:name=value``), an entry of the records, and a part of a variant's name.
+"""
+
+# No `from __future__ import annotations`: the options of commands are made from the fields' types.
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from apm.errors import UsageError, unknown
+from apm.student.config import PRESETS, APMConfig, Distil, Loss, Precision, Readout
+from apm.test_time.queries import AUTO, check_queries, locations_a_step, parse_queries
+
+if TYPE_CHECKING:
+    import torch
+
+    from apm.test_time.targets import TargetPolicy
+
+Check = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is to be known of a field beside its type and default."""
+
+    help: str
+    default_words: str | None = None
+    """The default in words, where the field's own says too little."""
+    choices: Sequence[str] = ()
+    """The words allowed; none: any value that `check` lets pass."""
+    check: Check | None = None
+    """Raises a `UsageError` for the field's name and a value that cannot work. None is never checked."""
+    parse: Callable[[str], Any] | None = None
+    """Reads the value from text, where its type does not say how."""
+    option: bool = True
+    """Whether commands have an option of it; else it is set by ``apm:name=value`` or in Python only."""
+
+
+def setting(default: Any, text: str, **details: Any) -> Any:
+    """Make a field with a default and a help text; `details` are the other attributes of `Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(help=text, **details)})
+
+
+def settings_of(kind: type) -> dict[str, Setting]:
+    """The settings that a dataclass declares, by field, in order."""
+    return {field.name: field.metadata["setting"] for field in dataclasses.fields(kind)}
+
+
+def text_type(hint: Any) -> Any:
+    """The type that a value of a field is read from text as: a Literal's words are str, and None is left out."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    first = next(kind for kind in kinds if kind is not type(None))
+    return str if typing.get_origin(first) is typing.Literal else first
+
+
+def at_least(minimum: int, because: str = "") -> Check:
+    """Refuse smaller numbers."""
+
+    def check(name: str, value: int) -> None:
+        if value < minimum:
+            raise UsageError(f"{name} must be {minimum} or more, not {value}{because}.")
+
+    return check
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{name} must be a positive number, not {value}.")
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"{name} must be 0 or a positive number, not {value}.")
+
+
+def _queries(_: str, value: int | str) -> None:
+    check_queries(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How each student is trained, as far as a user and the trainer say it in the same words. Schedule: constant.
+
+    Raises:
+        UsageError: a value that cannot work; the message holds it.
+    """
+
+    steps: int = setting(
+        50,  # from the table of steps in the README
+        "Optimisation steps for each image.",
+        check=at_least(1, ": an untrained student is useless"),
+    )
+    lr: float = setting(1e-4, "Adam's learning rate.", check=_positive)
+    distil: Distil = setting(
+        "cls",
+        "What the loss compares: cls (the --target token), grid (the teacher's patch features) or both.",
+        choices=typing.get_args(Distil),
+    )
+    # Modi & Rawat 2024: 0 in test-time training. The colour head ends in a ReLU, which the first draw may shut for a
+    # channel: that channel then stays black, without a gradient.
+    rgb_weight: float = setting(0.0, "Weight of an added loss towards the image's own colours.", check=_not_negative)
+    precision: Precision = setting(
+        "auto",  # bf16 where it is measured to be clearly faster
+        "Number format of the matrix products: auto, fp32 or bf16.",
+        choices=typing.get_args(Precision),
+    )
+    seed: int = setting(0, "Seed of the student's first weights and of the augmented views.", check=at_least(0))
+    loss: Loss = setting("mse", "Loss of the token.", choices=typing.get_args(Loss), option=False)
+    tolerance: float | None = setting(
+        None,
+        "Stop an image early, once its loss (no label is involved) is at or below this.",
+        check=_positive,
+        option=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name, one in settings_of(type(self)).items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if one.choices and value not in one.choices:
+                raise unknown(name, value, one.choices)
+            if one.check is not None:
+                one.check(name, value)
+        if self.distil == "grid" and self.loss != "mse":
+            raise UsageError(
+                f'loss="{self.loss}" is of the token, which has no loss with distil="grid": use distil="both".'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig(TrainingOptions):
+    """What the trainer is told: `StudentOptions.training` makes it of a user's options."""
+
+    queries: int | None = setting(
+        None, "Locations read at each step, drawn afresh: an approximation; None: all.", check=at_least(1), option=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentOptions(TrainingOptions):
+    """Every setting of a student that a user may choose.
+
+    Raises:
+        UsageError: a value that cannot work, or settings that do not go together.
+    """
+
+    preset: str = setting("paper", "The student's size: paper or small.", choices=PRESETS)
+    readout: Readout | None = setting(
+        None,
+        "How the student's token is read: query (attention of a learned object query) or mean (the field's mean).",
+        default_words="query; mean with --distil grid",  # the grid alone would leave the object query as it was drawn
+        choices=typing.get_args(Readout),
+    )
+    queries: int | str = setting(
+        AUTO,
+        "Locations each step reads: all (as in the paper), a number (drawn afresh for each step: faster on a "
+        "CPU, an approximation), or auto (a number on a CPU if a token alone is distilled, else all).",
+        check=_queries,
+        parse=parse_queries,
+    )
+    target: str = setting(
+        "cls",
+        "Which token the student is overfit to: cls (the teacher's token of the image, as in the paper), or "
+        "an aggregate over augmented views: mean, confident, mta; best is the best of them (mta).",
+    )
+    views: int | None = setting(None, "Number of augmented views that --target aggregates.", default_words="16")
+    min_area: float | None = setting(None, "Smallest share of the image's area in a crop.", option=False)
+    keep: float | None = setting(None, "For target=confident: the share of the views kept.", option=False)
+    cls_weight: float | None = setting(
+        None, "Share of the image's own direction blended into the target's.", option=False
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value, and those of the target among themselves."""
+        super().__post_init__()
+        from apm.test_time.targets import check_distilled
+
+        check_distilled(self.target, self.distil)
+        self.policy()
+
+    @property
+    def chosen_readout(self) -> Readout:
+        """The readout: the one given, else what suits what is distilled."""
+        return self.readout or ("mean" if self.distil == "grid" else "query")
+
+    def model(self, dim: int) -> APMConfig:
+        """The student's sizes, for a teacher with tokens of width `dim`."""
+        return APMConfig.preset(self.preset, dim=dim, readout=self.chosen_readout)
+
+    def training(self, device: "torch.device") -> AdaptConfig:
+        """How the student is trained on a device: on it depends what ``queries="auto"`` comes to."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingOptions)}
+        locations = locations_a_step(
+            self.queries,
+            preset=self.preset,
+            readout=self.chosen_readout,
+            distil=self.distil,
+            rgb_weight=self.rgb_weight,
+            device=device,
+        )
+        return AdaptConfig(**shared, queries=locations)
+
+    def policy(self) -> "TargetPolicy":
+        """The named target with what was set for it.
+
+        Raises:
+            UsageError: unknown target, or a setting of views where the target is the image's own token.
+        """
+        from apm.test_time.targets import TargetPolicy, policy
+
+        named = policy(self.target)
+        names = {field.name for field in dataclasses.fields(TargetPolicy)} & set(settings_of(type(self)))
+        changes = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+        if named.kind == "cls" and changes:
+            raise UsageError(
+                f'{", ".join(changes)} with the target "cls", which is the image\'s own token and uses no views; '
+                "choose the target mean, confident, mta or best."
+            )
+        return dataclasses.replace(named, **changes)
+
+    def record(self, device: "torch.device") -> dict[str, Any]:
+        """All settings as they are used on a device, as JSON values; ``queries`` is None for all locations."""
+        policy = dataclasses.asdict(self.policy())
+        del policy["kind"]
+        used = {**dataclasses.asdict(self.training(device)), **policy, "readout": self.chosen_readout}
+        return {**dataclasses.asdict(self), **used}

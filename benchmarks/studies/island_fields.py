@@ -21,7 +21,8 @@ from apm.student.field import resample
 from apm.student.position import grid_locations
 from apm.teachers.base import Teacher
 from apm.test_time.label_maps import LR
-from apm.test_time.trainer import AdaptConfig, TestTimeTrainer
+from apm.test_time.options import AdaptConfig
+from apm.test_time.trainer import TestTimeTrainer
 
 Field = NDArray[np.float32]
 

@@ -145,7 +145,7 @@ class Prediction:
     logits: Tensor
     """(B, C) float32; their softmax is the method's probability of each class. A row with NaN is no answer."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """Figures to record per image, such as ``loss`` and ``cosine``: name → (B,)."""
+    """Figures to record per image, such as ``loss`` and ``entropy_last``: name → (B,)."""
     step_logits: Tensor | None = None
     """(B, K + 1, C) before each of K steps and after the last; only where steps are recorded."""
 

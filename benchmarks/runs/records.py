@@ -297,7 +297,7 @@ def _check_same_answers(cell: str, shards: Sequence[Path]) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):  # logits, step predictions
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):  # logits, extras
         return all(map(_same, one, other))
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-3)  # rounding of other batches, other machines

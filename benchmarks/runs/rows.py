@@ -1,7 +1,7 @@
 """One image answered by one method: what a row is, in memory, in Parquet, and read back as arrays.
 
-`Row` is the one description. The Parquet schema is made from its fields, what a method computes beside its logits is
-recorded where it has a field, and `MethodRows` takes its columns by their names.
+`Row` is the one description. The Parquet schema is made from its fields; what a method computes beside its logits goes
+into the field of that name, or among the extras; `MethodRows` takes its columns by their names.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Row:
     """Prediction before the first step and after each, where per-step predictions were asked for."""
     logits: tuple[float, ...] | None = None
     """The logit of every class, where logits were asked for."""
+    extras: tuple[tuple[str, float], ...] | None = None
+    """What else the method computed, name and figure: entropies before and after tuning, the share of votes, …"""
     error: str | None = None
     """Why there is no answer: the image cannot be decoded, or the numbers are not finite."""
 
@@ -66,6 +68,7 @@ _ARROW = {
     float: pa.float32(),
     tuple[int, ...]: pa.list_(pa.int32()),
     tuple[float, ...]: pa.list_(pa.float32()),
+    tuple[tuple[str, float], ...]: pa.map_(pa.string(), pa.float32()),
 }
 
 

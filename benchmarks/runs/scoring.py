@@ -38,7 +38,8 @@ def score(
     probability = log_probabilities.gather(1, chosen).exp()
     steps = prediction.step_logits
     trails = None if steps is None else steps.detach().cpu().nan_to_num(nan=-torch.inf).argmax(2).tolist()
-    extras = {name: prediction.extras[name].tolist() for name in ROW_SCHEMA.names if name in prediction.extras}
+    figures = {name: values.tolist() for name, values in prediction.extras.items()}
+    own = figures.keys() & set(ROW_SCHEMA.names)  # those that have a column of their own
     rows = []
     for index, item in enumerate(items):
         place: dict[str, Any] = {
@@ -62,7 +63,8 @@ def score(
                 shared_seconds=shared_seconds,
                 step_predictions=None if trails is None else tuple(trails[index]),
                 logits=tuple(logits[index].tolist()) if record_logits else None,
-                **{name: values[index] for name, values in extras.items()},
+                extras=tuple((name, figures[name][index]) for name in figures if name not in own) or None,
+                **{name: figures[name][index] for name in own},
             )
         )
     return rows

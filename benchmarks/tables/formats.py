@@ -16,7 +16,6 @@ import pandas
 from .table import MARKS, Kind, Score, Table, TableRow
 
 NOTHING = "–"
-_KINDS: Mapping[Kind, str] = {"ours": "", "published": "published", "oracle": "ORACLE"}
 
 DETAIL_HEADINGS = ("method", "n", "failed", "agree %", "right→wrong", "wrong→right", "p", "ECE", "NLL", "images/s")
 
@@ -181,6 +180,8 @@ def _bold(text: str, wanted: bool) -> str:
 
 
 _ROW_COLUMNS = ("kind", "method", "teacher", "prompts", "uses_training_data", "source")
+"""Fields of `TableRow` that are the same in all its cells."""
+
 CSV_COLUMNS = (
     "table",
     *_ROW_COLUMNS,
@@ -225,7 +226,7 @@ FORMATS: Mapping[str, Callable[[Sequence[Table]], str]] = {
 
 
 def _name(row: TableRow) -> str:
-    words = [_KINDS[row.kind]] if row.kind == "published" else []
+    words = ["published"] if row.kind == "published" else []
     if row.uses_training_data != "no":
         words.append("with training data" if row.uses_training_data == "yes" else f"uses {row.uses_training_data}")
     return f"{row.method} ({', '.join(words)})" if words else row.method
@@ -292,12 +293,7 @@ def _table_record(table: Table) -> dict[str, Any]:
         "averaged": list(table.averaged),
         "rows": [
             {
-                "kind": row.kind,
-                "method": row.method,
-                "teacher": row.teacher,
-                "prompts": row.prompts,
-                "source": row.source,
-                "uses_training_data": row.uses_training_data,
+                **{name: getattr(row, name) for name in _ROW_COLUMNS},
                 "settings": dict(row.settings),
                 "cells": {column: _score_record(score, row.kind) for column, score in row.cells.items()},
                 "total": None if row.total is None else _score_record(row.total, row.kind),

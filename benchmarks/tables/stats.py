@@ -31,38 +31,6 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
     return float(binomtest(right_to_wrong, flips).pvalue)
 
 
-BINS = 15
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Images sorted by their confidence into equally wide bins; arrays of one number for each bin."""
-
-    count: NDArray[np.int64]
-    """Images."""
-    right: NDArray[np.float64]
-    """How many of them were right."""
-    sure: NDArray[np.float64]
-    """Sum of their confidences: divided by `count`, the accuracy that they claim."""
-
-
-def reliability(confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, bins: int = BINS) -> Reliability:
-    """Sort answers into `bins` equally wide bins of confidence, as a reliability diagram does (Guo et al. 2017).
-
-    Args:
-        confidence: (n,) probability given to the predicted class, in [0, 1].
-        correct: (n,) whether the prediction was right.
-        bins: number of bins.
-    """
-    # Bins are closed on the right, as in the paper: (0, 1/M], (1/M, 2/M], …
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    return Reliability(
-        np.bincount(index, minlength=bins),
-        np.bincount(index, weights=correct, minlength=bins).astype(np.float64),
-        np.bincount(index, weights=confidence, minlength=bins).astype(np.float64),
-    )
-
-
 PER_BIN, MOST_BINS = 25, 10
 """Of a reliability diagram: answers that a bin holds at least (a standard error of 0.1 at most), and bins at most."""
 
@@ -121,6 +89,10 @@ def reliability_bins(
     return bins
 
 
+BINS = 15
+"""Of the expected calibration error, as it is usually published."""
+
+
 def expected_calibration_error(
     confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, bins: int = BINS
 ) -> float:
@@ -134,8 +106,9 @@ def expected_calibration_error(
     Returns:
         Σ over bins of (share of images) · |accuracy - mean confidence|, in [0, 1].
     """
-    binned = reliability(confidence, correct, bins=bins)
-    return float(np.abs(binned.right - binned.sure).sum() / len(confidence))
+    # Bins are closed on the right, as in the paper: (0, 1/M], (1/M, 2/M], …
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return float(np.abs(np.bincount(index, weights=correct - confidence)).sum() / len(confidence))
 
 
 def near_chance(correct: int, n: int, classes: int) -> bool:

@@ -79,7 +79,9 @@ class Plain:
         steps = torch.stack([logits.flip(1), logits, moved], dim=1)  # (B, 3, C)
         numbers = torch.arange(len(batch), dtype=torch.float32)
         return Prediction(
-            logits=moved, extras={"cosine": numbers * 0 + 0.5, "steps": numbers.long() * 0 + 2}, step_logits=steps
+            logits=moved,
+            extras={"cosine": numbers * 0 + 0.5, "steps": numbers.long() * 0 + 2, "entropy": numbers * 0 + 0.25},
+            step_logits=steps,
         )
 
 

@@ -36,7 +36,7 @@ from apm.benchmarks.runs.records import Records
 from apm.benchmarks.runs.rows import MethodRows
 from apm.benchmarks.tables.build import make_tables
 from apm.benchmarks.tables.formats import DETAIL_HEADINGS, details, grid
-from apm.benchmarks.tables.stats import expected_calibration_error, reliability, reliability_bins
+from apm.benchmarks.tables.stats import reliability_bins
 from apm.benchmarks.tables.table import Table, TableRow
 from apm.cli.main import app
 from apm.errors import UsageError
@@ -238,18 +238,6 @@ def test_what_is_not_recorded_is_said(levels: Path, tmp_path: Path) -> None:
     assert "No predictions of each step for apm, apm[mta,8]: make them with apm bench --record-steps." in said
     (cosine, loss) = sections.last_step(count(1), name_rows(tables_of(baseline)))[0].charts
     assert {row[1] for row in cosine.sheet.rows} == {row[1] for row in loss.sheet.rows} == {"apm", "apm[mta,8]"}
-
-
-def test_reliability_bins_give_the_calibration_error() -> None:
-    draw = np.random.default_rng(0)
-    sure, right = draw.random(500), draw.random(500) < 0.6
-    bins = reliability(sure, right)
-    assert bins.count.sum() == 500 and bins.right.sum() == right.sum()
-    assert bins.sure.sum() == pytest.approx(sure.sum())
-    inside = [(sure > place / 15) & (sure <= (place + 1) / 15) for place in range(15)]
-    apart = sum(abs(float(right[bin_].sum() - sure[bin_].sum())) for bin_ in inside)
-    assert [int(bin_.sum()) for bin_ in inside] == bins.count.tolist()
-    assert expected_calibration_error(sure, right) == pytest.approx(apart / 500)
 
 
 def answers_of(row: TableRow) -> list[MethodRows]:

@@ -75,6 +75,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
         shared_seconds=0.5,
         step_predictions=(0, 3),
         logits=(0.5, -1.0),
+        extras=(("entropy_first", 0.5), ("entropy_last", 0.25)),
     )
     failed = Row(id="c", position=8, label=0, method="m", error="cut off")
     path = folder.append("imagenet-c/fog/5", [whole, failed])
@@ -83,6 +84,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     assert found[0] == {name: getattr(whole, name) for name in ROW_SCHEMA.names} | {
         "step_predictions": [0, 3],
         "logits": [0.5, -1.0],
+        "extras": [("entropy_first", 0.5), ("entropy_last", 0.25)],
     }
     assert found[1] == {name: getattr(failed, name) for name in ROW_SCHEMA.names}
     assert pq.read_schema(path).metadata[b"apm.schema"] == b"1"
@@ -329,7 +331,9 @@ def test_the_same_answer_twice_is_one(tmp_path: Path) -> None:
     assert len(found) == 4
 
 
-@pytest.mark.parametrize("change", [{"prediction": 1}, {"label": 0}, {"nll": 1.6}, {"error": "cut off"}])
+@pytest.mark.parametrize(
+    "change", [{"prediction": 1}, {"label": 0}, {"nll": 1.6}, {"extras": (("a", 2.0),)}, {"error": "cut off"}]
+)
 def test_two_answers_that_differ_are_named_with_their_files(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = RunFolder(tmp_path)
     folder.write_run(minimal_run())

@@ -74,7 +74,7 @@ def test_rows_hold_what_an_independent_computation_gives(tmp_path: Path) -> None
         assert row["probability"] == pytest.approx(float(probabilities.max()), rel=1e-5)
         assert row["nll"] == pytest.approx(-math.log(float(probabilities[sample.label])), rel=1e-4)
         assert row["rank"] == sorted(moved.tolist(), reverse=True).index(float(moved[sample.label])) + 1
-        assert (row["cosine"], row["steps"]) == (0.5, 2)
+        assert (row["cosine"], row["steps"], row["extras"]) == (0.5, 2, [("entropy", 0.25)])
         assert row["step_predictions"] == [int(logits.flip(1).argmax()), int(logits.argmax()), int(moved.argmax())]
         assert row["seconds"] >= 0
         assert row["shared_seconds"] > 0

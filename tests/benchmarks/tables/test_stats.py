@@ -41,6 +41,15 @@ def test_calibration_bins_are_closed_on_the_right() -> None:
     assert expected_calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
 
 
+def test_calibration_error_bin_by_bin() -> None:
+    draw = np.random.default_rng(0)
+    sure, right = draw.random(500), draw.random(500) < 0.6
+    inside = [(sure > place / 15) & (sure <= (place + 1) / 15) for place in range(15)]
+    assert sum(int(bin_.sum()) for bin_ in inside) == 500
+    apart = sum(abs(float(right[bin_].sum() - sure[bin_].sum())) for bin_ in inside)
+    assert expected_calibration_error(sure, right) == pytest.approx(apart / 500)
+
+
 def test_near_chance_is_two_standard_errors() -> None:
     classes, n = 10, 900
     limit = n * (0.1 + 2 * sqrt(0.1 * 0.9 / n))

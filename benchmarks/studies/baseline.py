@@ -8,15 +8,16 @@ The folder may be named after it; else it is tests/baseline of this checkout. Se
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..tables.compare import MEASURES, Limits
+from .study import ROOT, argument_parser, run
 
-FOLDER = Path(__file__).resolve().parents[2] / "tests" / "baseline"
+FOLDER = ROOT / "tests" / "baseline"
 
 CELLS = tuple(f"--corruption={name}" for name in ("clean", "gaussian_noise", "contrast", "pixelate"))
 METHODS = tuple(f"--method={name}" for name in ("zero-shot", "tpt", "mta", "zero", "tda", "apm"))
@@ -64,16 +65,14 @@ def check(folder: Path) -> int:
         return subprocess.run([sys.executable, "-m", "apm", "compare", str(new), str(folder), *COMPARE]).returncode
 
 
-def main() -> None:
-    """Read the command line and do it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m apm.benchmarks.studies.baseline", description=__doc__.split("\n")[0]
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and do it; returns the exit code."""
+    parser = argument_parser("baseline", __doc__)
     parser.add_argument("what", choices=("record", "check"))
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
-    arguments = parser.parse_args()
-    sys.exit({"record": record, "check": check}[arguments.what](arguments.folder))
+    options = parser.parse_args(arguments)
+    return {"record": record, "check": check}[options.what](options.folder)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -9,9 +9,10 @@ each run is a folder of `apm bench … --method zero-shot`. Every figure of the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from apm.images.files import write_atomically
 
 from ..runs.records import Records
 from ..tables.build import make_tables
+from .study import argument_parser, run
 
 CARD = """\
 # The embedded teacher
@@ -149,9 +151,9 @@ def card(folder: Path, runs: dict[str, Path]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.model_card", description=__doc__)
+    parser = argument_parser("model_card", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run", action="append", required=True, metavar="NAME=RUN")
     options = parser.parse_args(arguments)
@@ -160,4 +162,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

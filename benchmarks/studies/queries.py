@@ -1,23 +1,21 @@
-"""Does reading fewer locations change an answer? `python -m apm.benchmarks.studies.queries run FOLDER… --rows FILE`.
+"""Does reading fewer locations change an answer? `python -m apm.benchmarks.studies.queries --root DIR --rows FILE`.
 
 Adapts a student to each photograph, clean and corrupted, once reading all locations at each step and once fewer, as
 `apm classify` would without options, and compares the first labels. No label of a photograph is needed. Every
 adaptation is one line of the rows file: run again, the command goes on from there; with ``--offset`` and ``--limit``
-parts go to several machines. `record` makes the record of one or more rows files:
+parts go to several machines. Without ``--root`` rows files are summed up to the record:
 
-    python -m apm.benchmarks.studies.queries run photos --preset paper --rows paper.jsonl
-    python -m apm.benchmarks.studies.queries run photos --preset small --rows small.jsonl
-    python -m apm.benchmarks.studies.queries record paper.jsonl small.jsonl --out queries-agreement.json
+    python -m apm.benchmarks.studies.queries --root photos --preset paper --rows paper.jsonl
+    python -m apm.benchmarks.studies.queries --root photos --preset small --rows small.jsonl
+    python -m apm.benchmarks.studies.queries --rows paper.jsonl small.jsonl --record queries-agreement.json
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import shlex
 import sys
-import time
+from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ from apm.images.files import write_atomically
 from apm.images.load import load_image, student_input
 from apm.images.paths import images_below
 from apm.labels import label_set, prompt_templates
-from apm.student.config import PRESETS, APMConfig
+from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.options import AdaptConfig
@@ -40,7 +38,8 @@ from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
 from ..corruptions import CORRUPTIONS, CROP, VERSION, corrupt_image
-from ..runs.environment import describe, write_record
+from ..runs.environment import describe
+from .study import Options, Record, Study, each, markdown, numbers, run
 
 ALL = "all"
 LEVEL = 5
@@ -68,30 +67,30 @@ def states(number: int, name: str, image: Image.Image, seed: int) -> Iterator[tu
     yield f"{corruption}/{LEVEL}", corrupt_image(image, corruption, LEVEL, seed=seed, image_id=name, resize=CROP)
 
 
-class Study:
+class Rows:
     """The adaptations that are still to be made, and the file they go to.
 
     Args:
         rows: the file; continued when it is there.
         settings: what the answers depend on; its first line.
+        command: that makes them.
 
     Raises:
         UsageError: the file holds rows of other settings.
     """
 
-    def __init__(self, rows: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, rows: Path, settings: dict[str, Any], command: str) -> None:
         earlier = read_rows(rows) if rows.exists() and rows.stat().st_size else None
         if earlier is not None and earlier[0]["settings"] != settings:
             raise UsageError(f"{rows} holds rows of other settings; name another file.\n{earlier[0]['settings']}")
         self._made = {_key(row) for row in earlier[1]} if earlier else set()
-        command = shlex.join(["python", "-m", "apm.benchmarks.studies.queries", *sys.argv[1:]])
         head = earlier[0] if earlier else {"command": command, "settings": settings, "environment": describe()}
         lines = [head, *earlier[1]] if earlier else [head]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(rows, lambda file: file.write(text.encode()))  # without a last line that was cut off
         self._file = rows.open("a", encoding="utf-8")
 
-    def __enter__(self) -> Study:
+    def __enter__(self) -> Rows:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,37 +125,20 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ApmError(f"{path} is no file of rows of this study: {error}") from error
 
 
-def run(
-    found: Sequence[tuple[int, str, Path]],
-    teacher: Teacher,
-    rows: Path,
-    *,
-    preset: str,
-    counts: Sequence[int],
-    steps: int,
-    precision: str,
-    seed: int,
-) -> None:
-    """Make every adaptation that has no row yet: of each photograph and state, all locations and each of `counts`."""
+def adapt(found: Sequence[tuple[int, str, Path]], options: Options) -> None:
+    """Make every adaptation that has no row yet: of each photograph and state, all locations and each of the counts."""
+    teacher = load_teacher(options.teacher)
     head = ZeroShotHead.build(teacher, *_default_texts(teacher))
-    config = APMConfig.preset(preset, dim=teacher.dim)
-    compared: list[int | str] = [ALL, *counts]
+    config = APMConfig.preset(options.preset, dim=teacher.dim)
+    common = {"steps": options.steps, "precision": options.precision, "seed": options.seed}
     trainers = {
-        count: TestTimeTrainer(
-            config,
-            AdaptConfig(
-                steps=steps,
-                precision=precision,  # type: ignore[arg-type]
-                seed=seed,
-                queries=count if isinstance(count, int) else None,
-            ),
-        )
-        for count in compared
+        count: TestTimeTrainer(config, AdaptConfig(**common, queries=None if count == ALL else int(count)))
+        for count in (ALL, *options.counts)
     }
     settings: dict[str, Any] = {
-        "preset": preset,
-        "steps": steps,
-        "seed": seed,
+        "preset": options.preset,
+        "steps": options.steps,
+        "seed": options.seed,
         "teacher": teacher.identity,
         "level": LEVEL,
         "corruptions": VERSION,
@@ -164,24 +146,25 @@ def run(
         "templates": list(head.templates),
         "precision": trainers[ALL].precision,
     }
-    began = time.monotonic()
-    with Study(rows, settings) as study:
-        for turn, (number, name, path) in enumerate(found, 1):
+    with Rows(options.rows[0], settings, options.command) as rows:
+
+        def one(photograph: tuple[int, str, Path]) -> None:
+            number, name, path = photograph
             try:
                 picture = load_image(path).image
             except ImageError as error:
                 print(f"error: {error}", file=sys.stderr)
-                continue
-            for state, image in states(number, name, picture, seed):
-                wanted = [count for count in compared if study.wants(name, state, count)]
+                return
+            for state, image in states(number, name, picture, options.seed):
+                wanted = {count: trainer for count, trainer in trainers.items() if rows.wants(name, state, count)}
                 if wanted:
-                    _adapt(study, teacher, head, {count: trainers[count] for count in wanted}, name, state, image)
-            passed = time.monotonic() - began
-            print(f"{turn} of {len(found)} photographs, {passed:.0f} s", file=sys.stderr, flush=True)
+                    _adapt(rows, teacher, head, wanted, name, state, image)
+
+        each(found, one, "photographs")
 
 
 def _adapt(
-    study: Study,
+    made: Rows,
     teacher: Teacher,
     head: ZeroShotHead,
     trainers: dict[int | str, TestTimeTrainer],
@@ -196,7 +179,7 @@ def _adapt(
         result = trainer.adapt(student_input(image, trainer.model.image_size)[None], target)
         told = {"cosine": float(result.final_cosines[0]), "seconds": result.seconds}
         first = _first_two(head, result.tokens)
-        study.add({"photograph": name, "state": state, "queries": count, "teacher": theirs, **first, **told})
+        made.add({"photograph": name, "state": state, "queries": count, "teacher": theirs, **first, **told})
 
 
 def _default_texts(teacher: Teacher) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -210,7 +193,7 @@ def _first_two(head: ZeroShotHead, token: Tensor) -> dict[str, Any]:
     return {"first": first, "probability": p, "margin": p - q}
 
 
-def record(files: Sequence[Path], command: str) -> dict[str, Any]:
+def summed(files: Sequence[Path]) -> Record:
     """Count, for each preset, state and number of locations, the first labels that are not those of all locations.
 
     Raises:
@@ -228,9 +211,7 @@ def record(files: Sequence[Path], command: str) -> dict[str, Any]:
         commands.append(head["command"])
     cells = [cell for preset, rows in by_preset.items() for cell in _cells(preset, rows)]
     return {
-        "command": command,
         "commands_of_the_rows": commands,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "settings": {preset: head["settings"] for preset, head in heads.items()},
         "environment": {preset: head["environment"] for preset, head in heads.items()},
         "cells": cells,
@@ -284,44 +265,62 @@ def _fewest(preset: str, cells: Sequence[dict[str, Any]]) -> int | None:
     return min((count for count, good in zip(by_count, held, strict=True) if good), default=None)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.queries", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    go = commands.add_parser("run", help="adapt, and write a row for each adaptation")
-    go.add_argument("folders", type=Path, nargs="+", help="photographs in and below them")
-    go.add_argument("--rows", type=Path, required=True, help="the file of rows; continued when it is there")
-    go.add_argument("--teacher", default="embedded")
-    go.add_argument("--preset", choices=PRESETS, default="paper")
-    go.add_argument("--counts", default="64", help="numbers of locations to compare with all: 64,128")
-    go.add_argument("--offset", type=int, default=0, help="first photograph of this part")
-    go.add_argument("--limit", type=int, default=300, help="photographs of this part")
-    go.add_argument("--steps", type=int, default=AdaptConfig().steps)
-    go.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    go.add_argument("--seed", type=int, default=0)
-    summing = commands.add_parser("record", help="sum rows files up")
-    summing.add_argument("rows", type=Path, nargs="+")
-    summing.add_argument("--out", type=Path, help="where to write the record; standard output without it")
-    options = parser.parse_args(arguments)
-    if options.command == "record":
-        command = "python -m apm.benchmarks.studies.queries record " + " ".join(path.name for path in options.rows)
-        write_record(record(options.rows, command), options.out)
-        return
-    found = [(number, *one) for number, one in enumerate(photographs(options.folders, options.seed))]
-    part = found[options.offset : options.offset + options.limit]
-    if not part:
-        parser.error(f"{len(found)} photographs were found, and none from {options.offset} on.")
-    run(
-        part,
-        load_teacher(options.teacher),
-        options.rows,
-        preset=options.preset,
-        counts=[int(count) for count in options.counts.split(",")],
-        steps=options.steps,
-        precision=options.precision,
-        seed=options.seed,
+def table(record: Record) -> str:
+    """One markdown table: a row for each preset, state and number of locations."""
+    titles = ("student", "photographs", "locations", "number", "first label changed", "largest change of probability")
+    rows = (
+        (
+            *(cell[name] for name in ("preset", "state", "queries", "photographs")),
+            len(cell["changed"]),
+            "" if cell["largest_change_of_probability"] is None else f"{cell['largest_change_of_probability']:.1e}",
+        )
+        for cell in record["cells"]
     )
+    return markdown(titles, rows, text=2)
 
+
+def measure(options: Options) -> Record:
+    """Adapt to the photographs, where there are some, and sum up all rows.
+
+    Raises:
+        UsageError: there are no photographs, or not one file to put their rows in.
+    """
+    if not options.rows or (options.root is not None and len(options.rows) > 1):
+        raise UsageError("Name with --rows the file that the rows of one run go into, or those to be summed up.")
+    if options.root is not None:
+        folders = [options.root, *options.folders]
+        found = [(number, *one) for number, one in enumerate(photographs(folders, options.seed))]
+        part = found[options.offset : options.offset + options.limit]
+        if not part:
+            raise UsageError(f"{len(found)} photographs were found, and none from {options.offset} on.")
+        adapt(part, options)
+    return summed(options.rows)
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folders", type=Path, nargs="*", help="more photographs, in and below them")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="file of rows; continued when it is there")
+    parser.add_argument("--counts", type=numbers, default=[64], help="locations to compare with all: 64,128")
+    parser.add_argument("--offset", type=int, default=0, help="first photograph of this part")
+
+
+STUDY = Study(
+    name="queries",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    arguments=_arguments,
+    shared={
+        "root": None,
+        "teacher": "embedded",
+        "preset": "paper",
+        "steps": AdaptConfig().steps,
+        "precision": "auto",
+        "limit": 300,
+        "seed": 0,
+    },
+    results="queries-agreement.json",
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(STUDY.main))

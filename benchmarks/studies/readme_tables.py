@@ -6,33 +6,29 @@ to the other.
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apm.errors import UsageError
-from apm.images.files import write_atomically
 
 from ..runs.records import Records, RunFolder
 from ..runs.rows import MethodRows
+from ..tables import formats
 from ..tables.build import make_tables
-from ..tables.formats import markdown
 from ..tables.stats import mcnemar, standard_error
 from ..tables.table import Table
 from . import choose_target
+from .study import RESULTS, ROOT, argument_parser, fill, markdown, plus_minus, run
 
-HERE = Path(__file__).parent.parent
-RESULTS = HERE / "results"
-DOCUMENT = HERE / "README.md"
+DOCUMENT = ROOT / "benchmarks" / "README.md"
 TINY, CROSS, CHOICE = ("tiny-clean", "tiny-corrupted"), "cross-dataset", "choose-target.json"
 PAPER_TARGET = "apm"
-_MARKER = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def groups(tiny: Table, cross: Table) -> dict[str, list[tuple[Table, str]]]:
@@ -60,10 +56,7 @@ def right(parts: Sequence[MethodRows]) -> NDArray[np.bool_]:
 
 def paired(tiny: Table, cross: Table, reference: str, methods: Sequence[str]) -> str:
     """Each method against ``reference`` on the same images: a markdown table, one row a group and method."""
-    lines = [
-        f"| images | method | n | top-1 | {reference} | lost | won | p |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for name, cells in groups(tiny, cross).items():
         before = right(answers(cells, reference))
         n = len(before)
@@ -71,37 +64,34 @@ def paired(tiny: Table, cross: Table, reference: str, methods: Sequence[str]) ->
             after = right(answers(cells, method))
             lost, won = int((before & ~after).sum()), int((~before & after).sum())
             share, base = float(after.mean()), float(before.mean())
-            lines.append(
-                f"| {name} | {method} | {n} | {100 * share:.1f} ± {100 * standard_error(share, n):.1f} | "
-                f"{100 * base:.1f} | {lost} | {won} | {mcnemar(lost, won):.2g} |"
-            )
-    return "\n".join(lines)
+            score = plus_minus((100 * share, 100 * standard_error(share, n)), 1)
+            rows.append((name, method, n, score, f"{100 * base:.1f}", lost, won, f"{mcnemar(lost, won):.2g}"))
+    return markdown(("images", "method", "n", "top-1", reference, "lost", "won", "p"), rows, text=2)
 
 
 def student(tiny: Table, cross: Table, method: str) -> str:
     """How far a student departs from its teacher, and how sure the teacher's neighbourhood was: a markdown table."""
-    lines = [
-        "| images | n | agree % | cosine, median | cosine, least | right→wrong | wrong→right | p | "
-        "probability where they agree | where they differ |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, cells in groups(tiny, cross).items():
-        parts = answers(cells, method)
+    titles = (
+        *("images", "n", "agree %", "cosine, median", "cosine, least", "right→wrong", "wrong→right", "p"),
+        *("probability where they agree", "where they differ"),
+    )
+    return markdown(titles, ((name, *_student(answers(cells, method))) for name, cells in groups(tiny, cross).items()))
 
-        def joined(field: str, parts: Sequence[MethodRows] = parts) -> NDArray[np.float64]:
-            return np.concatenate([getattr(part, field) for part in parts])
 
-        same = joined("prediction") == joined("teacher_prediction")
-        teacher, own = joined("teacher_prediction") == joined("label"), right(parts)
-        lost, won = int((teacher & ~own).sum()), int((~teacher & own).sum())
-        sure = joined("probability")
-        apart = f"{np.median(sure[~same]):.2f}" if (~same).any() else ""
-        lines.append(
-            f"| {name} | {len(same)} | {100 * same.mean():.1f} | {np.median(joined('cosine')):.4f} | "
-            f"{joined('cosine').min():.3f} | {lost} | {won} | {mcnemar(lost, won):.2g} | "
-            f"{np.median(sure[same]):.2f} | {apart} |"
-        )
-    return "\n".join(lines)
+def _student(parts: Sequence[MethodRows]) -> Iterator[object]:
+    """The cells of one group."""
+
+    def joined(field: str) -> NDArray[np.float64]:
+        return np.concatenate([getattr(part, field) for part in parts])
+
+    same = joined("prediction") == joined("teacher_prediction")
+    teacher, own = joined("teacher_prediction") == joined("label"), right(parts)
+    lost, won = int((teacher & ~own).sum()), int((~teacher & own).sum())
+    sure = joined("probability")
+    yield from (len(same), f"{100 * same.mean():.1f}")
+    yield from (f"{np.median(joined('cosine')):.4f}", f"{joined('cosine').min():.3f}")
+    yield from (lost, won, f"{mcnemar(lost, won):.2g}", f"{np.median(sure[same]):.2f}")
+    yield f"{np.median(sure[~same]):.2f}" if (~same).any() else ""
 
 
 def commands(*runs: Records) -> str:
@@ -124,18 +114,13 @@ def parts(results: Path = RESULTS) -> Iterator[tuple[str, str]]:
     small, others = [Records.open(results / name) for name in TINY], Records.open(results / CROSS)
     (tiny,), (cross,) = make_tables(small, published=False), make_tables([others], published=False)
     methods = [row.method for row in tiny.rows]
-    yield "tiny", f"{commands(*small)}\n\n{markdown([tiny])}".replace(f"{results}/", "results/")
-    yield "cross", f"{commands(others)}\n\n{markdown([cross])}".replace(f"{results}/", "results/")
+    yield "tiny", f"{commands(*small)}\n\n{formats.markdown([tiny])}".replace(f"{results}/", "results/")
+    yield "cross", f"{commands(others)}\n\n{formats.markdown([cross])}".replace(f"{results}/", "results/")
     yield "helps", paired(tiny, cross, "zero-shot", [name for name in methods if name != "zero-shot"])
     yield "targets", paired(tiny, cross, PAPER_TARGET, [name for name in methods if name.startswith("apm[")])
     yield "student", student(tiny, cross, PAPER_TARGET)
     choice = json.loads((results / CHOICE).read_text(encoding="utf-8"))
     yield "choice", f"    {choice['command']}\n\n{choose_target.table(choice)}"
-
-
-def filled(document: str, texts: Mapping[str, str]) -> str:
-    """Put each text between its markers."""
-    return _MARKER.sub(lambda match: f"{match[1]}{texts[match[2]].rstrip()}\n{match[3]}", document)
 
 
 def collect(run: Path, results: Path = RESULTS) -> None:
@@ -151,14 +136,15 @@ def collect(run: Path, results: Path = RESULTS) -> None:
     target.write_run(record)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.studies.readme_tables", description=__doc__)
+    parser = argument_parser("readme_tables", __doc__)
     parser.add_argument("--collect", type=Path, nargs="+", default=[], metavar="RUN", help="first take these runs in")
-    for run in parser.parse_args().collect:
-        collect(run)
-    write_atomically(DOCUMENT, filled(DOCUMENT.read_text(encoding="utf-8"), dict(parts())).encode())
+    for run_folder in parser.parse_args(arguments).collect:
+        collect(run_folder)
+    for name, text in parts():
+        fill(DOCUMENT, f"measured: {name}", text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -120,7 +120,7 @@ class Study:
         """Measure, and put beside it the command, the date, the commit and the machine."""
         header = {"command": options.command, "date": time.strftime("%Y-%m-%d", time.gmtime())}
         found = self.measure(options)
-        return {**header, **found, "environment": describe(getattr(options, "device", "cpu"))}
+        return {**header, "environment": describe(getattr(options, "device", "cpu")), **found}
 
     def tables(self, records: Sequence[Record]) -> str:
         """Markdown of some records."""
@@ -140,11 +140,22 @@ def argument_parser(name: str, question: str | None) -> argparse.ArgumentParser:
     )
 
 
+def numbers(text: str) -> list[int]:
+    """For argparse: 1,2,4."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"numbers from 1 on, separated by commas, not {text}")
+    return found
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Call a module's main function, mistakes told without a traceback; returns the exit code."""
     try:
         return main() or 0
-    except ApmError as error:
+    except (ApmError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

@@ -29,7 +29,7 @@ def run(photos: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -
     teacher = FakeTeacher(default_labels=("cat", "dog", "bird"))
     monkeypatch.setattr(queries, "load_teacher", lambda name: teacher)
     fast = ("--preset", "small", "--steps", "2", "--precision", "fp32", "--counts", "9")
-    queries.main(["run", str(photos), "--rows", str(rows), *fast, *more])
+    queries.STUDY.main(["--root", str(photos), "--rows", str(rows), *fast, *more])
 
 
 def test_it_is_continued_and_parts_are_summed_up(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_it_is_continued_and_parts_are_summed_up(photos: Path, tmp_path: Path, m
     assert drop == [{**row, "seconds": 0} for row in rows]
     run(photos, first, monkeypatch, "--limit", "2")
     run(photos, second, monkeypatch, "--offset", "2", "--limit", "2")
-    ours, parts = (queries.record(files, "x")["cells"] for files in ([whole], [first, second]))
+    ours, parts = (queries.summed(files)["cells"] for files in ([whole], [first, second]))
     for cell in (*ours, *parts):
         del cell["seconds"]
     assert ours == parts
@@ -61,7 +61,7 @@ def test_other_settings_are_refused(photos: Path, tmp_path: Path, monkeypatch: p
         run(photos, rows, monkeypatch, "--limit", "1", "--seed", "1")
     run(photos, others, monkeypatch, "--limit", "1", "--seed", "1")
     with pytest.raises(ApmError, match="other settings"):
-        queries.record([rows, others], "x")
+        queries.summed([rows, others])
 
 
 def test_a_changed_first_label_is_counted_and_named(tmp_path: Path) -> None:
@@ -74,11 +74,27 @@ def test_a_changed_first_label_is_counted_and_named(tmp_path: Path) -> None:
                 {"photograph": name, "state": state, "queries": count, "first": first, "probability": 0.5, **common}
             )
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record = queries.record([rows], "x")
+    record = queries.summed([rows])
     changed = {(cell["state"], cell["queries"]): cell["changed"] for cell in record["cells"]}
     assert changed["clean", 16] == [{"photograph": "b", "state": "clean", "margin": 0.1}]
     assert changed["clean", 64] == changed["corrupted", 16] == []
     assert record["fewest_without_a_change"] == {"small": 64}
+    assert "| small | clean | 16 | 2 | 1 | 0.0e+00 |" in queries.table(record)
+
+
+def test_the_record_says_where_the_rows_were_made(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    run(photos, rows, monkeypatch, "--limit", "1")
+    made = json.loads(capsys.readouterr().out)
+    (command,) = made["commands_of_the_rows"]
+    assert command.startswith("python -m apm.benchmarks.studies.queries --root photos --rows rows.jsonl --preset small")
+    queries.STUDY.main(["--rows", str(rows), "--record", str(tmp_path / "r.json")])
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["cells"] == made["cells"] and set(record["environment"]) == {"small"}
+    with pytest.raises(UsageError, match="3 photographs were found, and none from 7 on"):
+        run(photos, rows, monkeypatch, "--offset", "7")
 
 
 def test_what_auto_reads_is_what_the_record_allows() -> None:

@@ -33,9 +33,10 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Count parameters, floating-point operations and memory from the shapes, confirm them, and time a step.
+    """Count parameters, floating-point operations and memory, and time a step.
 
-    Operations are those of matrix products; "counted by torch" is what torch's own counter sees in a real step.
+    Parameters and memory are counted from the shapes, and again in a real student. Operations are those of matrix
+    products, as torch's own counter sees them.
     """
     if dim is not None and dim < 1:
         raise UsageError(f"--dim must be 1 or more, not {dim}.")
@@ -112,12 +113,16 @@ def text(
         return view
 
     config = student.config
-    counts = table("student", "parameters", "GFLOP/step", "plain form", "published loop")
-    forms = (student.step, student.plain, student.published)
+    counts = table("student", "parameters")
     for part, parameters in student.parameters.items():
-        counts.add_row(part, f"{parameters:,}", *(_giga(form[part]) for form in forms))
-    counts.add_row("all", f"{sum(student.parameters.values()):,}", *(_giga(sum(form.values())) for form in forms))
-    counts.add_row("counted by torch", f"{student.counted_parameters:,}", _giga(student.counted_step), "", "")
+        counts.add_row(part, f"{parameters:,}")
+    counts.add_row("all", f"{sum(student.parameters.values()):,}")
+    counts.add_row("really there", f"{student.counted_parameters:,}")
+    operations = table("one step, counted by torch", "GFLOP")
+    operations.add_row("this package", _giga(student.step))
+    operations.add_row("of these, the two middle layers", _giga(student.middle))
+    operations.add_row("plain form", _giga(student.plain))
+    operations.add_row("published loop", _giga(student.published))
     memory = table("memory of one student", "MB")
     for purpose, size in student.memory.items():
         memory.add_row(purpose, f"{size / 1e6:,.1f}")
@@ -128,9 +133,10 @@ def text(
         f"{preset} student: D = {config.dim}, {config.grid} × {config.grid} locations, readout {config.readout}, "
         f"products in {student.precision}",
         as_text(counts),
+        as_text(operations),
         as_text(memory),
         f"one step on {device}: {1e3 * median:,.1f} ms (median of {seconds['n']}), "
-        f"{student.counted_step / median / 1e9:,.0f} GFLOP/s",
+        f"{student.step / median / 1e9:,.0f} GFLOP/s",
     ]
     if teacher is not None:
         towers = table("teacher", "parameters", "GFLOP")

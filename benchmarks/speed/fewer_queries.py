@@ -96,7 +96,7 @@ def sweep_queries(
                 "mcnemar_p": mcnemar(lost, won),
                 "cosine": spread(found[count]["cosine"]),
                 "seconds": spread(found[count]["seconds"]),
-                "flops": sum(step_flops(config, count).values()),
+                "flops": step_flops(config, count),
                 "step": parts_of_a_step(options, config, count),
             }
         )

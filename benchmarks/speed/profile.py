@@ -1,7 +1,8 @@
-"""Parameters, floating-point operations and memory, counted from shapes, and torch's own counts to confirm them.
+"""Parameters and memory, counted from shapes and confirmed by a real student; floating-point operations, by torch.
 
-Operations are those of matrix products and convolutions, two for each multiply-add, as torch's counter counts them:
-additions, ReLUs, softmaxes, outer products and Adam (element-wise all) are none.
+Operations are those of matrix products and convolutions, two for each multiply-add: additions, ReLUs, softmaxes, outer
+products and Adam (element-wise all) are none. They are counted on torch's device ``meta``, where tensors have shapes
+and no numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,10 +23,12 @@ from apm.student.engine_losses import Locations
 from apm.student.model import APM, parameter_shapes
 from apm.teachers.base import Teacher
 
+from .options import images_and_targets, loaded_engine
+from .published_loop import COPIES, PublishedLoop
+
+_META = torch.device("meta")
 ADAM_BYTES = 28
 """Memory traffic of one Adam step per parameter: weight and both moments read and written, gradient read; float32."""
-COPIES = 8
-"""Identical copies of the image in a batch of the published loop."""
 
 _PARTS = {
     "trigger column": ("column.",),
@@ -34,7 +38,6 @@ _PARTS = {
     "feature head and readout": ("mlp.head.", "readout."),
     "RGB head": ("rgb_head.",),
 }
-PARTS = tuple(_PARTS)
 
 
 def student_parameters(config: APMConfig) -> dict[str, int]:
@@ -51,66 +54,31 @@ def trained_parameters(config: APMConfig) -> int:
     return sum(student_parameters(config).values()) - student_parameters(config)["RGB head"]
 
 
-def forward_flops(config: APMConfig, queries: int | None = None) -> dict[str, int]:
-    """Operations of `apm.student.engine.Engine.evaluate` for one student, by part; at ``queries`` locations or all."""
-    n, (h1, h2, h3), dim, heads = queries or config.cells, config.hidden, config.dim, config.heads
-    layer1 = 2 * config.cells * h1  # the column's share
-    layer1 += 2 * config.grid * config.position_dim * h1  # the share of every row and of every column of the grid
-    layer1 += 2 * n * 2 * config.grid * h1  # their sum at every location
-    query = 8 * dim**2 + 4 * heads * (dim * h3 + n * h3 + n * dim)
-    return {
-        "trigger column": 2 * 3 * config.patch_size**2 * config.cells,
-        "layer 1": layer1,
-        "layer 2": 2 * n * h1 * h2,
-        "layer 3": 2 * n * h2 * h3,
-        "feature head and readout": query if config.readout == "query" else 2 * dim * h3,
-        "RGB head": 0,
-    }
-
-
-def step_flops(config: APMConfig, queries: int | None = None) -> dict[str, int]:
-    """Operations of `apm.student.engine.Engine.step` (forward and backward) for one student, by part."""
-    n, h3, dim, heads = queries or config.cells, config.hidden[2], config.dim, config.heads
-    forward = forward_flops(config, queries)
-    query = 8 * dim**2 + heads * (8 * dim * h3 + 8 * n * h3 + 4 * n * dim)
-    backward = {
-        # the image needs no gradient; nor do the position codes; the column does, and its outer product is no product
-        "trigger column": forward["trigger column"],
-        "layer 1": forward["layer 1"],
-        "layer 2": 2 * forward["layer 2"],
-        "layer 3": 2 * forward["layer 3"],
-        "feature head and readout": query if config.readout == "query" else 2 * dim * h3,
-        "RGB head": 0,
-    }
-    return {part: forward[part] + backward[part] for part in PARTS}
-
-
 def middle_flops(config: APMConfig, queries: int | None = None) -> int:
-    """The part of `step_flops` that no rearrangement removes: the two middle layers. 64.4e9 at the paper's sizes."""
-    step = step_flops(config, queries)
-    return step["layer 2"] + step["layer 3"]
+    """Operations of a step that no rearrangement removes: layers 2 and 3, three products each. 64.4e9 in the paper's.
+
+    At ``queries`` locations, or all.
+    """
+    h1, h2, h3 = config.hidden
+    return 3 * 2 * (queries or config.cells) * (h1 * h2 + h2 * h3)
 
 
-def plain_flops(config: APMConfig, queries: int | None = None) -> dict[str, int]:
+def step_flops(config: APMConfig, queries: int | None = None) -> int:
+    """Operations of `apm.student.engine.Engine.step` for one student; at ``queries`` locations, or all."""
+    return measured_flops(loaded_engine(config, "fp32", _META, queries=queries).step)
+
+
+def plain_flops(config: APMConfig) -> int:
     """Operations of a step of `apm.student.model.APM` with autograd: a query a location, keys and values projected."""
-    n, (h1, h2, h3), dim = queries or config.cells, config.hidden, config.dim
-    projections = 4 * dim**2 + 4 * n * dim**2  # query and output; keys and values
-    readout = 3 * (projections + 4 * n * dim) if config.readout == "query" else 0
-    return {
-        "trigger column": 2 * 2 * 3 * config.patch_size**2 * config.cells,
-        "layer 1": 3 * 2 * n * (config.cells + config.position_dim) * h1,
-        "layer 2": 3 * 2 * n * h1 * h2,
-        "layer 3": 3 * 2 * n * h2 * h3,
-        "feature head and readout": 3 * 2 * n * h3 * dim + readout,
-        "RGB head": 0,
-    }
+    model = APM(config).to(_META)
+    image, target = images_and_targets(config, 1, _META)
+    return measured_flops(lambda: F.mse_loss(model(image), target).backward())
 
 
-def published_flops(config: APMConfig, copies: int = COPIES) -> dict[str, int]:
-    """Operations of one step of the published loop: the plain form on identical copies, and the RGB head as well."""
-    width = config.rgb_hidden
-    rgb = 3 * 2 * config.cells * width * (config.dim + config.cells + config.position_dim + width + 3)
-    return {part: copies * count for part, count in {**plain_flops(config), "RGB head": rgb}.items()}
+def published_flops(config: APMConfig) -> int:
+    """Operations of one step of the published loop, without the teacher's towers."""
+    everything = COPIES * config.cells  # queries in one chunk: the same products in fewer calls
+    return measured_flops(PublishedLoop(config, *images_and_targets(config, 1, _META), rows=everything).step)
 
 
 def engine_bytes(config: APMConfig, precision: str = "fp32", batch: int = 1) -> dict[str, int]:
@@ -151,16 +119,16 @@ def held_bytes(engine: Engine) -> int:
 
 @dataclass(frozen=True)
 class StudentProfile:
-    """One student, counted from shapes (by part) and by torch (in all)."""
+    """One student: parameters and memory from shapes and really there; operations of a step in each form."""
 
     config: APMConfig
     precision: str
     parameters: dict[str, int]
     counted_parameters: int
-    step: dict[str, int]
-    counted_step: int
-    plain: dict[str, int]
-    published: dict[str, int]
+    middle: int
+    step: int
+    plain: int
+    published: int
     memory: dict[str, int]
     counted_memory: int
 
@@ -178,7 +146,7 @@ class TeacherProfile:
 
 
 def profile_student(config: APMConfig, *, precision: str = "fp32") -> StudentProfile:
-    """Count a student from its shapes, and again from a real one that makes one step."""
+    """Count a student from its shapes, and again a real one."""
     model = APM(config)
     engine = Engine(config, dict(model.state_dict()), precision="bf16" if precision == "bf16" else "fp32")
     return StudentProfile(
@@ -186,8 +154,8 @@ def profile_student(config: APMConfig, *, precision: str = "fp32") -> StudentPro
         precision=precision,
         parameters=student_parameters(config),
         counted_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        middle=middle_flops(config),
         step=step_flops(config),
-        counted_step=measured_flops(engine.step),
         plain=plain_flops(config),
         published=published_flops(config),
         memory=engine_bytes(config, precision),

@@ -18,8 +18,8 @@ from apm.student.config import APMConfig
 from apm.student.model import APM, unfold
 from apm.student.position import grid_locations, position_code
 
-from .profile import COPIES
-
+COPIES = 8
+"""Identical copies of the image in a batch."""
 ROWS = 16
 """Queries that go through the network together."""
 RGB_WEIGHT = 0.0
@@ -55,7 +55,7 @@ class PublishedLoop:
         self.codes = position_code(*where, config.position_dim).to(image)
         self.positions = position_code(*where, config.dim).to(image)
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         """One step; returns the token's loss before it."""
         if self.towers is not None:
             self.towers()
@@ -71,7 +71,7 @@ class PublishedLoop:
         loss = F.mse_loss(token, self.targets)
         (loss + RGB_WEIGHT * F.mse_loss(colours.view_as(self.colours), self.colours)).backward()
         self.adam.step()
-        return loss.item()
+        return loss.detach()
 
 
 def random_towers(device: torch.device) -> Callable[[], object]:

@@ -70,7 +70,7 @@ def sweep_grid(options: Options, grids: Sequence[int] = GRIDS, readouts: Sequenc
                 "side": side,
                 "locations": side**2,
                 "seconds": spread(times),
-                "flops": sum(step_flops(other).values()),
+                "flops": step_flops(other),
             }
         )
         del engine

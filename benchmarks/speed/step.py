@@ -40,9 +40,9 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
     operations: dict[str, int] = {}
     flops = {
         "six products": middle_flops(config),
-        "engine": sum(step_flops(config).values()),
+        "engine": step_flops(config),
         "optimiser": 0,
-        "plain form": sum(plain_flops(config).values()),
+        "plain form": plain_flops(config),
     }
     for precision in options.precisions:
         run, operations[precision] = rate_probe(config, precision, batch, device)
@@ -58,7 +58,7 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
         towers = None if options.quick else random_towers(device)
         published = PublishedLoop(config, *images_and_targets(config, 1, device), towers=towers)
         works["published fp32"] = Work(published.step, published_rounds)
-        flops["published"] = sum(published_flops(config).values()) + (measured_flops(towers) if towers else 0)
+        flops["published"] = published_flops(config) + (measured_flops(towers) if towers else 0)
         recorder.settings |= {"published_towers": TOWERS, "published_texts": TEXTS} if towers else {}
     times = interleaved(works, device)
 

@@ -131,7 +131,7 @@ def test_the_published_loop_computes_the_plain_step_row_by_row() -> None:
         adam.step()
         sizes.clear()
         with Joins() as joins:
-            assert loop.step() == pytest.approx(loss.item(), rel=1e-9)
+            assert loop.step().item() == pytest.approx(loss.item(), rel=1e-9)
         assert sizes == [16] * 12 + [8]  # 8 copies x 25 locations, row by row
         so_far = [min(16 * chunk, 200) for chunk in range(1, 14)]
         for width in (config.dim, 3):  # features and colours: joined again after every chunk (and before the backward)

@@ -87,19 +87,22 @@ def print_table(
 ) -> None:
     """Print a table on stdout as lines that are never cut; coloured where that is a terminal.
 
-    A table too wide for the terminal is turned, a line for each column, where that fits.
+    A table too wide for the terminal is turned, a line for each column, where that fits; else it is printed in blocks
+    of columns, each with the first column before it.
     """
+    for number, (heads, lines, kinds) in enumerate(_fitted(headings, rows, styles)):
+        if number:
+            typer.echo("")
+        _print_block(heads, lines, title if number == 0 else None, kinds)
+
+
+def _print_block(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None, styles: Sequence[str]
+) -> None:
     from rich.console import Console
     from rich.table import Table as View
     from rich.text import Text
 
-    if sys.stdout.isatty() and _width(headings, rows) > (room := Console().width):
-        turned = (
-            [headings[0], *(row[0] for row in rows)],
-            list(zip(headings[1:], *(row[1:] for row in rows), strict=True)),
-        )
-        if _width(*turned) <= room:
-            headings, rows, styles = *turned, ()
     heading = Text(printable(title), style="bold") if title else None
     view = View(box=None, pad_edge=False, title=heading, title_justify="left")
     for number, name in enumerate(headings):
@@ -113,9 +116,45 @@ def print_table(
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))  # its cells are clean
 
 
-def _width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Columns of the terminal that a table takes."""
+_Block = tuple[Sequence[str], Sequence[Sequence[str]], Sequence[str]]
+"""Headings, rows and the rows' styles."""
+
+
+def _fitted(headings: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str]) -> list[_Block]:
+    """The table as it fits the terminal: whole, turned, or in blocks; whole where nothing fits, or to a file."""
+    from rich.console import Console
+
+    whole = [(headings, rows, styles)]
+    widths = _widths(headings, rows)
+    if not sys.stdout.isatty() or sum(widths) - _GAP <= (room := Console().width):
+        return whole
+    names, lines = (
+        [headings[0], *(row[0] for row in rows)],
+        list(zip(headings[1:], *(row[1:] for row in rows), strict=True)),
+    )
+    if sum(_widths(names, lines)) - _GAP <= room:
+        return [(names, lines, ())]
+    first, *others = widths
+    if first + max(others, default=0) - _GAP > room:
+        return whole
+    blocks: list[list[int]] = []
+    left = 0
+    for number, width in enumerate(others, 1):
+        if width - _GAP > left:
+            blocks.append([0])
+            left = room - first
+        blocks[-1].append(number)
+        left -= width
+    return [([headings[n] for n in block], [[row[n] for n in block] for row in rows], styles) for block in blocks]
+
+
+_GAP = 2
+"""Columns of the terminal between two columns of a table."""
+
+
+def _widths(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Columns of the terminal that each column of a table takes, with the gap behind it."""
     from rich.cells import cell_len
 
     columns = zip(headings, *rows, strict=True)
-    return sum(max(cell_len(printable(cell)) for cell in column) + 2 for column in columns) - 2
+    return [max(cell_len(printable(cell)) for cell in column) + _GAP for column in columns]

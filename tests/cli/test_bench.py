@@ -336,6 +336,15 @@ def test_a_table_too_wide_for_the_terminal_is_turned(
     headings, rows = ["method", *"abcdefgh"], [["zero-shot", *["55.5 ± 1.0"] * 8], ["apm", *["66.6 ± 1.0"] * 8]]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
+    three = [*rows, ["tpt", *["77.7 ± 1.0"] * 8]]
+    monkeypatch.setenv("COLUMNS", "33")  # three methods abreast would take 42: blocks of two columns
+    print_table(headings, three, title="a table")
+    blocks = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).split("\n\n")
+    assert [block.splitlines()[-4].split() for block in blocks] == [
+        ["method", *pair] for pair in ("ab", "cd", "ef", "gh")
+    ]
+    assert all(len(line) <= 33 for block in blocks for line in block.splitlines())
+    assert "".join(blocks).count("a table") == 1
     for width, first in (("200", "a"), ("60", "zero-shot"), ("20", "a")):
         monkeypatch.setenv("COLUMNS", width)
         print_table(headings, rows)

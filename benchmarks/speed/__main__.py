@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from apm.classifier import pick_device
-from apm.errors import ApmError, UsageError
+from apm.errors import UsageError
 from apm.teachers import load_teacher
 
+from ..studies.study import numbers, run
 from .options import Options
 from .record import write
 
@@ -41,31 +42,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.addHandler(progress)
     log.setLevel(logging.INFO)
     try:
-        if given.kind == "report":
-            from .report import write_report
-
-            for path in write_report(given.out, given.docs):
-                print(path, file=sys.stderr)
-        elif given.kind == "gpu":
-            return _gpu(given)
-        elif given.kind == "worker":
-            from .pipeline import work_as_one_of_many
-
-            seconds = work_as_one_of_many(_options(given), images=given.images or 32, steps=given.steps or 20)
-            if seconds is not None:
-                print(json.dumps({"seconds": seconds}))
-        else:
-            from .report import as_markdown
-
-            record = measure(given)
-            path = write(record, given.out)
-            print(as_markdown(record))
-            print(path, file=sys.stderr)
-    except ApmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return run(lambda: _do(given))
     finally:
         log.removeHandler(progress)
+
+
+def _do(given: argparse.Namespace) -> int:
+    if given.kind == "report":
+        from .report import write_report
+
+        for path in write_report(given.out, given.docs):
+            print(path, file=sys.stderr)
+    elif given.kind == "gpu":
+        return _gpu(given)
+    elif given.kind == "worker":
+        from .pipeline import work_as_one_of_many
+
+        seconds = work_as_one_of_many(_options(given), images=given.images or 32, steps=given.steps or 20)
+        if seconds is not None:
+            print(json.dumps({"seconds": seconds}))
+    else:
+        from .report import as_markdown
+
+        record = measure(given)
+        path = write(record, given.out)
+        print(as_markdown(record))
+        print(path, file=sys.stderr)
     return 0
 
 
@@ -146,8 +148,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--rounds", type=int, help="repetitions (default: 9; 3 where each takes long)")
     top.add_argument("--published-rounds", type=int, default=2, help="rounds of the published loop; 0: leave it out")
     top.add_argument("--batch", type=int, help="students side by side (default: 1 on a CPU, 16 on a GPU)")
-    top.add_argument("--batches", type=_numbers, help="for batch: 1,2,4")
-    top.add_argument("--counts", type=_numbers, help="for queries: the numbers of locations, 64,256")
+    top.add_argument("--batches", type=numbers, help="for batch: 1,2,4")
+    top.add_argument("--counts", type=numbers, help="for queries: the numbers of locations, 64,256")
     top.add_argument("--images", type=int, help="for images, processes, queries: how many")
     top.add_argument("--steps", type=int, help="for labels, images, processes, queries: steps for each image")
     top.add_argument("--teacher", default="embedded", help="for labels, images, queries, startup")
@@ -182,13 +184,6 @@ def _photograph(given: argparse.Namespace) -> Path:
     import skimage
 
     return Path(skimage.__file__).parent / "data" / "chelsea.png"
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"numbers from 1 on, separated by commas, not {text}")
-    return numbers
 
 
 if __name__ == "__main__":

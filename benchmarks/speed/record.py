@@ -16,6 +16,7 @@ from apm.errors import UsageError
 from apm.images.files import write_atomically
 
 from ..runs.environment import describe
+from ..studies.study import command
 
 SCHEMA = 1
 PREFIX = "speed-"
@@ -40,7 +41,7 @@ class Recorder:
         return {
             "schema": SCHEMA,
             "kind": self.kind,
-            "command": " ".join(["python -m apm.benchmarks.speed", *sys.argv[1:]]),
+            "command": command("apm.benchmarks.speed", sys.argv[1:]),
             "date": self.begun.isoformat(timespec="seconds"),
             "wall_seconds": (datetime.now(timezone.utc) - self.begun).total_seconds(),
             "environment": environment,

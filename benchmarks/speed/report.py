@@ -8,6 +8,7 @@ from typing import Any
 
 from apm.images.files import write_atomically
 
+from ..studies.study import markdown
 from .plots import STEP_FORMS
 from .record import read_all
 
@@ -325,10 +326,8 @@ def _precision(record: Record, more: str = "") -> str:
 
 
 def as_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in markdown."""
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    """A table in markdown, and the end of its last line."""
+    return markdown(titles, rows, text=None) + "\n"
 
 
 def time_text(values: Spread) -> str:

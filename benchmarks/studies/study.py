@@ -95,7 +95,7 @@ class Study:
             parser.add_argument("--document", action="store_true", help=f"fill {self.document.name}, in a clone")
         given = sys.argv[1:] if arguments is None else arguments
         options = parser.parse_args(given)
-        options.command = command(self.name, given)
+        options.command = command(f"{__package__}.{self.name}", given)
         return options
 
     def run(self, options: Options) -> None:
@@ -127,14 +127,21 @@ class Study:
         return self.table(records) if self.side_by_side else "\n\n".join(self.table(record) for record in records)
 
     def recorded(self) -> str:
-        """Markdown of the records in the repository."""
-        return self.tables([read_record(path) for path in sorted(RESULTS.glob(self.results))])
+        """Markdown of the records in the repository.
+
+        Raises:
+            UsageError: there are none.
+        """
+        paths = sorted(RESULTS.glob(self.results))
+        if not paths:
+            raise UsageError(f"There is no record {self.results} in {RESULTS}: measure first, with --record FILE.")
+        return self.tables([read_record(path) for path in paths])
 
 
 def argument_parser(name: str, question: str | None) -> argparse.ArgumentParser:
     """The parser of a module here, whose docstring is its help."""
     return argparse.ArgumentParser(
-        prog=f"python -m apm.benchmarks.studies.{name}",
+        prog=f"python -m {__package__}.{name}",
         description=question,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -160,7 +167,7 @@ def run(main: Callable[[], int | None]) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
-def command(name: str, arguments: Sequence[str]) -> str:
+def command(module: str, arguments: Sequence[str]) -> str:
     """What was called, but for the record's own place; of a path that leads out of this folder the last part."""
 
     def shown(argument: str) -> str:
@@ -170,7 +177,7 @@ def command(name: str, arguments: Sequence[str]) -> str:
     kept = list(arguments)
     for flag in {"--record", "--out"}.intersection(kept):
         del kept[kept.index(flag) : kept.index(flag) + 2]
-    return " ".join([f"python -m apm.benchmarks.studies.{name}", *map(shown, kept)])
+    return " ".join([f"python -m {module}", *map(shown, kept)])
 
 
 def each(items: Sequence[Item], measure: Callable[[Item], Result], what: str, *, minimum: int = 1) -> list[Result]:

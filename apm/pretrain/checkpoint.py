@@ -93,19 +93,10 @@ class Checkpoint(Generic[Sizes]):
         }
 
 
-def write_checkpoint(
-    path: str | os.PathLike[str], checkpoint: Checkpoint[Any], *, dtype: torch.dtype | None = None
-) -> None:
-    """Write a checkpoint in one step.
-
-    Args:
-        path: the file.
-        checkpoint: what to write.
-        dtype: of the weights in the file, such as float16 for a finished student of half the size; None: as they are.
-    """
-    tensors = {f"model.{name}": tensor.detach().cpu().to(dtype) for name, tensor in checkpoint.weights.items()}
-    tensors |= {name: tensor.detach().cpu() for name, tensor in checkpoint.moments.items()}
-    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+def write_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint[Any]) -> None:
+    """Write a checkpoint in one step."""
+    tensors = {f"model.{name}": tensor for name, tensor in checkpoint.weights.items()} | checkpoint.moments
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     record = json.dumps({"format": _FORMAT, **checkpoint.record})
     data = save(content, metadata={"apm": record})
     write_atomically(path, data)

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,40 +21,12 @@ from torch.nn import functional
 
 from apm.errors import UsageError
 from apm.images.files import WriteError, is_private, write_atomically
-from apm.labels import (
-    PROMPT_NAMES,
-    check_labels,
-    check_templates,
-    label_set,
-    parse_labels,
-    prompt_templates,
-    read_labels_file,
-)
+from apm.labels import check_templates
 from apm.teachers.base import Teacher
 
-__all__ = [
-    "PROMPTS",
-    "ZeroShotHead",
-    "check_labels",
-    "default_cache_dir",
-    "label_set",
-    "parse_labels",
-    "prompt_templates",
-    "read_labels_file",
-]
-
-PROMPTS: dict[str, tuple[str, ...]]
-"""All prompt sets by name; read from open_clip when first asked for."""
 _FORMAT = 1
 _log = logging.getLogger("apm")
 _told: set[Path] = set()
-
-
-def __getattr__(name: str) -> Any:
-    """Provide `PROMPTS`."""
-    if name == "PROMPTS":
-        return {prompts: prompt_templates(prompts) for prompts in PROMPT_NAMES}
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, eq=False)

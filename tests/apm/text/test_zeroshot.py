@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from apm.errors import UsageError
+from apm.labels import PROMPT_NAMES, prompt_templates
 from apm.teachers import Teacher
-from apm.text.zeroshot import PROMPTS, ZeroShotHead, _checksum, default_cache_dir
+from apm.text.zeroshot import ZeroShotHead, _checksum, default_cache_dir
 from tests.fakes import FakeTeacher
 
 LABELS = ("cat", "dog", "a {} of braces", "missile", "missile")
@@ -53,7 +54,7 @@ def test_logits_are_scaled_cosines() -> None:
 
 
 def test_prompt_sets_are_there_by_name() -> None:
-    assert {name: len(templates) for name, templates in PROMPTS.items()} == {"single": 1, "simple": 7, "openai": 80}
+    assert {name: len(prompt_templates(name)) for name in PROMPT_NAMES} == {"single": 1, "simple": 7, "openai": 80}
 
 
 @pytest.mark.parametrize("labels", [(), ("cat",), ("cat", " ")])

@@ -19,7 +19,7 @@ from torch import Tensor
 from apm.answers import Adaptation, Answer, Perception, Prediction
 from apm.errors import ImageError, TeacherError, UsageError, unknown
 from apm.images.ahead import in_order
-from apm.images.load import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image, student_input
+from apm.images.load import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image
 from apm.images.paths import printable
 from apm.labels import (
     LABEL_SET_NAMES,
@@ -32,6 +32,7 @@ from apm.labels import (
 from apm.student.field import resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher
+from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
 from apm.test_time.options import StudentOptions
 from apm.test_time.targets import aggregate
 from apm.test_time.trainer import LARGEST_BATCH, AdaptResult, TestTimeTrainer
@@ -249,7 +250,7 @@ class Classifier:
             path=path,
             image=loaded.image if keep_image else None,
             teacher_pixels=self.teacher.preprocess(loaded.image),
-            student_pixels=student_input(loaded.image, self.student_config.image_size),
+            student_pixels=student_pixels([loaded.image], self.student_config.image_size)[0],
             notes=loaded.notes,
         )
 
@@ -264,7 +265,8 @@ class Classifier:
         self, batch: Sequence[_Prepared], *, keep_field: bool = False, snapshots: Sequence[int] = ()
     ) -> tuple[list[Answer], AdaptResult, Tensor]:
         """Return the answers, what they were read from, and the teacher's tokens (B, D)."""
-        tokens = self._teacher_tokens([one.teacher_pixels for one in batch if one.teacher_pixels is not None])  # (B, D)
+        seen = torch.stack([one.teacher_pixels for one in batch if one.teacher_pixels is not None])  # (B, 3, H, W)
+        tokens = teacher_tokens(self.teacher, seen)  # (B, D)
         targets = torch.stack([self._target(one, token) for one, token in zip(batch, tokens, strict=True)])  # (B, D)
         images = torch.stack([one.student_pixels for one in batch if one.student_pixels is not None])  # (B, 3, S, S)
         grids = self._target_grids(batch) if self.adapt_config.distil != "cls" else None
@@ -293,16 +295,9 @@ class Classifier:
         rows = []
         for one in batch:
             assert one.image is not None
-            grid = self.teacher.encode_grid(one.image) if one.grid is None else one.grid
+            grid = teacher_grids(self.teacher, [one.image])[0] if one.grid is None else one.grid
             rows.append(resample(grid, self.student_config.grid))
         return torch.stack(rows)
-
-    def _teacher_tokens(self, pixels: Sequence[Tensor]) -> Tensor:
-        """Return the teacher's tokens (B, D)."""
-        # One by one on a CPU, where batching gains nothing and would change the last bits with the batch's size.
-        rows = 1 if self.teacher.device.type == "cpu" else len(pixels)
-        stacked = torch.stack(list(pixels))
-        return torch.cat([self.teacher.encode_image(part) for part in stacked.to(self.teacher.device).split(rows)])
 
     def _one_answer(self, one: _Prepared, result: AdaptResult, row: int, teacher_token: Tensor) -> Answer:
         adaptation = Adaptation.of(result, row)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from apm.errors import UsageError, unknown
-from apm.images.load import student_input
+from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
 from apm.test_time.options import Setting, StudentOptions, text_type
 from apm.test_time.views import MIN_AREA, check, view_tokens
 
@@ -84,8 +84,7 @@ class Batch:
     def tokens(self) -> Tensor:
         """The teacher's CLS tokens: (B, D) float32, not normalised, on the teacher's device."""
         if self._tokens is None:
-            parts = self.pixels().split(self._chunk)
-            self._tokens = torch.cat([self.teacher.encode_image(part) for part in parts])
+            self._tokens = teacher_tokens(self.teacher, self.pixels(), chunk=self._chunk)
         return self._tokens
 
     def views(self, count: int, *, min_area: float = MIN_AREA) -> Tensor:
@@ -109,13 +108,13 @@ class Batch:
     def grids(self) -> Tensor:
         """The teacher's grids at its default size: (B, h', w', D) float32, not normalised, on the teacher's device."""
         if self._grids is None:
-            self._grids = torch.stack([self.teacher.encode_grid(image) for image in self.images])
+            self._grids = teacher_grids(self.teacher, self.images)
         return self._grids
 
     def student_images(self, size: int) -> Tensor:
         """The images as the student takes them: (B, 3, size, size) float32 on the CPU."""
         if size not in self._student_images:
-            self._student_images[size] = torch.stack([student_input(image, size) for image in self.images])
+            self._student_images[size] = student_pixels(self.images, size)
         return self._student_images[size]
 
     def seen_by(self, teacher: Teacher, head: ZeroShotHead) -> Batch:

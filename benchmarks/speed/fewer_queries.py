@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apm.images.load import student_input
 from apm.student.config import APMConfig
 from apm.teachers.base import Teacher
+from apm.test_time.inputs import student_inputs
 from apm.test_time.options import AdaptConfig
 from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
@@ -64,8 +64,8 @@ def sweep_queries(
     labels, teacher_predictions = [], []
     for turn, sample in enumerate(dataset.samples):
         picture = sample.load()
-        target = teacher.encode_image(teacher.preprocess(picture)[None].to(teacher.device))  # (1, D)
-        image = student_input(picture, config.image_size)[None]
+        seen = student_inputs([picture], teacher, config)
+        image, target = seen.pixels, seen.tokens
         labels.append(sample.label)
         teacher_predictions.append(_prediction(head, target))
         first = turn % len(counts)

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apm.images.load import student_input
 from apm.student.config import APMConfig
 from apm.student.field import resample
 from apm.teachers.base import Teacher
+from apm.test_time.inputs import student_inputs, teacher_grids
 from apm.test_time.label_maps import dense_locations, field_maps, label_maps
 from apm.test_time.options import AdaptConfig
 from apm.test_time.trainer import AdaptResult, TestTimeTrainer
@@ -118,15 +118,16 @@ class Mapper:
 
     def __call__(self, image: Image.Image) -> Maps:
         """Adapt the students to an image, whose central square is what they and the maps see."""
-        token = self.teacher.encode_image(self.teacher.preprocess(image)[None].to(self.teacher.device))
-        grid = self.teacher.encode_grid(image)  # (h, w, D)
+        seen = student_inputs([image], self.teacher, self.trainers["field, both"].model)
+        (grid,) = teacher_grids(self.teacher, [image])  # (h, w, D)
         targets = resample(grid[None], self.grid)  # (1, N, D)
         results: dict[str, AdaptResult] = {}
         for source, trainer in self.trainers.items():
-            pixels = student_input(image, trainer.model.image_size)[None]
             by_grid = trainer.config.distil != "cls"
-            results[source] = trainer.adapt(pixels, token, grids=targets if by_grid else None, keep_field=True)
-        return Maps(self, token, grid, results)
+            results[source] = trainer.adapt(
+                seen.pixels, seen.tokens, grids=targets if by_grid else None, keep_field=True
+            )
+        return Maps(self, seen.tokens, grid, results)
 
 
 @dataclass(frozen=True)

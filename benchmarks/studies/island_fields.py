@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from apm.images.load import student_input
 from apm.student import islands
 from apm.student.config import APMConfig
-from apm.student.field import resample
 from apm.student.position import grid_locations
 from apm.teachers.base import Teacher
+from apm.test_time.inputs import student_inputs
 from apm.test_time.label_maps import LR
 from apm.test_time.options import AdaptConfig
 from apm.test_time.trainer import TestTimeTrainer
@@ -88,17 +87,18 @@ def prepare(
     square, second = square_of(image), square_of(other)
     shuffled = islands.shuffle_patches(square, PATCHES, seed)
 
-    def targets(one: Image.Image) -> tuple[Tensor, Tensor]:
-        token = teacher.encode_image(teacher.preprocess(one)[None].to(teacher.device)).cpu()
-        return token, resample(teacher.encode_grid(one, size=grid_size)[None].cpu(), config.grid)
+    def inputs(one: Image.Image) -> tuple[Tensor, Tensor, Tensor]:
+        seen = student_inputs([one], teacher, config, grids=True, size=grid_size)
+        assert seen.grids is not None
+        return seen.pixels, seen.tokens.cpu(), seen.grids.cpu()
 
-    pixels, token, grid = student_input(square, config.image_size)[None], *targets(square)
+    pixels, token, grid = inputs(square)
     return Subject(
         inputs={
             "image": (pixels, token, grid),
             "random target": (pixels, islands.random_like(token, seed), islands.random_like(grid, seed)),
-            "shuffled image": (student_input(shuffled, config.image_size)[None], *targets(shuffled)),
-            "other target": (pixels, *targets(second)),
+            "shuffled image": inputs(shuffled),
+            "other target": (pixels, *inputs(second)[1:]),
         },
         superpixels=islands.superpixels(square, config.grid, parts),
         other_superpixels=islands.superpixels(second, config.grid, parts),

@@ -18,22 +18,24 @@ import sys
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from apm.errors import ApmError, ImageError, UsageError
 from apm.images.files import write_atomically
-from apm.images.load import load_image, student_input
+from apm.images.load import load_image
 from apm.images.paths import images_below
 from apm.labels import label_set, prompt_templates
-from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.options import AdaptConfig
+from apm.test_time.inputs import student_inputs
+from apm.test_time.options import StudentOptions
 from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
@@ -129,10 +131,10 @@ def adapt(found: Sequence[tuple[int, str, Path]], options: Options) -> None:
     """Make every adaptation that has no row yet: of each photograph and state, all locations and each of the counts."""
     teacher = load_teacher(options.teacher)
     head = ZeroShotHead.build(teacher, *_default_texts(teacher))
-    config = APMConfig.preset(options.preset, dim=teacher.dim)
-    common = {"steps": options.steps, "precision": options.precision, "seed": options.seed}
+    given = {name: getattr(options, name) for name in ("preset", "steps", "precision", "seed")}
+    student, place = StudentOptions(**given), torch.device("cpu")
     trainers = {
-        count: TestTimeTrainer(config, AdaptConfig(**common, queries=None if count == ALL else int(count)))
+        count: TestTimeTrainer(student.model(teacher.dim), replace(student, queries=count).training(place))
         for count in (ALL, *options.counts)
     }
     settings: dict[str, Any] = {
@@ -173,10 +175,11 @@ def _adapt(
     image: Image.Image,
 ) -> None:
     """Write a row for each trainer's answer to one image."""
-    target = teacher.encode_image(teacher.preprocess(image)[None])  # (1, D)
+    seen = student_inputs([image], teacher, next(iter(trainers.values())).model)
+    target = seen.tokens  # (1, D)
     theirs = int(head.logits(target)[0].argmax())
     for count, trainer in trainers.items():
-        result = trainer.adapt(student_input(image, trainer.model.image_size)[None], target)
+        result = trainer.adapt(seen.pixels, target)
         told = {"cosine": float(result.final_cosines[0]), "seconds": result.seconds}
         first = _first_two(head, result.tokens)
         made.add({"photograph": name, "state": state, "queries": count, "teacher": theirs, **first, **told})

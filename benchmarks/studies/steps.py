@@ -1,7 +1,7 @@
 """How many steps a student needs: `python -m apm.benchmarks.studies.steps folder --root DIR`.
 
 Measures, on real images and without their labels, how near the student's token is to its target after each step and how
-often student and teacher give the same answer. The default number of steps of `apm.AdaptConfig` is chosen from this.
+often student and teacher give the same answer. The default number of steps of `apm.StudentOptions` is chosen from this.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from apm.images.load import student_input
-from apm.student.config import APMConfig
 from apm.teachers import load_teacher
-from apm.test_time.options import AdaptConfig
+from apm.test_time.inputs import student_inputs
+from apm.test_time.options import StudentOptions
+from apm.test_time.queries import ALL
 from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
@@ -39,17 +39,23 @@ def measure(options: Options) -> Record:
     data = open_dataset(options.dataset, options.root, limit=options.limit, seed=options.seed)
     teacher = load_teacher(options.teacher, device=options.device)
     head = ZeroShotHead.build(teacher, data.class_names, data.templates)
+    student = StudentOptions(
+        preset=options.preset,
+        readout=options.readout,
+        steps=options.steps,
+        precision=options.precision,
+        seed=options.seed,
+        queries=ALL,
+    )
     trainer = TestTimeTrainer(
-        APMConfig.preset(options.preset, dim=teacher.dim, readout=options.readout),
-        AdaptConfig(steps=options.steps, precision=options.precision, seed=options.seed),
-        device=options.device,
+        student.model(teacher.dim), student.training(torch.device(options.device)), device=options.device
     )
 
     def watch(sample: Sample) -> tuple[Tensor, Tensor, float]:
         """Of the token after each step: its cosine to the target, whether it answers as the teacher; the seconds."""
-        image = sample.load()
-        target = teacher.encode_image(teacher.preprocess(image)[None])
-        result = trainer.adapt(student_input(image, trainer.model.image_size)[None], target, record_tokens=True)
+        seen = student_inputs([sample.load()], teacher, trainer.model)
+        target = seen.tokens
+        result = trainer.adapt(seen.pixels, target, record_tokens=True)
         assert result.step_tokens is not None
         answers = head.logits(result.step_tokens[0]).argmax(-1)
         cosines = torch.cosine_similarity(result.step_tokens[0], target, dim=-1)

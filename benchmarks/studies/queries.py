@@ -317,7 +317,7 @@ STUDY = Study(
         "root": None,
         "teacher": "embedded",
         "preset": "paper",
-        "steps": AdaptConfig().steps,
+        "steps": StudentOptions.steps,
         "precision": "auto",
         "limit": 300,
         "seed": 0,

@@ -10,7 +10,7 @@ import typer
 from apm.errors import UsageError, unknown
 from apm.images.paths import printable
 
-from .options import Debug
+from .options import Debug, MaxPixelsOfImage
 from .render import notice, say
 
 ORDERS = ("reading", "random")
@@ -35,9 +35,7 @@ def field(
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     chunk: Annotated[int, typer.Option(help="Queries at a time: fewer need less memory.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
-    ] = None,
+    max_pixels: MaxPixelsOfImage = None,
     debug: Debug = False,
 ) -> None:
     """Query a trained student's field of one image: one pass, any resolution, any order, bounded memory.

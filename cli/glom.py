@@ -10,13 +10,14 @@ import typer
 from apm.errors import UsageError, unknown
 from apm.images.paths import printable
 
+from . import training as shared
 from .groups import Group
-from .options import Debug
+from .options import Debug, MaxPixelsOfImage
 from .progress import counted
 from .render import failure, notice, notice_if_slow, say
-from .training import TrainingProgress, check_training, train
+from .training import FILES, TRAINING, TrainingProgress, check_training, train
 
-NETWORK, TRAINING, FILES = "The network", "Training", "Files"
+NETWORK = "The network"
 
 app = typer.Typer(
     cls=Group,
@@ -33,7 +34,7 @@ def train_(
         Path,
         typer.Argument(help="Images in and below a folder, or Parquet files with a column image.", metavar="DATA"),
     ],
-    out: Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")],
+    out: shared.Out,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.", rich_help_panel=NETWORK)] = 64,
     patch_size: Annotated[int, typer.Option(help="Side of a place in pixels.", rich_help_panel=NETWORK)] = 8,
     dim: Annotated[int, typer.Option(help="Numbers of an embedding.", rich_help_panel=NETWORK)] = 128,
@@ -52,11 +53,11 @@ def train_(
     top_down: Annotated[
         bool, typer.Option(help="Whether the level above is heard at all.", rich_help_panel=NETWORK)
     ] = True,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)] = 3000,
+    steps: shared.Steps = 3000,
     batch_size: Annotated[int, typer.Option(help="Images a step.", rich_help_panel=TRAINING)] = 32,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=TRAINING)] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps until the highest learning rate.", rich_help_panel=TRAINING)] = 100,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=TRAINING)] = 0.01,
+    lr: shared.LearningRate = 1e-3,
+    warmup: shared.Warmup = 100,
+    weight_decay: shared.WeightDecay = 0.01,
     settling: Annotated[
         int | None,
         typer.Option(help="Steps in which the columns settle. Default: twice the levels.", rich_help_panel=TRAINING),
@@ -74,27 +75,21 @@ def train_(
         float,
         typer.Option(help="Cosine from which on two places agree and do not repel.", rich_help_panel=TRAINING),
     ] = 0.7,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the images to measure on, never trained on.", rich_help_panel=TRAINING)
-    ] = 0.05,
+    held_out: shared.HeldOut = 0.05,
     seed: Annotated[
         int, typer.Option(help="Seed of weights, split, order, hidden places.", rich_help_panel=TRAINING)
     ] = 0,
     precision: Annotated[
         str, typer.Option(help="Number format of the matrix products: auto, fp32 or bf16.", rich_help_panel=TRAINING)
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)] = "auto",
-    evaluate_every: Annotated[
-        int, typer.Option(help="Steps between measurements on held-out images.", rich_help_panel=FILES)
-    ] = 100,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=FILES)] = 200,
+    device: shared.Device = "auto",
+    evaluate_every: shared.EvaluateEvery = 100,
+    save_every: shared.SaveEvery = 200,
     cache: Annotated[
         Path | None, typer.Option(help="Where the images are kept. Default: CKPT.cache.", rich_help_panel=FILES)
     ] = None,
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Skip larger images (width × height). Default: 89478485.", rich_help_panel=FILES)
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=FILES)] = False,
+    max_pixels: shared.MaxPixels = None,
+    quiet: shared.Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train GLOM: fill in hidden places of images, and tell each place from others by what is said of it. No labels.
@@ -191,9 +186,7 @@ def show(
         int | None, typer.Option(help="Steps in which the columns settle. Default: as in training.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
-    ] = None,
+    max_pixels: MaxPixelsOfImage = None,
     debug: Debug = False,
 ) -> None:
     """Look at the columns of one image: each level's embeddings in colours over the steps, and the parse tree.

@@ -10,7 +10,7 @@ import typer
 from apm.errors import UsageError
 from apm.images.paths import printable
 
-from .options import Debug
+from .options import Debug, MaxPixelsOfImage
 from .render import notice, say
 
 
@@ -22,9 +22,7 @@ def interpolate(
     frames: Annotated[int, typer.Option(help="Number of frames, both ends included.")] = 9,
     size: Annotated[int, typer.Option(help="Side of a frame in pixels, one query each.")] = 112,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
-    ] = None,
+    max_pixels: MaxPixelsOfImage = None,
     debug: Debug = False,
 ) -> None:
     """Interpolate linearly between the trigger columns of two photographs, and unfold each column on the way.

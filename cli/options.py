@@ -23,6 +23,9 @@ def _remember(context: typer.Context, value: bool) -> bool:
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_remember, help="Show the traceback of an error.", show_default=False)
 ]
+MaxPixelsOfImage = Annotated[
+    int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
+]
 
 
 def student_options(

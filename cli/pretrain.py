@@ -10,11 +10,12 @@ import typer
 
 from apm.errors import unknown
 
+from . import training as shared
 from .options import Debug
 from .render import failure, notice, notice_if_slow, say
-from .training import TrainingProgress, check_training, train
+from .training import FILES, TRAINING, TrainingProgress, check_training, train
 
-STUDENT, TRAINING, FILES = "The student", "Training", "Files"
+STUDENT = "The student"
 
 
 def pretrain(
@@ -25,7 +26,7 @@ def pretrain(
     teacher_grid: Annotated[
         str, typer.Option(help="Teacher that gives the grids: any of `apm teachers`, or timm:NAME.", metavar="NAME")
     ],
-    out: Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")],
+    out: shared.Out,
     preset: Annotated[str, typer.Option(help="The student's size: paper or small.", rich_help_panel=STUDENT)] = "small",
     grid_size: Annotated[
         int | None,
@@ -35,36 +36,30 @@ def pretrain(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)] = 3000,
+    steps: shared.Steps = 3000,
     batch_size: Annotated[int, typer.Option(help="Images a step, over all processes.", rich_help_panel=TRAINING)] = 32,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=TRAINING)] = 2e-3,
-    warmup: Annotated[int, typer.Option(help="Steps until the highest learning rate.", rich_help_panel=TRAINING)] = 100,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=TRAINING)] = 0.01,
+    lr: shared.LearningRate = 2e-3,
+    warmup: shared.Warmup = 100,
+    weight_decay: shared.WeightDecay = 0.01,
     locations: Annotated[
         int | None,
         typer.Option(help="Random locations to train at in each step. Default: all.", rich_help_panel=TRAINING),
     ] = None,
     rgb_weight: Annotated[float, typer.Option(help="Weight of the colours' loss.", rich_help_panel=TRAINING)] = 1.0,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the images to measure on, never trained on.", rich_help_panel=TRAINING)
-    ] = 0.05,
+    held_out: shared.HeldOut = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of weights, split and order.", rich_help_panel=TRAINING)] = 0,
     precision: Annotated[
         str, typer.Option(help="Number format of the middle layers: auto, fp32 or bf16.", rich_help_panel=TRAINING)
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)] = "auto",
-    evaluate_every: Annotated[
-        int, typer.Option(help="Steps between measurements on held-out images.", rich_help_panel=FILES)
-    ] = 100,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=FILES)] = 200,
+    device: shared.Device = "auto",
+    evaluate_every: shared.EvaluateEvery = 100,
+    save_every: shared.SaveEvery = 200,
     cache: Annotated[
         Path | None,
         typer.Option(help="Where inputs and grids are kept. Default: CKPT.cache.", rich_help_panel=FILES),
     ] = None,
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Skip larger images (width × height). Default: 89478485.", rich_help_panel=FILES)
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=FILES)] = False,
+    max_pixels: shared.MaxPixels = None,
+    quiet: shared.Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train one student on a folder of images: its field against a teacher's grid, its colours against the image.

@@ -1,11 +1,11 @@
-"""What the commands that train a network on images share: checks of their options, progress, Ctrl-C."""
+"""What the commands that train a network on images share: options and their checks, progress, Ctrl-C."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,26 @@ from .render import notice, progress_line, progress_on_terminal
 
 if TYPE_CHECKING:
     from apm.pretrain.loop import Trainer
+
+TRAINING, FILES = "Training", "Files"  # panels of the help
+
+Out = Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)]
+LearningRate = Annotated[float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=TRAINING)]
+Warmup = Annotated[int, typer.Option(help="Steps until the highest learning rate.", rich_help_panel=TRAINING)]
+WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=TRAINING)]
+HeldOut = Annotated[
+    float, typer.Option(help="Share of the images to measure on, never trained on.", rich_help_panel=TRAINING)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)]
+EvaluateEvery = Annotated[
+    int, typer.Option(help="Steps between measurements on held-out images.", rich_help_panel=FILES)
+]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=FILES)]
+MaxPixels = Annotated[
+    int | None, typer.Option(help="Skip larger images (width × height). Default: 89478485.", rich_help_panel=FILES)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=FILES)]
 
 _SAY_EVERY = 20.0  # seconds between lines where stderr is no terminal
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from apm.student.config import APMConfig
@@ -58,31 +59,12 @@ def sweep_queries(
     )
     head = ZeroShotHead.build(teacher, dataset.class_names, teacher.default_templates or dataset.templates)
     trainers = {count: _trainer(options, config, count, steps) for count in counts}
-    found: dict[int, dict[str, list[float]]] = {
-        count: {"seconds": [], "prediction": [], "cosine": []} for count in counts
-    }
-    labels, teacher_predictions = [], []
-    for turn, sample in enumerate(dataset.samples):
-        picture = sample.load()
-        seen = student_inputs([picture], teacher, config)
-        image, target = seen.pixels, seen.tokens
-        labels.append(sample.label)
-        teacher_predictions.append(_prediction(head, target))
-        first = turn % len(counts)
-        for count in counts[first:] + counts[:first]:
-            if turn == 0:
-                trainers[count].adapt(image, target)  # makes its buffers
-            synchronize(options.device)
-            begun = time.perf_counter()
-            result = trainers[count].adapt(image, target)
-            found[count]["seconds"].append(time.perf_counter() - begun)
-            found[count]["prediction"].append(_prediction(head, result.tokens))
-            found[count]["cosine"].append(float(result.final_cosines[0]))
-    truth, theirs = np.asarray(labels), np.asarray(teacher_predictions)
-    everywhere = np.asarray(found[config.cells]["prediction"]) == truth
+    found, theirs = _adapted(options, teacher, head, dataset, trainers)
+    truth = np.asarray([sample.label for sample in dataset.samples])
+    everywhere = found[config.cells]["prediction"] == truth
     rows = []
     for count in counts:
-        predictions = np.asarray(found[count]["prediction"])
+        predictions = found[count]["prediction"]
         right = predictions == truth
         lost, won = int((everywhere & ~right).sum()), int((~everywhere & right).sum())
         rows.append(
@@ -94,13 +76,47 @@ def sweep_queries(
                 "lost": lost,  # right with all locations, wrong with these; won the other way round
                 "won": won,
                 "mcnemar_p": mcnemar(lost, won),
-                "cosine": spread(found[count]["cosine"]),
-                "seconds": spread(found[count]["seconds"]),
+                "cosine": spread(found[count]["cosine"].tolist()),
+                "seconds": spread(found[count]["seconds"].tolist()),
                 "flops": step_flops(config, count),
                 "step": parts_of_a_step(options, config, count),
             }
         )
     return recorder.finish(rows, {"teacher_accuracy": float((theirs == truth).mean())})
+
+
+def _adapted(
+    options: Options,
+    teacher: Teacher,
+    head: ZeroShotHead,
+    dataset: Dataset,
+    trainers: Mapping[int, TestTimeTrainer],
+) -> tuple[dict[int, dict[str, NDArray[np.float64]]], NDArray[np.int64]]:
+    """Adapt to each image with each trainer in turn, another one first each time.
+
+    Returns:
+        For each trainer the images' ``seconds``, ``prediction`` and ``cosine``; the teacher's predictions.
+    """
+    found: dict[int, dict[str, list[float]]] = {
+        count: {"seconds": [], "prediction": [], "cosine": []} for count in trainers
+    }
+    counts, theirs = list(trainers), []
+    for turn, sample in enumerate(dataset.samples):
+        seen = student_inputs([sample.load()], teacher, trainers[counts[0]].model)
+        image, target = seen.pixels, seen.tokens
+        theirs.append(_prediction(head, target))
+        first = turn % len(counts)
+        for count in counts[first:] + counts[:first]:
+            if turn == 0:
+                trainers[count].adapt(image, target)  # makes its buffers
+            synchronize(options.device)
+            begun = time.perf_counter()
+            result = trainers[count].adapt(image, target)
+            found[count]["seconds"].append(time.perf_counter() - begun)
+            found[count]["prediction"].append(_prediction(head, result.tokens))
+            found[count]["cosine"].append(float(result.final_cosines[0]))
+    arrays = {count: {name: np.asarray(values) for name, values in of.items()} for count, of in found.items()}
+    return arrays, np.asarray(theirs)
 
 
 def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str, dict[str, float | int]]:

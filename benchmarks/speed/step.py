@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,7 +70,18 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
         ]
         for precision in options.precisions
     }
-    rows = []
+    return recorder.finish(
+        list(_rows(times, flops, floors, batch)), _summary(options, times, operations, traffic, floors)
+    )
+
+
+def _rows(
+    times: Mapping[str, list[float]],
+    flops: Mapping[str, int],
+    floors: Mapping[str, list[dict[str, float]]],
+    batch: int,
+) -> Iterator[dict[str, Any]]:
+    """One row a form and precision, per student."""
     for name, values in times.items():
         kind, _, products = name.rpartition(" ")
         if kind not in flops:
@@ -84,8 +96,7 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
         if kind != "optimiser" and products in floors:
             least = [one["seconds"] for one in floors[products]]
             row["ratio_to_floor"] = spread([a / students / b for a, b in zip(values, least, strict=False)])
-        rows.append(row)
-    return recorder.finish(rows, _summary(options, times, operations, traffic, floors))
+        yield row
 
 
 def _summary(

@@ -176,7 +176,7 @@ def bench(
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
 
-    from apm.benchmarks.runs.plan import default_folder, method_specs, plan_cells
+    from apm.benchmarks.runs.plan import default_folder, plan_cells
     from apm.labels import check_templates, prompt_templates
 
     templates = check_templates(template) if template else prompt_templates(prompts) if prompts else None
@@ -213,7 +213,7 @@ def bench(
         fresh = fresh and not restarted()
         student["precision"] = _precision(precision, folder, loaded, fresh, group)
         methods = create_methods(
-            method_specs(method or ["zero-shot", "apm"], target or ["cls"]),
+            method or ["zero-shot", "apm"],
             MethodOptions(
                 student=StudentOptions(**student),
                 views=views,
@@ -222,6 +222,7 @@ def bench(
                 batch_size=batch_size,
                 record_steps=record_steps,
             ),
+            targets=target or (),
         )
         options = RunOptions(
             seed=seed,

@@ -105,12 +105,26 @@ def create_method(spec: str, options: MethodOptions | None = None) -> Method:
     return REGISTRY[name](replace(options or MethodOptions(), overrides=overrides))
 
 
-def create_methods(specs: Sequence[str], options: MethodOptions | None = None) -> list[Method]:
-    """Make the methods of a run, in order; two of one name are a `UsageError`, since records go by the name."""
+def create_methods(
+    specs: Sequence[str], options: MethodOptions | None = None, *, targets: Sequence[str] = ()
+) -> list[Method]:
+    """Make the methods of a run, in order; two of one name are a `UsageError`, since records go by the name.
+
+    Args:
+        specs: as for `create_method`.
+        options: of the run.
+        targets: each ``apm`` without a target of its own is made once for every one of them.
+    """
+    options = options or MethodOptions()
+    variants = [replace(options, target=target) for target in dict.fromkeys(targets)] or [options]
     methods: list[Method] = []
     for spec in specs:
-        method = create_method(spec, options)
-        if any(method.name == earlier.name for earlier in methods):
-            raise UsageError(f'Method "{method.name}" is given twice; variants of one method need different settings.')
-        methods.append(method)
+        name, settings = parse_method(spec)
+        each = variants if name == "apm" and "target" not in settings else [options]
+        for method in (create_method(spec, one) for one in each):
+            if any(method.name == earlier.name for earlier in methods):
+                raise UsageError(
+                    f'Method "{method.name}" is given twice; variants of one method need different settings.'
+                )
+            methods.append(method)
     return methods

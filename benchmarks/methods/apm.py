@@ -91,7 +91,8 @@ class APMTestTimeTraining:
 def _chosen(options: MethodOptions) -> StudentOptions:
     """The run's student, and over it what stands behind the method's name."""
     run = {name: getattr(options.student, name) for name in settings_of(StudentOptions)}
-    chosen = make_settings(StudentOptions, "apm", options, **{**run, "seed": options.seed})
+    given = {**run, "seed": options.seed, "target": options.target or options.student.target}
+    chosen = make_settings(StudentOptions, "apm", options, **given)
     if chosen.views is None and chosen.policy().kind != "cls":
         return replace(chosen, views=options.views)
     return chosen

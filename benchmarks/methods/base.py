@@ -205,6 +205,8 @@ class MethodOptions:
 
     student: StudentOptions = field(default_factory=lambda: StudentOptions(queries="all"))
     """``apm``: the run's student, all locations read at each step as in the paper. Its seed is the run's."""
+    target: str | None = None
+    """``apm``: what the student is overfit to, where a run compares several; None: the student's."""
     views: int | None = None
     """Number of views, for every method that uses views."""
     device: str | torch.device = "cpu"

@@ -11,7 +11,6 @@ from apm.errors import UsageError, unknown
 
 from ..corruptions import CORRUPTIONS, check_level
 from ..datasets import DATASETS, Dataset, expand, open_dataset
-from ..methods import parse_method
 
 CLEAN, ALL = "clean", "all"
 """Words for `--corruption` beside the names of corruptions."""
@@ -76,18 +75,6 @@ def plan_cells(
                     )
                 )
     return cells
-
-
-def method_specs(methods: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """Give each ``apm`` without a target of its own every one of `targets`; other methods stay as they are."""
-    specs = []
-    for spec in methods:
-        name, settings = parse_method(spec)
-        if name != "apm" or "target" in settings:
-            specs.append(spec)
-            continue
-        specs += [f"{spec}{',' if settings else ':'}target={target}" for target in dict.fromkeys(targets)]
-    return specs
 
 
 def default_folder(names: Sequence[str], teacher: str) -> Path:

@@ -348,6 +348,16 @@ def test_what_stands_behind_the_name_wins_over_the_run() -> None:
     assert expected.items() <= dict(method.settings).items()
 
 
+def test_each_target_of_a_run_is_a_variant_of_apm_unless_one_stands_behind_its_name() -> None:
+    specs = ["zero-shot", "apm", "apm:steps=9", "apm:target=mean"]
+    methods = create_methods(specs, SMALL, targets=["cls", "mta", "cls"])
+    names = ["zero-shot", "apm", "apm[mta,8]", "apm[steps=9]", "apm[mta,8,steps=9]", "apm[mean,8]"]
+    assert [method.name for method in methods] == names
+    assert [method.settings.get("target") for method in methods] == [None, "cls", "mta", "cls", "mta", "mean"]
+    (both,) = create_methods(["apm:distil=both"], run_options(distil="grid"), targets=["mta"])
+    assert both.name == "apm[mta,16,both]"
+
+
 @pytest.mark.parametrize("name", [*REGISTRY])
 def test_settings_are_json_values(name: str) -> None:
     method = create_method(full_spec(name))

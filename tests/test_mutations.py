@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -24,7 +25,6 @@ import apm.teachers
 import apm.test_time.views
 from apm.benchmarks.datasets import DATASETS, readers
 from apm.benchmarks.datasets.dataset import Sample
-from apm.benchmarks.methods import base
 from apm.benchmarks.methods.base import Prediction
 from apm.benchmarks.runs import runner
 from apm.benchmarks.runs.decoding import Readable
@@ -39,6 +39,7 @@ from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
+from apm.test_time import inputs
 from apm.text.zeroshot import ZeroShotHead
 
 pytestmark = pytest.mark.slow
@@ -120,7 +121,11 @@ def bias_dropped(patch: Patch) -> None:
 def teachers_normalisation(patch: Patch) -> None:
     # CLIP's, since the embedded teacher has the student's own
     mean, std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    patch.setattr(base, "student_input", lambda image, size: normalised(central_square(image, size), mean, std))
+
+    def wrong(image: Image.Image, size: int) -> Tensor:
+        return normalised(central_square(image, size), mean, std)
+
+    patch.setattr(inputs, "student_input", wrong)
 
 
 def other_views(patch: Patch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,8 +10,8 @@ import yaml
 from apm.benchmarks.runs.records import Records
 from apm.benchmarks.studies import baseline
 from apm.cli.main import load_command
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "baseline"
 EXAMPLE = ROOT / "benchmarks" / "examples" / "imagenet_c_regression.yml"
 

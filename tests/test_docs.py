@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from apm.cli import gallery
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "apm/teachers/embedded_weights/*.md")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.places import ROOT
+
 FOLDERS = {"apm": "apm", "cli": "apm/cli", "benchmarks": "apm/benchmarks"}
 RECORDS = ROOT / "benchmarks" / "results"  # evidence for the repository's own figures: of no use to an installation
 WEIGHTS = ROOT / "apm" / "teachers" / "embedded_weights" / "open_clip_model.safetensors"

@@ -20,8 +20,8 @@ import apm
 from apm.benchmarks.studies import steps
 from apm.text.zeroshot import ZeroShotHead
 from tests.fakes import FakeTeacher
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "apm" / "teachers" / "embedded_weights" / "open_clip_model.safetensors"
 FAST = ["--preset", "small", "--steps", "2", "--device", "cpu"]
 

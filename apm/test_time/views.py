@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from apm.errors import UsageError
+from apm.images.load import normalised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,9 +90,7 @@ def augmented_view(
     view = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
     if generator.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.asarray(view, dtype=np.float32) / 255  # (size, size, 3)
-    normalised = (pixels - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
-    return torch.from_numpy(normalised).permute(2, 0, 1).contiguous()
+    return normalised(view, mean, std)
 
 
 def views(

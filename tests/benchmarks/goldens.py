@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-DEFAULT = Path(__file__).parent.parent / "golden"
-FOLDER = Path(os.environ.get("APM_PEERS_DIR") or DEFAULT)
+from tests.places import GOLDEN
+
+FOLDER = Path(os.environ.get("APM_PEERS_DIR") or GOLDEN)
 
 
 def each_golden(name: str) -> pytest.MarkDecorator:
     """Run a test with ``path`` each of the method's files; a folder of one's own need not hold every method."""
     found = sorted(FOLDER.glob(f"{name}_seed*.npz"))
-    if not found and FOLDER == DEFAULT:
-        raise FileNotFoundError(f"no {name}_seed*.npz in {DEFAULT}")
+    if not found and FOLDER == GOLDEN:
+        raise FileNotFoundError(f"no {name}_seed*.npz in {GOLDEN}")
     return pytest.mark.parametrize("path", found, ids=lambda path: path.stem)
 
 

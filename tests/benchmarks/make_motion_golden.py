@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import io
 import subprocess
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from apm.benchmarks.corruptions.blur import _MOTION
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 ANGLES = (-43.7, -30.0, 0.0, 17.25, 44.9, -112.5)  # the last as the flakes of snow fall
 
 

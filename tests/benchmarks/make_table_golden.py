@@ -18,8 +18,9 @@ from apm.benchmarks.runs.rows import Row
 from apm.benchmarks.runs.run_json import SCHEMA_VERSION
 from apm.benchmarks.tables.build import make_tables
 from apm.benchmarks.tables.formats import FORMATS
+from tests import places
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "tables"
+GOLDEN = places.GOLDEN / "tables"
 RUNS = ("shifts", "corrupted", "hub")
 SUFFIXES = {"markdown": "md", "csv": "csv", "json": "json", "latex": "tex"}
 

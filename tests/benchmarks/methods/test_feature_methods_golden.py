@@ -19,7 +19,8 @@ from apm.benchmarks.methods.oga import CachedGaussians
 from apm.benchmarks.methods.onzeta import OnlineProxies, OnZetaSettings
 from apm.benchmarks.methods.tps import TPSSettings, tune_shift
 from apm.text.zeroshot import ZeroShotHead
-from tests.benchmarks.goldens import DEFAULT, FOLDER, close, read_golden
+from tests.benchmarks.goldens import FOLDER, close, read_golden
+from tests.places import GOLDEN
 
 Golden = Mapping[str, Tensor]
 
@@ -191,7 +192,7 @@ def test_published_outputs_are_met(name: str, path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*CHECKS])
 def test_how_a_stream_is_cut_into_batches_changes_nothing(name: str) -> None:
-    golden = read_golden(DEFAULT / f"{name}_seed0.npz")
+    golden = read_golden(GOLDEN / f"{name}_seed0.npz")
     text = golden["text_features"]
     features = (golden["views"] if "views" in golden else golden["stream"].unsqueeze(1))[:30]
     whole, pieces = (answers(name, features, text, at_a_time=size)[0] for size in (30, 7))

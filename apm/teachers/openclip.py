@@ -70,6 +70,14 @@ class OpenClipTeacher:
         self.mean = _triple(config.mean)
         self.std = _triple(config.std)
         self.notes = source.notes
+        self.settings = {
+            "quick_gelu": bool(source.config.get("quick_gelu")),
+            "image_size": self.image_size,
+            "interpolation": config.interpolation,
+            "resize": config.resize_mode,
+            "precision": "fp32",
+        }
+        """What of architecture and input is known to move accuracy, for records."""
         self.default_labels = source.labels
         self.default_templates = source.templates
         self.device = device

@@ -27,6 +27,7 @@ class APMTestTimeTraining:
     """The student's answer after K steps towards the target, its weights drawn afresh for each image."""
 
     stream = False
+    gradients = True
 
     def __init__(self, options: MethodOptions) -> None:
         self._student = _chosen(options)

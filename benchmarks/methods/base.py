@@ -1,8 +1,8 @@
 """What a method is, what it is given, and how its settings are declared.
 
-A method is one object with `name`, `stream`, `settings` and `predict(batch)`. The `Batch` holds everything that methods
-share, each part computed when first asked for and then kept. There are no labels in it, and no file names either, since
-a file's folder is often its label.
+A method is one object with `name`, `stream`, `gradients`, `settings` and `predict(batch)`. The `Batch` holds everything
+that methods share, each part computed when first asked for and then kept. There are no labels in it, and no file names
+either, since a file's folder is often its label.
 """
 
 from __future__ import annotations
@@ -174,6 +174,8 @@ class Method(Protocol):
     stream: bool
     """False: episodic, an image's answer does not depend on other images. True: it depends on those before it, so the
     order is part of the result."""
+    gradients: bool
+    """Whether answering takes back-propagation, through the student, the text tower or vectors of the method's own."""
     settings: Mapping[str, Json]
     """Everything that shapes the answers, for the run's record."""
 

@@ -59,6 +59,7 @@ class BoostAdapter:
     """A stream method: both caches grow until `reset`. Memory: at most 5·C·D numbers at the default settings."""
 
     stream = True
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("boostadapter", options)

@@ -80,6 +80,7 @@ class CoOp(TPTCoOp):
     """Zero-shot with a learned prompt; no views and no steps."""
 
     registered = "coop"
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         super().__init__(options)

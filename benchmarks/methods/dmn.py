@@ -90,6 +90,7 @@ class DMN:
     """A stream method: the memory grows with every image until `reset`."""
 
     stream = True
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("dmn", options)

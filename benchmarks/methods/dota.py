@@ -111,6 +111,7 @@ class DOTA:
     """A stream method: the classes' distributions are estimated until `reset`."""
 
     stream = True
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("dota", options)

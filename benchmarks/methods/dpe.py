@@ -128,6 +128,7 @@ class DPE:
     """A stream method: prototypes evolve until `reset`."""
 
     stream = True
+    gradients = True
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("dpe", options)

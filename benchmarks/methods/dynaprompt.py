@@ -51,6 +51,7 @@ class DynaPrompt(PromptTuned):
     """
 
     stream = True
+    gradients = True
     registered = "dynaprompt"
     settings_type = DynaPromptSettings
     _chosen: DynaPromptSettings

@@ -149,6 +149,7 @@ class ECALP:
     """A stream method: the graph grows with every image until `reset`."""
 
     stream = True
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("ecalp", options)

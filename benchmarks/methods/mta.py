@@ -30,6 +30,7 @@ class MTA:
     """Classify the robust mode of the views' features."""
 
     stream = False
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("mta", options)

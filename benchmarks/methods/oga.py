@@ -99,6 +99,7 @@ class OGA:
     """A stream method: the cache grows with every image until `reset`."""
 
     stream = True
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("oga", options)

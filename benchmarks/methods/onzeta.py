@@ -87,6 +87,7 @@ class OnZeta:
     """A stream method: class vectors and weights are learned until `reset`."""
 
     stream = True
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("onzeta", options)

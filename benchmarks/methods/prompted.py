@@ -73,6 +73,7 @@ class PromptTuned:
     """A method that tunes the prompt's context for each image afresh; what differs is the loss, and how it answers."""
 
     stream = False
+    gradients = True
     registered: ClassVar[str]
     """Its name in the registry."""
     settings_type: ClassVar[type[PromptSettings]] = PromptSettings

@@ -106,6 +106,7 @@ class TDA:
     """A stream method: the caches grow with every image until `reset`."""
 
     stream = True
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("tda", options)

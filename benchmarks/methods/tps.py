@@ -47,6 +47,7 @@ class TPS:
     """Shift the text features for each image afresh and classify the image itself by them."""
 
     stream = False
+    gradients = True
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("tps", options)

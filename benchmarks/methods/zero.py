@@ -31,6 +31,7 @@ class Zero:
     """Majority vote of the confident views: the mean of their predictions at temperature zero."""
 
     stream = False
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("zero", options)

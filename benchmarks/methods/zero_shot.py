@@ -18,6 +18,7 @@ class ZeroShot:
 
     name = "zero-shot"
     stream = False
+    gradients = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.settings: Mapping[str, Json] = settings_record(make_settings(ZeroShotSettings, self.name, options))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +60,17 @@ def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory in bytes that this process has held so far.
+
+    On a GPU it is what torch had in use there at once, without what its allocator keeps in reserve; else all resident.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS tells bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -168,7 +168,12 @@ def prepare(
         record = {
             "schema": SCHEMA_VERSION,
             "config": config,
-            "teacher": {"name": teacher.name, "identity": teacher.identity, "notes": list(teacher.notes)},
+            "teacher": {
+                "name": teacher.name,
+                "identity": teacher.identity,
+                "notes": list(teacher.notes),
+                "settings": dict(getattr(teacher, "settings", {})),
+            },
             "stream_order": {"generator": "numpy PCG64 permutation", "seed": options.seed},
             "cells": {key: {k: v for k, v in header.items() if k != "identity"} for key, header in headers.items()},
             **sets,

@@ -33,6 +33,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from ..methods.base import Method, StreamMethod
 from .decoding import Readable, Unreadable, decoded
+from .environment import peak_memory
 from .file_state import check_files
 from .records import RunFolder
 from .rows import Row
@@ -345,6 +346,7 @@ class Session:
         if self.group.first:
             seconds = round(time.monotonic() - self.started, 3)
             self.record["sessions"][-1]["seconds"] = seconds
+            self.record["sessions"][-1]["peak_memory"] = peak_memory(self.teacher.device)
             self.record["wall_seconds"] = round(self.earlier_seconds + seconds, 3)
             self.folder.write_run(self.record)
 

@@ -63,6 +63,7 @@ class Plain:
     """Episodic: the teacher's logits, turned a little by a fixed matrix."""
 
     stream = False
+    gradients = False
 
     def __init__(self, name: str = "plain", *, turn: float = 3.0, seconds: float = 0.0) -> None:
         self.name = name
@@ -90,6 +91,7 @@ class Stream:
 
     name = "stream"
     stream = True
+    gradients = False
 
     def __init__(self) -> None:
         self.settings = {"weight": 5.0}

@@ -291,7 +291,10 @@ def test_identity_is_name_and_content(loaded: OpenClipTeacher, tiny: nn.Module, 
     assert len(digest) == 16
     save_plain(tiny, tmp_path / "same.pt")
     assert load_teacher(f"{NAME}/{tmp_path / 'same.pt'}").identity.endswith(f"@{digest}")
-    assert not load_teacher(f"{NAME}-quickgelu/{tmp_path / 'same.pt'}").identity.endswith(f"@{digest}")
+    plain, quick = (load_teacher(f"{name}/{tmp_path / 'same.pt'}") for name in (NAME, f"{NAME}-quickgelu"))
+    assert [plain.settings["quick_gelu"], quick.settings["quick_gelu"]] == [False, True]
+    assert plain.settings["interpolation"] == "bicubic" and plain.settings["image_size"] == plain.image_size
+    assert not quick.identity.endswith(f"@{digest}")
     changed = copy.deepcopy(tiny)
     with torch.no_grad():
         changed.ln_final.weight[3] = torch.nextafter(changed.ln_final.weight[3], torch.tensor(9.0))

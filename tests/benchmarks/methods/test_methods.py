@@ -375,6 +375,7 @@ def test_a_strangers_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatc
     class Uniform:
         name = "uniform"
         stream = False
+        gradients = False
 
         def __init__(self, options: MethodOptions) -> None:
             self.settings: dict[str, Any] = {}

@@ -123,6 +123,7 @@ def test_run_json_follows_its_schema_and_says_what_was_run(tmp_path: Path) -> No
     assert session["command"] == ["apm", "bench", "digits"]
     assert session["versions"]["torch"] == torch.__version__.split("+")[0]
     assert session["seconds"] == record["wall_seconds"] > 0
+    assert 2**24 < session["peak_memory"] < 2**40  # bytes: torch alone takes more than 16 MiB
 
 
 def test_an_undecodable_image_is_a_row_with_its_error(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""What methods declare of themselves holds: whether they need gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from apm.benchmarks.methods import REGISTRY, create_method
+from apm.student.engine import Engine
+from tests.benchmarks.methods.test_bad_input import SMALL, GivenFeatures, features, open_teacher
+from tests.benchmarks.methods.test_methods import full_spec
+
+
+@pytest.mark.parametrize("name", [*REGISTRY])
+def test_a_method_that_needs_gradients_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def watched(holder: Any, function: str) -> None:
+        original = getattr(holder, function)
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(function)
+            return original(*args, **options)
+
+        monkeypatch.setattr(holder, function, call)
+
+    monkeypatch.setattr("apm.benchmarks.methods.rlcf.load_teacher", lambda name, device: open_teacher())
+    watched(torch.autograd, "grad")
+    watched(torch.Tensor, "backward")
+    watched(Engine, "backward")  # the student's own, which autograd has no part in
+    method = create_method(full_spec(name, neighbours=2), SMALL)
+    method.predict(GivenFeatures(features()))
+    assert bool(calls) is method.gradients

@@ -32,39 +32,60 @@ Json = str | int | float | bool | None
 
 SettingsT = TypeVar("SettingsT")
 
+CHUNK = 64
+"""Images or views that a teacher encodes at a time."""
+
+
+class KnownViews(Protocol):
+    """Features of a batch's images that are known without looking at the images, as a store holds them."""
+
+    count: int
+    """V, how many views of each image are known; the first is the image itself."""
+    min_area: float
+    """Smallest share of an image's area in their crops."""
+
+    def first(self, count: int) -> Tensor:
+        """The first `count` ≤ V views' features: (B, count, D) float32 on the CPU, not normalised."""
+        ...
+
 
 class Batch:
     """B test images and what the teacher makes of them, shared by all methods of a run.
 
     Args:
         ids: one stable name per image. Only a hash of it is kept: it seeds the image's views.
-        images: RGB images; pixels are copied without file name and metadata.
+        images: RGB images, or a function that opens them when a method first asks for pixels; pixels are copied without
+            file name and metadata.
         teacher: the frozen teacher.
         head: its zero-shot head for the data set's class names.
         seed: of the run, for the views.
         chunk: how many images or views are encoded at a time; bounds the memory.
         stream_length: number of images in the whole stream that this batch is a part of, where it is known.
+        known: features that need not be computed; views beyond them are.
     """
 
     def __init__(
         self,
         ids: Sequence[str],
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image] | Callable[[], Sequence[Image.Image]],
         teacher: Teacher,
         head: ZeroShotHead,
         *,
         seed: int = 0,
-        chunk: int = 64,
+        chunk: int = CHUNK,
         stream_length: int | None = None,
+        known: KnownViews | None = None,
     ) -> None:
-        if len(ids) != len(images):
+        if not callable(images) and len(ids) != len(images):
             raise ValueError(f"{len(ids)} ids for {len(images)} images")
         self.teacher = teacher
         self.head = head
         self.seed = seed
         self.stream_length = stream_length
-        self.images = tuple(_bare(image) for image in images)
-        self._keys = tuple(hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest() for name in ids)
+        self._open: Callable[[], Sequence[Image.Image]] | None = images if callable(images) else None
+        self._images = None if callable(images) else tuple(_bare(image) for image in images)
+        self._keys = tuple(view_key(name) for name in ids)
+        self._known = known
         self._chunk = chunk
         self._pixels: Tensor | None = None
         self._tokens: Tensor | None = None
@@ -73,7 +94,20 @@ class Batch:
         self._grids: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._keys)
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The images: RGB, without file names and metadata; opened only now where features were known."""
+        if self._images is None:
+            assert self._open is not None
+            self._images = tuple(_bare(image) for image in self._open())
+        return self._images
+
+    @property
+    def looked_at(self) -> bool:
+        """Whether the images themselves were given or asked for, and not their features alone."""
+        return self._images is not None
 
     def pixels(self) -> Tensor:
         """The images as the teacher takes them: (B, 3, H, W) float32 on the CPU."""
@@ -84,7 +118,10 @@ class Batch:
     def tokens(self) -> Tensor:
         """The teacher's CLS tokens: (B, D) float32, not normalised, on the teacher's device."""
         if self._tokens is None:
-            self._tokens = teacher_tokens(self.teacher, self.pixels(), chunk=self._chunk)
+            if self._known is not None:
+                self._tokens = self._known.first(1)[:, 0].to(self.teacher.device)
+            else:
+                self._tokens = teacher_tokens(self.teacher, self.pixels(), chunk=self._chunk)
         return self._tokens
 
     def views(self, count: int, *, min_area: float = MIN_AREA) -> Tensor:
@@ -99,6 +136,9 @@ class Batch:
         """
         check(count, min_area)
         have = self._views.get(min_area, self.tokens().unsqueeze(1))  # (B, 1, D) at first
+        known = self._known if self._known is not None and self._known.min_area == min_area else None
+        if known is not None and have.shape[1] < min(count, known.count):
+            have = self._views[min_area] = known.first(min(count, known.count)).to(self.teacher.device)
         if have.shape[1] < count:
             more = [self._encode_views(index, have.shape[1], count, min_area) for index in range(len(self))]
             have = torch.cat([have, torch.stack(more)], dim=1)  # (B, count, D)
@@ -119,8 +159,9 @@ class Batch:
 
     def seen_by(self, teacher: Teacher, head: ZeroShotHead) -> Batch:
         """The same images, and the same views of them, for another teacher and its zero-shot head."""
-        other = Batch((), (), teacher, head, seed=self.seed, chunk=self._chunk, stream_length=self.stream_length)
-        other.images, other._keys = self.images, self._keys
+        opened, length = (lambda: self.images), self.stream_length
+        other = Batch((), opened, teacher, head, seed=self.seed, chunk=self._chunk, stream_length=length)
+        other._keys = self._keys
         return other
 
     def _encode_views(self, index: int, start: int, stop: int, min_area: float) -> Tensor:
@@ -267,6 +308,11 @@ def display_name(method: str, options: MethodOptions, *parts: str) -> str:
     """
     words = list(parts) + [f"{name}={text}" for name, text in sorted(options.overrides.items())]
     return f"{method}[{','.join(words)}]" if words else method
+
+
+def view_key(sample_id: str) -> str:
+    """What stands for a sample's id where its views are drawn: the id itself often holds the label."""
+    return hashlib.sha256(sample_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _bare(image: Image.Image) -> Image.Image:

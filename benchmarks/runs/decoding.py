@@ -22,7 +22,8 @@ class Readable:
 
     position: int
     sample: Sample
-    image: Image.Image
+    image: Image.Image | None
+    """None: not decoded, since its features are known."""
 
 
 @dataclass(frozen=True)
@@ -65,4 +66,5 @@ def _load(item: tuple[int, Sample]) -> Readable | Unreadable:
 
 
 def _bytes(item: Readable | Unreadable) -> int:
-    return 4 * item.image.width * item.image.height if isinstance(item, Readable) else 0
+    image = item.image if isinstance(item, Readable) else None
+    return 4 * image.width * image.height if image else 0

@@ -51,7 +51,8 @@ class Row:
     seconds: float | None = None
     """The method's own share of its batch's wall time, without decoding and without what methods share."""
     shared_seconds: float | None = None
-    """Share of the wall time of what is computed once for all methods and this method uses: teacher token, views."""
+    """Share of the wall time of what is computed once for all methods and this method uses: teacher token, views. None
+    where these came from a store."""
     step_predictions: tuple[int, ...] | None = None
     """Prediction before the first step and after each, where per-step predictions were asked for."""
     logits: tuple[float, ...] | None = None

@@ -19,6 +19,7 @@ from .environment import describe
 from .file_state import FileState
 from .records import RunFolder
 from .run_json import SCHEMA_VERSION, changed_configuration, describe_differences, differences
+from .source import Features
 
 if TYPE_CHECKING:
     from ..datasets import Dataset
@@ -156,6 +157,7 @@ def prepare(
     teacher: Teacher,
     options: RunOptions,
     group: Group,
+    features: Features | None = None,
 ) -> dict[str, Any]:
     """Begin or continue the run: check the configuration, then the `files`, and write run.json."""
     session = folder.begin()  # before anything is read: what an earlier session writes from now on would be missed
@@ -196,6 +198,7 @@ def prepare(
             "processes": group.world,
             "batch_size": options.batch_size,
             "workers": options.workers,
+            **({"features": features.record} if features is not None else {}),
             **describe(teacher.device),
         }
     )

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,11 @@ from apm.processes import ALONE, Group
 from apm.teachers.base import Teacher
 from apm.text.zeroshot import ZeroShotHead
 
-from ..methods.base import Method, StreamMethod
-from .decoding import Readable, Unreadable, decoded
+from ..methods.base import Batch, Method, StreamMethod
+from .decoding import Readable, Unreadable
 from .environment import peak_memory
 from .file_state import check_files
+from .progress import Progress
 from .records import RunFolder
 from .rows import Row
 from .run_record import (
@@ -50,32 +51,15 @@ from .run_record import (
 )
 from .scoring import NOT_FINITE, Tally, score
 from .shares import WorkShare, divide, stream_order
+from .source import CellImages, Features
 from .timed_batch import TimedBatch
 
 if TYPE_CHECKING:
-    from ..datasets import Dataset, Sample
+    from ..datasets import Dataset
 
 _LOCK_PATIENCE = (2.0, 10.0)  # seconds, alone and of many: a killed process gives its lock back a little later
 
 logger = logging.getLogger("apm")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far this process is."""
-
-    cell: str
-    cell_number: int
-    cells: int
-    done: int
-    """Images of this cell that this process has answered, earlier runs included."""
-    total: int
-    """Images of this cell that are this process's part."""
-    accuracy: Mapping[str, float]
-    """Running accuracy in [0, 1] of each method on the images of this session."""
-    images_per_second: float
-    remaining_seconds: float
-    """Estimate for the rest of the whole run."""
 
 
 @dataclass
@@ -99,6 +83,7 @@ def run(
     teacher: Teacher,
     options: RunOptions,
     *,
+    features: Features | None = None,
     group: Group = ALONE,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_texts: Callable[[int, int], None] | None = None,
@@ -115,6 +100,8 @@ def run(
         methods: the methods; names must differ.
         teacher: the frozen teacher that all of them share.
         options: seed, limits, sizes.
+        features: of the images, where they need not be computed: images are then decoded only for methods that ask for
+            their pixels.
         group: this process's place among those of the run.
         on_progress: called after every batch.
         on_texts: called, while class names are encoded, with how many are done and how many there are.
@@ -135,13 +122,16 @@ def run(
     started = time.monotonic()
     headers, sets, states = describe_cells(cells, options, look=group.first)
     add_own_prompts(headers, sets, methods)
-    files = partial(check_files, folder, states, dict(zip(headers, cells, strict=True)))
+    opened = dict(zip(headers, cells, strict=True))
+    files = partial(check_files, folder, states, opened)
     config = configuration(methods, teacher, headers, options)
     lock, record, refusal = None, None, None
     if group.first:
         try:
+            for cell, state in states.items() if features is not None else ():
+                features.check(opened[cell](), state)
             lock = folder.lock(_LOCK_PATIENCE[group.world > 1])
-            record = prepare(folder, config, headers, sets, files, teacher, options, group)
+            record = prepare(folder, config, headers, sets, files, teacher, options, group, features)
         except ApmError as error:
             refusal = error
     try:
@@ -155,7 +145,18 @@ def run(
                 on_warning(f"{cell}: {warning}")
         folder.join(record["sessions"][-1]["id"])
         work = Session(
-            folder, methods, teacher, options, group, record, started, on_progress, on_note, on_failure, on_texts
+            folder,
+            methods,
+            teacher,
+            options,
+            group,
+            record,
+            started,
+            on_progress,
+            on_note,
+            on_failure,
+            on_texts,
+            features,
         )
         try:
             work.plan(headers)
@@ -193,11 +194,13 @@ class Session:
         on_note: Callable[[str], None],
         on_failure: Callable[[str], None],
         on_texts: Callable[[int, int], None] | None = None,
+        features: Features | None = None,
     ) -> None:
         self.folder, self.methods, self.teacher, self.options = folder, methods, teacher, options
         self.group, self.record, self.started = group, record, started
         self.on_progress, self.on_note, self.on_failure = on_progress, on_note, on_failure
-        self.on_texts = on_texts
+        self.on_texts, self.features = on_texts, features
+        self.looking: set[str] = set()  # methods that were seen to ask for pixels though features are known
         self.heads: dict[tuple[tuple[str, ...], tuple[str, ...]], ZeroShotHead] = {}
         self.earlier_seconds = record["wall_seconds"]
         self.lanes: dict[str, list[WorkShare]] = {}
@@ -226,7 +229,13 @@ class Session:
         if dataset.fingerprint != self.record["cells"][cell]["fingerprint"]:
             raise UsageError(f"The files of {cell} have changed since the run began.")
         folder = Path(dataset.source) if Path(dataset.source).is_dir() else None  # None: built in, or streamed
-        order = stream_order(len(dataset.samples), self.options.seed)
+        source = CellImages(
+            dataset.samples,
+            stream_order(len(dataset.samples), self.options.seed),
+            ahead=self.options.batch_size + self.options.workers,
+            workers=self.options.workers,
+            known=self.features and self.features.cell(dataset),
+        )
         head = self._head(dataset)
         total = sum(len(lane.positions) for lane in lanes)
         done = 0
@@ -236,9 +245,9 @@ class Session:
                 if method.stream:
                     cast(StreamMethod, method).reset()
             if lane.replay:
-                self._replay(lane, dataset.samples, order, head)
+                self._replay(lane, source, head)
             buffer = _Buffer(self.folder, cell, self.options.flush_seconds, self.write_record)
-            images = self._images(lane.positions, dataset.samples, order)
+            images = source.read(lane.positions)
             try:
                 while True:
                     begun = time.monotonic()
@@ -247,7 +256,7 @@ class Session:
                         break
                     if folder is not None and not folder.is_dir():  # an unplugged drive: no image is at fault
                         raise ApmError(f"{folder} is no longer there. Run the same command again when it is.")
-                    answers = self._answer(items, lane.methods, head, cell, len(order))
+                    answers = self._answer(items, lane.methods, head, cell, source)
                     rows = [row for row in answers if row.position not in lane.recorded[row.method]]
                     buffer.add(rows, begun)
                     tally.add(rows)
@@ -257,13 +266,6 @@ class Session:
             finally:
                 images.close()
                 buffer.flush()
-
-    def _images(
-        self, positions: Sequence[int], samples: Sequence[Sample], order: Sequence[int]
-    ) -> Generator[Readable | Unreadable, None, None]:
-        """Decode the images at these places of the stream order."""
-        todo = ((position, samples[order[position]]) for position in positions)
-        return decoded(todo, ahead=self.options.batch_size + self.options.workers, workers=self.options.workers)
 
     def _head(self, dataset: Dataset) -> ZeroShotHead:
         key = (tuple(dataset.class_names), tuple(dataset.templates))
@@ -292,22 +294,30 @@ class Session:
         remaining = self.left / rate if rate else 0.0
         self.on_progress(Progress(cell, number + 1, len(self.lanes), done, total, tally.accuracy(), rate, remaining))
 
-    def _batch(self, items: Sequence[Readable], head: ZeroShotHead, length: int) -> TimedBatch:
-        ids, images = [item.sample.id for item in items], [item.image for item in items]
-        return TimedBatch(ids, images, self.teacher, head, seed=self.options.seed, stream_length=length)
+    def _batch(self, items: Sequence[Readable], head: ZeroShotHead, source: CellImages) -> TimedBatch:
+        return TimedBatch(
+            [item.sample.id for item in items],
+            source.opened(items),
+            self.teacher,
+            head,
+            seed=self.options.seed,
+            stream_length=len(source),
+            known=source.views(items),
+        )
 
-    def _replay(self, lane: WorkShare, samples: Sequence[Sample], order: Sequence[int], head: ZeroShotHead) -> None:
+    def _replay(self, lane: WorkShare, source: CellImages, head: ZeroShotHead) -> None:
         """Show stream methods again what they have answered already, and record nothing."""
         stream = [method for method in lane.methods if method.stream]
         names = ", ".join(method.name for method in stream)
         self.on_note(f"Rebuilding the state of {names} from the {len(lane.replay)} images before.")
-        images = self._images(lane.replay, samples, order)
+        images = source.read(lane.replay)
         try:
             while items := list(itertools.islice(images, self.options.batch_size)):
                 if readable := [item for item in items if isinstance(item, Readable)]:
-                    batch = self._batch(readable, head, len(order))
+                    batch = self._batch(readable, head, source)
                     for method in stream:
                         method.predict(batch)
+                        self._watch(method, batch, source)
         finally:
             images.close()
 
@@ -317,19 +327,21 @@ class Session:
         methods: Sequence[Method],
         head: ZeroShotHead,
         cell: str,
-        length: int,
+        source: CellImages,
     ) -> list[Row]:
-        """Answer a batch of a cell of `length` images by all methods: a row for each image and method."""
+        """Answer a batch of a cell by all methods: a row for each image and method."""
         rows = []
         readable = [item for item in items if isinstance(item, Readable)]
         if readable:
-            batch = self._batch(readable, head, length)
+            batch = self._batch(readable, head, source)
             logits, _, _ = batch.measure(lambda: head.logits(batch.tokens()))
             teacher = logits.argmax(1).tolist()
             for method in methods:
                 prediction, own, shared = batch.measure(partial(method.predict, batch))
+                self._watch(method, batch, source)
                 prediction.check(method.name, batch)
-                seconds = own / len(batch), shared / len(batch)
+                # What the shared parts would have cost is not known where a store had them.
+                seconds = own / len(batch), None if source.known is not None else shared / len(batch)
                 rows += score(method.name, prediction, readable, teacher, *seconds, self.options.record_logits)
         for item in items:
             if isinstance(item, Unreadable):
@@ -340,6 +352,14 @@ class Session:
             if row.error == NOT_FINITE:
                 self.on_failure(f"{cell}: {row.id}: {row.method}: {row.error}")
         return rows
+
+    def _watch(self, method: Method, batch: Batch, source: CellImages) -> None:
+        """Decode ahead from now on, and say so, where a method has asked for pixels though features are known."""
+        if batch.looked_at and not source.decoding:
+            source.decoding = True
+            if self.group.first and method.name not in self.looking:
+                self.looking.add(method.name)
+                self.on_note(f"{method.name} looks at the images themselves: they are decoded too.")
 
     def write_record(self) -> None:
         """Bring run.json up to date; only the first process does."""

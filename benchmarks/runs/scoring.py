@@ -21,7 +21,7 @@ def score(
     items: Sequence[Readable],
     teacher: Sequence[int],
     seconds: float,
-    shared_seconds: float,
+    shared_seconds: float | None,
     record_logits: bool = False,
 ) -> list[Row]:
     """Compare one method's logits with the labels: a row for each image."""

@@ -15,7 +15,7 @@ from apm.teachers.base import Teacher
 from apm.test_time.views import MIN_AREA
 from apm.text.zeroshot import ZeroShotHead
 
-from ..methods.base import Batch
+from ..methods.base import Batch, KnownViews
 
 T = TypeVar("T")
 
@@ -30,14 +30,15 @@ class TimedBatch(Batch):
     def __init__(
         self,
         ids: Sequence[str],
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image] | Callable[[], Sequence[Image.Image]],
         teacher: Teacher,
         head: ZeroShotHead,
         *,
         seed: int = 0,
         stream_length: int | None = None,
+        known: KnownViews | None = None,
     ) -> None:
-        super().__init__(ids, images, teacher, head, seed=seed, stream_length=stream_length)
+        super().__init__(ids, images, teacher, head, seed=seed, stream_length=stream_length, known=known)
         self._cost: dict[Hashable, float] = {}  # seconds spent on each shared part
         self._used: dict[Hashable, float] = {}  # share of each part that the method being measured uses
         self._inside = 0.0  # seconds that the method being measured has spent inside of shared parts
@@ -56,6 +57,12 @@ class TimedBatch(Batch):
         own = time.perf_counter() - begun - self._inside
         shared = sum(self._cost[part] * share for part, share in self._used.items())
         return result, max(own, 0.0), shared
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """As `Batch.images`; decoding is nobody's cost."""
+        with self._charged("images", 0.0):
+            return super().images
 
     def tokens(self) -> Tensor:
         """As `Batch.tokens`."""

@@ -1,4 +1,4 @@
-"""`apm table`: tables in the paper's layouts from run folders, beside the published numbers."""
+"""`apm table`: tables in the paper's layouts from run folders, what can be trusted of them, and results that leave."""
 
 from __future__ import annotations
 
@@ -10,22 +10,51 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apm.errors import UsageError, unknown
+from apm.images.files import write_atomically
 from apm.images.paths import printable
 
 from .options import Debug
-from .render import say, say_json, warning
+from .render import notice, say, say_json, warning
 
 if TYPE_CHECKING:
+    from apm.benchmarks.runs.records import Records
     from apm.benchmarks.tables.table import Table
+    from apm.benchmarks.tables.trust import TrustTable
 
-FORMAT_NAMES = ("rich", "markdown", "csv", "json", "latex")
+FORMAT_NAMES = ("rich", "markdown", "csv", "json", "latex", "parquet", "eval-results")
+_ROWS = ("csv", "parquet")
 _WIDE = 4000  # columns: a table is never cut, whatever the terminal's width
 
 
 def table(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders of apm bench.")],
-    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMAT_NAMES)}.")] = "rich",
+    format: Annotated[
+        str,
+        typer.Option(
+            help=f"One of {', '.join(FORMAT_NAMES)}. parquet holds rows; eval-results are files for a model card."
+        ),
+    ] = "rich",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="What can be trusted instead: intervals, tests against zero-shot, ranks, calibration and cost.",
+        ),
+    ] = False,
+    cells: Annotated[
+        bool, typer.Option("--cells/--no-cells", help="--trust: with each cell, beside all cells together.")
+    ] = True,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Every row of the records instead, with the names of labels: csv or parquet.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write into this file instead of to stdout; eval-results: into this folder's .eval_results."),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="eval-results: id of the task, as the data set's eval.yaml on the hub calls it.")
+    ] = "default",
     published: Annotated[
         bool, typer.Option("--published/--no-published", help="With the published rows, marked as such.")
     ] = True,
@@ -40,24 +69,110 @@ def table(
     """Print tables from the records of runs: the paper's Tables 1, 2 and 3, and one for each other data set.
 
     Per cell accuracy ± standard error and count; per method agreement with its teacher, flips each way with McNemar's
-    p, calibration and speed. Several runs come together in one table.
+    p, calibration and speed. Several runs come together in one table. With --trust the methods are ranked by what the
+    data show, over all cells together and in each.
+
+    Examples:
+
+        apm table runs/digits runs/fog
+
+        apm table runs/digits --trust --format markdown
+
+        apm table runs/digits --format parquet --out rows.parquet
     """
-    if format not in FORMAT_NAMES:
-        raise unknown("format", format, FORMAT_NAMES)
+    name = _format(format, as_json=as_json, rows=rows, trust=trust, out=out)
 
     from apm.benchmarks.runs.records import Records
     from apm.benchmarks.tables.build import make_tables
-    from apm.benchmarks.tables.formats import FORMATS
 
-    tables = make_tables([Records.open(path) for path in runs], published=published, oracle=oracle)
+    opened = [Records.open(path) for path in runs]
+    tables = make_tables(opened, published=published and not trust, oracle=oracle and not trust)
     if not tables:
         raise UsageError(f"No rows yet in {', '.join(map(str, runs))}.")
-    if as_json or format != "rich":
-        name = "json" if as_json else format
-        (say_json if name == "json" else say)(FORMATS[name](tables), end="")
+    if rows or name == "parquet":
+        _give_rows(opened, name, out)
+    elif name == "eval-results":
+        _give_eval_results(tables, task, out)
+    elif trust:
+        from apm.benchmarks.tables.trust import make_trust
+        from apm.benchmarks.tables.trust_formats import FORMATS as TRUST_FORMATS
+
+        found = make_trust(tables, cells=cells)
+        if name == "rich":
+            show_trust(found)
+        else:
+            _give(TRUST_FORMATS[name](found), name, out)
         warn(tables)
-    else:
+    elif name == "rich":
         show(tables)
+    else:
+        from apm.benchmarks.tables.formats import FORMATS
+
+        _give(FORMATS[name](tables), name, out)
+        warn(tables)
+
+
+def _format(format: str, *, as_json: bool, rows: bool, trust: bool, out: Path | None) -> str:
+    """The format that is meant.
+
+    Raises:
+        UsageError: there is none of this name, or options that do not go together.
+    """
+    if format not in FORMAT_NAMES:
+        raise unknown("format", format, FORMAT_NAMES)
+    name = "json" if as_json else "csv" if rows and format == "rich" else format
+    if trust and (rows or name in ("parquet", "eval-results")):
+        raise UsageError("--trust is of methods: it goes with rich, markdown, csv, json and latex, and without --rows.")
+    if rows and name not in _ROWS:
+        raise UsageError(f"--rows is for the formats {' and '.join(_ROWS)}, not for {name}.")
+    if out is None and name == "parquet":
+        raise UsageError("A Parquet file is nothing for a terminal: name it with --out FILE.")
+    if out is not None and name == "rich":
+        raise UsageError("--out is for the other formats: choose one with --format.")
+    return name
+
+
+def _give(text: str, name: str, out: Path | None) -> None:
+    """Print a text, or write it into a file."""
+    if out is None:
+        (say_json if name == "json" else say)(text, end="")
+    else:
+        write_atomically(out, text.encode("utf-8", "backslashreplace"))
+
+
+def _give_rows(runs: Sequence[Records], name: str, out: Path | None) -> None:
+    from apm.benchmarks.tables.leaving import rows_csv, rows_parquet, rows_table
+
+    found = rows_table(runs)
+    if out is None:
+        say(rows_csv(found).decode(), end="")
+    else:
+        write_atomically(out, rows_parquet(found) if name == "parquet" else rows_csv(found))
+
+
+def _give_eval_results(tables: Sequence[Table], task: str, out: Path | None) -> None:
+    from apm.benchmarks.tables.leaving import eval_results
+
+    files, left_out = eval_results(tables, task=task)
+    if not files:
+        raise UsageError(f"No score of these runs can stand on a model card. {'; '.join(left_out)}.")
+    for reason in left_out:
+        notice(f"left out: {reason}")
+    for name, text in files.items():
+        if out is None:
+            say(f"# {name}\n{text}", end="")
+        else:
+            write_atomically(out / ".eval_results" / name, text.encode())
+
+
+def show_trust(tables: Sequence[TrustTable]) -> None:
+    """Print what can be trusted to stdout for people."""
+    from apm.benchmarks.tables.trust_formats import HEADINGS, LEGEND, lines
+
+    for one in tables:
+        print_table(HEADINGS, lines(one), title=one.title)
+        say("".join(f"\n  {' '.join(note.splitlines())}" for note in one.notes) + "\n")
+    say("\n".join(f"  {text}" for text in LEGEND))
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -106,7 +221,7 @@ def _print_block(
     heading = Text(printable(title), style="bold") if title else None
     view = View(box=None, pad_edge=False, title=heading, title_justify="left")
     for number, name in enumerate(headings):
-        numeric = all(row[number][:1] in "0123456789–<" for row in rows)
+        numeric = all(row[number][:1] in "0123456789–<+-" for row in rows)
         view.add_column(Text(printable(name), style="bold"), justify="right" if numeric else "left", no_wrap=True)
     for number, row in enumerate(rows):
         view.add_row(*(Text(printable(cell)) for cell in row), style=styles[number] if styles else "")

@@ -1,4 +1,4 @@
-"""Tables as text: markdown, LaTeX, CSV and JSON.
+"""Tables as text: markdown, LaTeX, CSV and JSON. Those of `trust` have their own file, `trust_formats`.
 
 The terminal's form is made by the command line from `grid` and `details`.
 """
@@ -75,30 +75,32 @@ def details(table: Table) -> list[list[str]]:
 
 def markdown(tables: Sequence[Table]) -> str:
     """All tables in GitHub's markdown."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(_in_markdown(cell).replace("|", "\\|") for cell in cells) + " |"
-
-    def block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        return [line(headings), line(["---"] * len(headings)), *(line(row) for row in rows), ""]
-
     out: list[str] = []
     for table in tables:
         headings, rows, notes = grid(table)
-        out += [f"### {_in_markdown(table.title)}", "", *block(headings, rows)]
+        out += [f"### {in_markdown(table.title)}", "", *markdown_block(headings, rows)]
         if detailed := details(table):
-            out += ["All cells together, against the teacher:", "", *block(DETAIL_HEADINGS, detailed)]
-        out += [f"> **Warning.** {_in_markdown(warning)}\n" for warning in table.warnings]
-        out += [*(f"- {_in_markdown(note)}" for note in notes), ""]
+            out += ["All cells together, against the teacher:", "", *markdown_block(DETAIL_HEADINGS, detailed)]
+        out += [f"> **Warning.** {in_markdown(warning)}\n" for warning in table.warnings]
+        out += [*(f"- {in_markdown(note)}" for note in notes), ""]
     return "\n".join(out)
 
 
-def _in_markdown(text: str) -> str:
+def markdown_block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of one table in markdown, and an empty one."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(in_markdown(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(headings), line(["---"] * len(headings)), *(line(row) for row in rows), ""]
+
+
+def in_markdown(text: str) -> str:
     """Text on one line in which no name of a user's can start a tag or an escape."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split("\n")).replace("\\", r"\\"))
 
 
-_LATEX = str.maketrans(
+LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
         "&": r"\&",
@@ -128,34 +130,40 @@ _LATEX = str.maketrans(
 
 def latex(tables: Sequence[Table]) -> str:
     """All tables as LaTeX floats, ready to paste: with booktabs, the best of our own rows in each column in bold."""
-
-    def block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        sides = "".join("l" if heading in ("method", "teacher", "prompts", "source") else "r" for heading in headings)
-        names = [heading.translate(_LATEX) for heading in headings]
-        frame = pandas.DataFrame(rows, columns=names)
-        return frame.to_latex(index=False, escape=False, column_format=sides).rstrip()
-
     out: list[str] = [r"% needs \usepackage{booktabs}"]
     for table in tables:
         headings, rows, notes = grid(table)
         best = _best(table, headings)
         shown = [
-            [_bold(cell.translate(_LATEX), (number, place) in best) for place, cell in enumerate(row)]
+            [_bold(cell.translate(LATEX), (number, place) in best) for place, cell in enumerate(row)]
             for number, row in enumerate(rows)
         ]
         out += [
             "",
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{table.title.translate(_LATEX)}}}",
-            block(headings, shown),
+            rf"\caption{{{table.title.translate(LATEX)}}}",
+            latex_block(headings, shown),
         ]
         if detailed := details(table):
-            plain = [[cell.translate(_LATEX) for cell in row] for row in detailed]
-            out += ["", r"\medskip", "All cells together, against the teacher:", "", block(DETAIL_HEADINGS, plain)]
-        out += [rf"\par\footnotesize {note.translate(_LATEX)}" for note in (*table.warnings, *notes)]
+            plain = [[cell.translate(LATEX) for cell in row] for row in detailed]
+            out += [
+                "",
+                r"\medskip",
+                "All cells together, against the teacher:",
+                "",
+                latex_block(DETAIL_HEADINGS, plain),
+            ]
+        out += [rf"\par\footnotesize {note.translate(LATEX)}" for note in (*table.warnings, *notes)]
         out.append(r"\end{table}")
     return "\n".join(out) + "\n"
+
+
+def latex_block(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A tabular with booktabs; the cells are LaTeX already, the headings are not."""
+    sides = "".join("l" if heading in ("method", "teacher", "prompts", "source") else "r" for heading in headings)
+    frame = pandas.DataFrame(rows, columns=[heading.translate(LATEX) for heading in headings])
+    return str(frame.to_latex(index=False, escape=False, column_format=sides)).rstrip()
 
 
 def _best(table: Table, headings: Sequence[str]) -> set[tuple[int, int]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.signal import convolve
+from scipy.stats import binom, binomtest, norm, rankdata
 
 
 def standard_error(accuracy: float, n: int) -> float:
@@ -29,6 +31,90 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
     if flips == 0:
         return 1.0
     return float(binomtest(right_to_wrong, flips).pvalue)
+
+
+def paired_test(changes: NDArray[np.integer]) -> float:
+    """Exact two-sided p-value of paired changes, under which each of them might as well have gone the other way.
+
+    Where an image is in one cell its change is -1, 0 or 1, and this is `mcnemar`. Where it is in several (the same
+    photograph under many corruptions), the changes of its cells are no independent evidence: they are added up first,
+    and flip their sign together.
+
+    Args:
+        changes: (k,) for each image, in how many more of its cells the second classifier is right than the first.
+
+    Returns:
+        p in [0, 1]: how likely a sum at least as far from 0 is when the signs are tossed; 1 when nothing changed.
+    """
+    sizes, counts = np.unique(np.abs(changes[changes != 0]), return_counts=True)
+    if len(sizes) == 0:
+        return 1.0
+    if len(sizes) == 1:
+        return mcnemar(int((changes < 0).sum()), int((changes > 0).sum()))
+    chances = np.ones(1)  # of each sum of the changes that went up
+    for size, count in zip(sizes, counts, strict=True):
+        steps = np.zeros(int(size * count) + 1)
+        steps[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = convolve(chances, steps)
+    sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
+    return float(np.clip(chances[np.abs(sums) >= abs(int(changes.sum()))].sum(), 0, 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct p-values of several tests at once by Holm's step-down method (1979), in their order.
+
+    Reject what comes out below α, and the chance of any false rejection is below α, however the tests depend on each
+    other.
+    """
+    order = np.argsort(p, kind="stable")
+    left = len(p) - np.arange(len(p))  # tests not yet rejected when this one's turn comes
+    stepped = np.maximum.accumulate(np.asarray(p, dtype=float)[order] * left)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(stepped, 1)
+    return [float(value) for value in corrected]
+
+
+def interval(right: NDArray[np.bool_], image: NDArray[np.integer]) -> tuple[float, float]:
+    """95 % interval of an accuracy (Wilson 1927), for answers of which several may be of the same image.
+
+    Answers to one photograph under many corruptions say less than as many to different ones. Their number is replaced
+    by that of independent answers of the same variance (Kish's effective sample size); without repetitions it is n.
+
+    Args:
+        right: (n,) whether each answer is right, n ≥ 1.
+        image: (n,) number of the image that it is of, from 0.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+    """
+    n, accuracy = len(right), float(right.mean())
+    spread = float(np.square(np.bincount(image, weights=right - accuracy)).sum())
+    images = len(np.unique(image))
+    effective = min(n, n * n * accuracy * (1 - accuracy) / spread) if spread > 0 else images
+    z = float(norm.ppf(0.975))
+    shrink = 1 + z * z / effective
+    centre = (accuracy + z * z / (2 * effective)) / shrink
+    half = z / shrink * math.sqrt(accuracy * (1 - accuracy) / effective + z * z / (4 * effective**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def auroc(confidence: NDArray[np.floating], right: NDArray[np.bool_]) -> float | None:
+    """How well confidence tells right answers from wrong ones: area under the ROC curve (Mann & Whitney 1947).
+
+    Args:
+        confidence: (n,) of each answer.
+        right: (n,) whether it is right.
+
+    Returns:
+        The chance that a right answer is more confident than a wrong one, equal confidences counted half: 1 is perfect
+        knowledge of one's mistakes, 0.5 none. None where all answers are right, or all wrong.
+    """
+    rights = int(right.sum())
+    wrongs = len(right) - rights
+    if rights == 0 or wrongs == 0:
+        return None
+    ranks = rankdata(confidence)  # equal ones share their mean rank
+    return float((ranks[right].sum() - rights * (rights + 1) / 2) / (rights * wrongs))
 
 
 PER_BIN, MOST_BINS = 25, 10

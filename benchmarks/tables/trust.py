@@ -1,0 +1,377 @@
+"""What can be trusted of a comparison: every method on the same images, with intervals, tests, calibration and cost.
+
+The rule of the ranks. Every two methods are compared by a paired test on the same images (`stats.paired_test`, exact;
+McNemar's where each image is there once), all pairs corrected together by Holm's method. One is *shown to be better*
+where it is right more often and the corrected p is below 0.05. A method's rank is 1 where none is shown to be better
+than it, else 1 + the largest rank of those that are. It follows, whatever the data:
+
+* of two methods on one rank, neither is shown to be better than the other;
+* a method that is shown to be better than another has the smaller rank;
+* for a method of rank r > 1 there is one of rank r - 1 that is shown to be better than it.
+
+There is nothing to be intransitive: the better of a pair has more right answers, so the relation has no circles. What a
+rank does not say: that each method of rank 1 is shown to be better than each of rank 2. A noisy method may stand above
+a more accurate one, where the data show the latter to be beaten and not the former.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apm.errors import UsageError
+
+from .stats import auroc, expected_calibration_error, holm, interval, paired_test
+from .table import MARKS, Answers, Table, TableRow
+
+SIGNIFICANT = 0.05
+"""Of p-values that were corrected for the number of tests."""
+TOGETHER = "all cells"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRow:
+    """One method on the images of one cell, or of several together. None: not known, or not defined here."""
+
+    rank: int | None
+    """None for what is not compared: ORACLE rows."""
+    method: str
+    accuracy: float
+    """Percent; an image that this method alone has no answer for counts as wrong."""
+    low: float
+    high: float
+    """The ends of its 95 % interval, percent."""
+    gain: float
+    """Points over zero-shot: the teacher's own answers with the run's prompts, on the same images."""
+    p: float | None
+    """Of the gain, corrected for the number of methods by Holm's method; None for zero-shot itself and ORACLE rows."""
+    right_to_wrong: int
+    wrong_to_right: int
+    ece: float | None
+    nll: float | None
+    auroc: float | None
+    ms_given_features: float | None
+    """Milliseconds an image, without what methods share: the teacher's tokens, grids and views."""
+    ms: float | None
+    """Milliseconds an image with all that the method uses, as if it ran alone, but for reading the file."""
+    peak_memory: int | None
+    """Bytes, of the process that ran it, with all methods of its run."""
+    episodic: bool | None
+    """Whether an image's answer depends on no other image; if not, the order of the images is part of the result."""
+    gradients: bool | None
+    failed: int
+    """Images that other methods answer and this one does not."""
+    marks: tuple[str, ...] = ()
+    """Names in `MARKS`."""
+
+
+@dataclass(frozen=True)
+class TrustTable:
+    """All methods on the images of one cell, or of several together."""
+
+    title: str
+    cells: tuple[str, ...]
+    """Columns of the table that this is made from."""
+    n: int
+    """Answers of each method."""
+    images: int
+    """Different images among them: one photograph under many corruptions is one."""
+    rows: tuple[TrustRow, ...]
+    """By rank, then by accuracy."""
+    notes: tuple[str, ...]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it is of several cells together."""
+        return len(self.cells) > 1
+
+
+def make_trust(tables: Sequence[Table], *, cells: bool = True) -> list[TrustTable]:
+    """Make of each table of accuracies what can be trusted of it.
+
+    Args:
+        tables: as `make_tables` makes them; published rows are passed over.
+        cells: whether to give each cell of a table beside all of them together.
+
+    Returns:
+        For each table the averaged cells together, where there are several, then each cell.
+
+    Raises:
+        UsageError: the methods of a cell were not run on the same images.
+    """
+    made = []
+    for table in tables:
+        rows = [row for row in table.rows if row.answers]
+        columns = [column for column in table.columns if any(column in row.answers for row in rows)]
+        pool = [column for column in table.averaged if column in columns]
+        whole = [row for row in rows if all(column in row.answers for column in pool)]
+        left_out = [row.method for row in rows if row not in whole and any(column in row.answers for column in pool)]
+        if len(pool) > 1 and whole:
+            note = f"Not on all {len(pool)} cells, and left out: {', '.join(left_out)}." if left_out else None
+            made.append(_table(f"{table.title}, {TOGETHER}", pool, whole, note))
+            alone = [column for column in columns if cells or column not in pool]
+        else:
+            alone = columns
+        for column in alone:
+            mine = [row for row in rows if column in row.answers]
+            made.append(_table(_title(mine[0].answers[column].cell), [column], mine, None))
+    return [one for one in made if one is not None]
+
+
+def _title(cell: Mapping[str, Any]) -> str:
+    return f"{cell['title']}, {cell['corruption']} at level {cell['level']}" if cell["corruption"] else cell["title"]
+
+
+def ranks(right: Sequence[NDArray[np.bool_]], image: NDArray[np.integer]) -> list[int]:
+    """Rank methods by what the data show, see the module's docstring.
+
+    Args:
+        right: for each method, (n,) whether each answer is right; the same images in the same order.
+        image: (n,) number of the image that each answer is of, from 0.
+
+    Returns:
+        Their ranks from 1, in their order.
+    """
+    pairs = list(combinations(range(len(right)), 2))
+    changes = [_changes(right[a], right[b], image) for a, b in pairs]
+    corrected = holm([paired_test(change) for change in changes])
+    beaten_by: dict[int, list[int]] = {place: [] for place in range(len(right))}
+    for (a, b), change, p in zip(pairs, changes, corrected, strict=True):
+        if p < SIGNIFICANT:
+            better, worse = (b, a) if change.sum() > 0 else (a, b)
+            beaten_by[worse].append(better)
+    found: dict[int, int] = {}
+    for place in sorted(beaten_by, key=lambda place: -int(right[place].sum())):  # the better of a pair comes first
+        found[place] = 1 + max((found[better] for better in beaten_by[place]), default=0)
+    return [found[place] for place in range(len(right))]
+
+
+def _changes(first: NDArray[np.bool_], second: NDArray[np.bool_], image: NDArray[np.integer]) -> NDArray[np.int64]:
+    """For each image, in how many more of its cells the second is right than the first."""
+    return np.rint(np.bincount(image, weights=second.astype(int) - first.astype(int))).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Aligned:
+    """One method's answers, in the order of images that all methods of a table share."""
+
+    row: TableRow
+    answered: NDArray[np.bool_]
+    right: NDArray[np.bool_]
+    zero_shot: NDArray[np.bool_]
+    """Whether the teacher's own answer is right."""
+    probability: NDArray[np.float64]
+    nll: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    shared_seconds: NDArray[np.float64]
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[TableRow], note: str | None) -> TrustTable | None:
+    """Compare rows on the images of some columns; None where nobody has an answer."""
+    parts = [_aligned(column, rows) for column in columns]
+    image = _images(columns, rows)
+    methods = [_joined([part[place] for part in parts]) for place in range(len(rows))]
+    anybody = np.logical_or.reduce([one.answered for one in methods])
+    if not anybody.any():
+        return None
+    methods = [_only(one, anybody) for one in methods]
+    image = np.unique(image[anybody], return_inverse=True)[1]
+    compared = [place for place, one in enumerate(methods) if not _is_oracle(one.row)]
+    rank = dict(zip(compared, ranks([methods[place].right for place in compared], image), strict=True))
+    tested = [place for place in compared if not _is_zero_shot(methods[place].row)]
+    changes = (_changes(methods[place].zero_shot, methods[place].right, image) for place in tested)
+    p = dict(zip(tested, holm([paired_test(change) for change in changes]), strict=True))
+    names = _names([one.row for one in methods])
+    made = [
+        _trust_row(names[place], one, columns, image, rank.get(place), p.get(place))
+        for place, one in enumerate(methods)
+    ]
+    made.sort(key=lambda row: (row.rank is None, row.rank, -row.accuracy, row.method))
+    different = int(image.max()) + 1
+    notes = [note] if note else []
+    notes += _notes(made, len(image), different, int((~anybody).sum()), len(tested))
+    return TrustTable(title, tuple(columns), len(image), different, tuple(made), tuple(notes))
+
+
+def _trust_row(
+    name: str,
+    one: _Aligned,
+    columns: Sequence[str],
+    image: NDArray[np.integer],
+    rank: int | None,
+    p: float | None,
+) -> TrustRow:
+    low, high = interval(one.right, image)
+    kept, n = one.answered, int(one.answered.sum())
+    own, shared = float(one.seconds[kept].sum()), float(one.shared_seconds[kept].sum())
+    sure, correct = one.probability[kept], one.right[kept]
+    told_else = ("failed", "near chance") if len(columns) > 1 else ("failed",)  # chance is a cell's own
+    marks = (mark for column in columns for mark in one.row.cells[column].marks if mark not in told_else)
+    return TrustRow(
+        rank=rank,
+        method=name,
+        accuracy=100 * float(one.right.mean()),
+        low=100 * low,
+        high=100 * high,
+        gain=100 * float(one.right.mean() - one.zero_shot.mean()),
+        p=p,
+        right_to_wrong=int((one.zero_shot & ~one.right).sum()),
+        wrong_to_right=int((~one.zero_shot & one.right).sum()),
+        ece=expected_calibration_error(sure, correct) if n else None,
+        nll=float(one.nll[kept].mean()) if n else None,
+        auroc=auroc(sure, correct) if n else None,
+        ms_given_features=1000 * own / n if n and own > 0 else None,
+        ms=1000 * (own + shared) / n if n and own + shared > 0 else None,
+        peak_memory=_peak_memory(one.row.answers[column] for column in columns),
+        episodic=None if (stream := one.row.settings.get("stream")) is None else not stream,
+        gradients=_needs_gradients(one.row),
+        failed=int((~kept).sum()),
+        marks=tuple(dict.fromkeys(marks)),
+    )
+
+
+def _aligned(column: str, rows: Sequence[TableRow]) -> list[_Aligned]:
+    """Bring the answers of all rows to one column into one order.
+
+    Raises:
+        UsageError: they are not of the same images, or of other labels.
+    """
+    first = rows[0].answers[column].rows
+    order = {name: place for place, name in enumerate(first.id)}
+    _check_same_images(column, rows)
+    teachers = _teacher_predictions(column, rows, order)
+    found = []
+    for row in rows:
+        answers = row.answers[column]
+        mine = answers.rows
+        at = np.argsort([order[name] for name in mine.id])
+        answered = np.array([error is None for error in mine.error[at]], dtype=bool)
+        label = mine.label[at]
+        found.append(
+            _Aligned(
+                row=row,
+                answered=answered,
+                right=answered & (mine.prediction[at] == label),
+                zero_shot=teachers[_teacher_key(answers)] == label,
+                probability=mine.probability[at],
+                nll=mine.nll[at],
+                seconds=mine.seconds[at],
+                shared_seconds=mine.shared_seconds[at],
+            )
+        )
+    return found
+
+
+def _check_same_images(column: str, rows: Sequence[TableRow]) -> None:
+    first = rows[0].answers[column]
+    for row in rows:
+        answers = row.answers[column]
+        if (have := len(answers.rows)) < (wanted := answers.cell["images"]):
+            raise UsageError(
+                f"{column}: {row.method} has {have:,} of {wanted:,} images in {answers.run.path}. Finish the run by "
+                "running its command again."
+            )
+        theirs, ours = (dict(zip(one.rows.id, one.rows.label, strict=True)) for one in (first, answers))
+        if theirs != ours:
+            common = len(theirs.keys() & ours.keys())
+            raise UsageError(
+                f"{column}: the rows are not of the same images. {rows[0].method} in {first.run.path} has "
+                f"{len(theirs):,}, {row.method} in {answers.run.path} has {len(ours):,}; {common:,} are in both"
+                f"{', with other labels' if common == len(ours) == len(theirs) else ''}. Methods are compared on the "
+                "same images alone: give runs of the same images (the same --limit and --seed)."
+            )
+
+
+def _teacher_key(answers: Answers) -> tuple[str, str]:
+    """What the teacher's own answers depend on."""
+    return answers.run.run["teacher"]["identity"], answers.cell["prompt_set"]
+
+
+def _teacher_predictions(
+    column: str, rows: Sequence[TableRow], order: Mapping[str, int]
+) -> dict[tuple[str, str], NDArray[np.int64]]:
+    """By teacher and prompts, its own answers; -1 where no method of these has one recorded."""
+    found: dict[tuple[str, str], NDArray[np.int64]] = {}
+    for row in rows:
+        answers = row.answers[column]
+        at = np.argsort([order[name] for name in answers.rows.id])
+        mine = answers.rows.teacher_prediction[at]
+        known = found.setdefault(_teacher_key(answers), mine)
+        found[_teacher_key(answers)] = np.where(known < 0, mine, known)
+    return found
+
+
+def _images(columns: Sequence[str], rows: Sequence[TableRow]) -> NDArray[np.integer]:
+    """The number of the image that each answer is of: the same for one photograph under several corruptions."""
+    numbers: dict[tuple[str, str], int] = {}
+    answers = [rows[0].answers[column] for column in columns]
+    keys = ((one.cell["title"], name) for one in answers for name in one.rows.id)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+_ARRAYS = ("answered", "right", "zero_shot", "probability", "nll", "seconds", "shared_seconds")
+
+
+def _joined(parts: Sequence[_Aligned]) -> _Aligned:
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+    return replace(parts[0], **arrays)
+
+
+def _only(one: _Aligned, kept: NDArray[np.bool_]) -> _Aligned:
+    arrays: dict[str, Any] = {name: getattr(one, name)[kept] for name in _ARRAYS}
+    return replace(one, **arrays)
+
+
+def _names(rows: Sequence[TableRow]) -> list[str]:
+    """The methods, with their teachers where there are several."""
+    several = len({row.teacher for row in rows}) > 1
+    return [f"{row.method} · {row.teacher}" if several else row.method for row in rows]
+
+
+def _registered(row: TableRow) -> str:
+    """A method's name in the registry: what stands before its settings, or before what it differs in from others."""
+    return row.method.partition("[")[0].partition(" ")[0]
+
+
+def _is_zero_shot(row: TableRow) -> bool:
+    return _registered(row) == "zero-shot"
+
+
+def _is_oracle(row: TableRow) -> bool:
+    return row.kind == "oracle"
+
+
+def _needs_gradients(row: TableRow) -> bool | None:
+    """What the method's class declares, None where there is none of this name (any more)."""
+    from ..methods import REGISTRY
+
+    return getattr(REGISTRY.get(_registered(row)), "gradients", None)
+
+
+def _peak_memory(parts: Iterable[Answers]) -> int | None:
+    """The most memory that the sessions of the runs took; None unless all of them say."""
+    sessions = [session for one in parts for session in one.run.run["sessions"]]
+    peaks = [session.get("peak_memory") for session in sessions]
+    return max(peaks) if peaks and None not in peaks else None
+
+
+def _notes(rows: Sequence[TrustRow], n: int, images: int, unanswered: int, tests: int) -> Iterator[str]:
+    used = {mark for row in rows for mark in row.marks}
+    yield from (f"{sign} {text}" for mark, (sign, text) in MARKS.items() if mark in used)
+    counted = f"n = {n:,} answers of each method" + (f" to {images:,} images" if images < n else "")
+    yield f"{counted}; {unanswered:,} that no method could answer are left out." if unanswered else f"{counted}."
+    if failed := [f"{row.method} {row.failed:,}" for row in rows if row.failed]:
+        yield f"Images without an answer, which count as wrong: {', '.join(failed)}."
+    test = "McNemar's exact test" if images == n else "the exact sign-flip test"
+    yield f"p: {test} of the flips against zero-shot, corrected by Holm's method for {tests} methods." + (
+        " The cells of one image flip together: they are no independent evidence." if images < n else ""
+    )
+    yield (
+        "rank: of two methods on one rank neither is shown to be better than the other, by the same test on all pairs, "
+        f"corrected by Holm's method (p < {SIGNIFICANT}); for each method of a later rank, one of the rank before is."
+    )

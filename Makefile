@@ -18,8 +18,14 @@ gallery: $(DEV)
 test: $(DEV)
 	$(BIN)/python -m pytest
 
+# In two processes of one thread: most tests are too small for more.
 quick: $(DEV)
-	$(BIN)/python -m pytest -m "not slow"
+	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) quick-method quick-benchmarks
+
+quick-method: TESTED = tests/apm tests/cli
+quick-benchmarks: TESTED = tests/benchmarks tests/test_*.py
+quick-method quick-benchmarks: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -m "not slow" $(TESTED)
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .
@@ -57,4 +63,4 @@ $(DEV): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(RUNTIME) $@
 
-.PHONY: all demo gallery test quick lint types fix bench-speed gpu clean
+.PHONY: all demo gallery test quick quick-method quick-benchmarks lint types fix bench-speed gpu clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,22 @@ from PIL import Image
 from tests.places import ROOT
 
 PHOTOGRAPHS = {"cat": "chelsea.png", "coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "rocket.jpg"}
+
+
+def pytest_collection() -> None:
+    """Collect no garbage while torch and its like are imported: a million objects that stay."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector from looking at these objects again and again while tests run."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Let it take them down at the end: a library of C++ complains of what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -262,6 +262,7 @@ def test_public_names_are_loaded_on_first_use() -> None:
     assert set(apm.__all__) <= set(dir(apm))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distil", ["grid", "both"])
 def test_distilling_the_grid_does_not_depend_on_batch_or_order(pictures: list[Path], distil: str) -> None:
     options = {"distil": distil, "rgb_weight": 0.1}

@@ -100,6 +100,7 @@ def test_json_is_the_tables_document_and_nothing_else(tmp_path: Path) -> None:
     assert document == json.loads(apm_("table", "run", "--format", "json").stdout)
 
 
+@pytest.mark.slow
 def test_apm_and_peers_share_one_run_with_corruptions(tmp_path: Path) -> None:
     result = bench(
         *("digits", "--limit", "3", "--corruption", "clean", "--corruption", "contrast"),

@@ -24,7 +24,7 @@ from apm.errors import TeacherError
 from apm.images.load import MAX_PIXELS
 from apm.test_time.options import AdaptConfig
 from apm.test_time.queries import FEWER
-from tests.fakes import FakeTeacher
+from tests.fakes import FakeTeacher, png_of_size
 
 SCHEMA = json.loads(resources.files("apm.cli").joinpath("schemas/classify.json").read_text())
 FAST = ("--preset", "small", "--steps", "2", "--precision", "fp32", "--device", "cpu")
@@ -142,7 +142,7 @@ def bad(tmp_path: Path, picture: Path) -> dict[str, Path]:
     (folder / "text.jpg").write_text("hello")
     (folder / "cut.jpg").write_bytes(picture.read_bytes()[:-300])
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
-    Image.new("1", (30_000, 30_000)).save(folder / "huge.png")
+    (folder / "huge.png").write_bytes(png_of_size(30_000, 30_000))
     (folder / "line\nbreak.jpg").touch()
     return {
         "no such file": folder / "missing.jpg",

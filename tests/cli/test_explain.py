@@ -32,6 +32,7 @@ def explain(folder: Path, *arguments: str | Path) -> Result:
     return CliRunner().invoke(app, command)
 
 
+@pytest.mark.slow
 def test_a_picture_and_arrays_for_each_image(picture: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     hostile = tmp_path / "-a\n$x_{\t.png"
@@ -83,6 +84,7 @@ def test_only_the_grid_has_no_attention(picture: Path, tmp_path: Path) -> None:
         assert "attention" not in arrays and arrays["maps"].shape == (3, 20, 20)
 
 
+@pytest.mark.slow
 def test_what_the_maps_need_is_filled_in_and_said(
     picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

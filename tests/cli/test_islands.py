@@ -28,6 +28,7 @@ def islands(out: Path, *arguments: str | Path) -> Result:
     return CliRunner().invoke(app, ["islands", "--teacher", "x", *fast, "--out", str(out), *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_everything_is_written_for_each_image(picture: Path, tmp_path: Path) -> None:
     twin = tmp_path / "other" / picture.name
     twin.parent.mkdir()
@@ -65,6 +66,7 @@ def test_everything_is_written_for_each_image(picture: Path, tmp_path: Path) -> 
         assert not np.array_equal(arrays["last/grid/image"], arrays["last/grid/random target"])
 
 
+@pytest.mark.slow
 def test_one_image_alone_without_controls_as_svg(picture: Path, tmp_path: Path) -> None:
     result = islands(tmp_path / "out", "--steps", "2", "--no-controls", "--format", "svg", picture)
     assert result.exit_code == 0, result.stderr

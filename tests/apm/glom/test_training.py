@@ -155,6 +155,7 @@ def test_losses_are_of_hidden_places_and_both_nets(cache: GridCache, tmp_path: P
         torch.testing.assert_close(contrasted, both / 2)
 
 
+@pytest.mark.slow
 def test_it_learns_to_fill_in_hidden_places(cache: GridCache, tmp_path: Path) -> None:
     mine = trainer(tmp_path / "c.safetensors", cache, replace(TRAINING, steps=150, batch_size=8))
     mine.run(evaluate_every=75)
@@ -166,6 +167,7 @@ def test_it_learns_to_fill_in_hidden_places(cache: GridCache, tmp_path: Path) ->
     assert (rows[-1]["held_out_denoising"], rows[-1]["held_out_contrast"]) == mine.held_out_losses()
 
 
+@pytest.mark.slow
 def test_the_contrast_alone_is_learned_too(cache: GridCache, tmp_path: Path) -> None:
     mine = trainer(tmp_path / "c.safetensors", cache, replace(TRAINING, steps=60, contrast_weight=10.0))
     mine.run(evaluate_every=30)

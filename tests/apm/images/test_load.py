@@ -35,6 +35,7 @@ from apm.images.load import (
     student_input,
 )
 from apm.images.paths import expand_paths, printable
+from tests.fakes import png_of_size
 from tests.places import ROOT
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
@@ -119,7 +120,7 @@ def test_sizes(tmp_path: Path) -> None:
 
 def test_huge_image_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "huge.png"
-    Image.new("1", (30_000, 30_000)).save(path)
+    path.write_bytes(png_of_size(30_000, 30_000))
     limit = Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     message = refused(path)

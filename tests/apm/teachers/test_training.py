@@ -280,6 +280,7 @@ def test_the_mixed_check_sees_photographs_drift(sources: list[Source], sharp: Sh
     assert mixed_check(Stage(), sources, sharp, 32) == {"tiny": 0.0, "sharp": 0.5, "drift": 1.0, "score": -0.25}
 
 
+@pytest.mark.slow
 def test_the_best_late_checkpoint_is_kept(
     sources: list[Source], sharp: Sharp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +329,7 @@ def test_a_line_of_the_lexicon_without_classes_is_named(tmp_path: Path) -> None:
         read_lexicon(path)
 
 
+@pytest.mark.slow
 def test_calibration_finds_the_scale_that_made_the_labels() -> None:
     generator = torch.Generator().manual_seed(0)
     cosines = torch.rand(20_000, 10, generator=generator) * 2 - 1
@@ -335,6 +337,7 @@ def test_calibration_finds_the_scale_that_made_the_labels() -> None:
     assert calibrate(cosines, labels) == pytest.approx(6.0, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_exported_folder_is_a_teacher(sources: list[Source], sharp: Sharp, tmp_path: Path) -> None:
     stage = train_images(RECIPE, sources, sharp, tmp_path, save_every=10)
     measured = export(

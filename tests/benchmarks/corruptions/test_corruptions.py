@@ -70,6 +70,7 @@ def test_random_corruption_has_the_figures_of_the_reference(name: str, golden: d
         assert_agree(figures(pictures, image), expected, f"{name} level {level}")
 
 
+@pytest.mark.slow
 def test_elastic_displacement_has_the_figures_of_its_other_variant(golden: dict[str, NDArray[np.uint8]]) -> None:
     # The file's figures of elastic_transform are of the variant in the imagecorruptions package: no affine map, and the
     # parameters below. Ours is ImageNet-C's own (`test_elastic_transform_is_…`); both share the displacement.
@@ -81,6 +82,7 @@ def test_elastic_displacement_has_the_figures_of_its_other_variant(golden: dict[
         assert_agree(figures(pictures, image), expected, f"displacement {alpha}")
 
 
+@pytest.mark.slow
 def test_frost_is_near_the_reference_though_its_pictures_are_drawn(golden: dict[str, NDArray[np.uint8]]) -> None:
     # Loose on purpose: five drawn pictures stand for five photographs. Half the spread over draws, and 5 grey levels.
     image = golden["image"]

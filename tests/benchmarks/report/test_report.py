@@ -133,6 +133,12 @@ def levels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def levels_page(levels: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Read the report of that run."""
+    return Page(write_report([levels], tmp_path_factory.mktemp("page"), Options())[0].read_text(encoding="utf-8"))
+
+
 def tables_of(*runs: Path) -> list[Table]:
     return make_tables([Records.open(run) for run in runs])
 
@@ -180,12 +186,11 @@ def test_the_policy_knows_the_script_and_style_by_their_content(hostile: Path) -
     assert "default-src 'none'" in policy
 
 
-def test_tables_are_those_of_apm_table(levels: Path, tmp_path: Path) -> None:
-    page = Page(write_report([levels], tmp_path / "out", Options())[0].read_text(encoding="utf-8"))
+def test_tables_are_those_of_apm_table(levels: Path, levels_page: Page) -> None:
     for table in tables_of(levels):
         headings, rows, _ = grid(table)
-        assert [headings, *rows] in page.tables
-        assert [list(DETAIL_HEADINGS), *details(table)] in page.tables
+        assert [headings, *rows] in levels_page.tables
+        assert [list(DETAIL_HEADINGS), *details(table)] in levels_page.tables
 
 
 def test_accuracy_by_level_is_that_of_the_tables(levels: Path) -> None:
@@ -314,6 +319,7 @@ def test_an_id_never_leads_out_of_the_recorded_folder(tmp_path: Path) -> None:
         assert found.find(answers, outside) is None
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_bytes_and_other_files_are_left(levels: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -555,8 +561,8 @@ def test_a_browser_shows_it_and_runs_nothing_else(hostile: Path, tmp_path: Path)
     assert "hidden" not in theme
 
 
-def test_settings_name_what_a_run_was_made_with(levels: Path, tmp_path: Path) -> None:
-    said = "".join(Page(write_report([levels], tmp_path, Options())[0].read_text(encoding="utf-8")).text)
+def test_settings_name_what_a_run_was_made_with(levels: Path, levels_page: Page) -> None:
+    said = "".join(levels_page.text)
     run = json.loads((levels / "run.json").read_text(encoding="utf-8"))
     session = run["sessions"][0]
     for value in (

@@ -10,6 +10,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from apm.benchmarks.report.page import Options, render
 from apm.benchmarks.runs.records import Records
 from apm.benchmarks.runs.run_json import changed_configuration, read_run
@@ -58,6 +60,7 @@ def use(folder: Path) -> None:
     compare(records, records, Limits())
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_one_line_of_error_or_does_no_harm(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(HUB, folder)
@@ -76,6 +79,7 @@ def test_a_damaged_record_is_one_line_of_error_or_does_no_harm(tmp_path: Path) -
     assert refused > 0.7 * MUTATIONS  # texts such as a title may be any text
 
 
+@pytest.mark.slow
 def test_damaged_bytes_are_one_line_of_error_or_do_no_harm(tmp_path: Path) -> None:
     folder, draw = tmp_path / "run", random.Random(0)
     shutil.copytree(HUB, folder)

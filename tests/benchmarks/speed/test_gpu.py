@@ -92,6 +92,7 @@ def test_a_step_on_a_gpu_touches_nothing_of_the_cpu(
     assert placement.astray == []
 
 
+@pytest.mark.slow
 @both
 def test_the_trainer_brings_its_answers_back(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images and targets on the CPU, students on a GPU: shapes and devices of all that `adapt` returns."""

@@ -390,6 +390,7 @@ def test_a_failed_child_is_an_error_with_its_words() -> None:
 # -- the command and the report
 
 
+@pytest.mark.slow
 def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, docs = tmp_path / "results", tmp_path / "docs"
     where = ["--out", str(results), "--docs", str(docs)]

@@ -151,6 +151,7 @@ def test_the_command_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag
     assert found["settings"]["steps"] == found["settings"]["token_steps"] == 1
 
 
+@pytest.mark.slow
 def test_sheets_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = ColourTeacher()
     adapt = AdaptConfig(steps=2, precision="fp32")

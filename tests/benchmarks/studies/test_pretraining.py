@@ -90,6 +90,7 @@ def test_command_measures_what_was_trained(
         pretraining.main(arguments)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = []
     for number in (50, 51):

@@ -32,6 +32,7 @@ def run(photos: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -
     queries.STUDY.main(["--root", str(photos), "--rows", str(rows), *fast, *more])
 
 
+@pytest.mark.slow
 def test_it_is_continued_and_parts_are_summed_up(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, first, second = (tmp_path / f"{name}.jsonl" for name in ("whole", "first", "second"))
     run(photos, whole, monkeypatch)

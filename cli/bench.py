@@ -87,9 +87,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="zero-shot, tpt, ctpt, rtpt, rlcf, dynaprompt, coop, cocoop, tpt+coop, tpt+cocoop, mta, zero, tps, "
-            "tda, boostadapter, dmn, dpe, dota, onzeta, ecalp, oga or apm, with its own settings as tpt:steps=2; "
-            "repeatable. "
-            "Default: zero-shot and apm.",
+            "tda, boostadapter, dmn, dpe, dota, onzeta, ecalp, oga, ttl, tent, clipartt, watt or apm, with its own "
+            "settings as tpt:steps=2; repeatable. Default: zero-shot and apm.",
             rich_help_panel=METHOD,
         ),
     ] = None,

@@ -83,7 +83,7 @@ class ZeroShotHead:
         path = _cache_path(cache_dir, teacher, names, prompts) if cache else None
         features = _read(path, (len(names), teacher.dim)) if path else None
         if features is None:
-            features = _encode(teacher, names, prompts, batch_size, progress)
+            features = encode_labels(teacher, names, prompts, batch_size=batch_size, progress=progress)
             if path:
                 _write(path, features)
         return cls(names, features.to(teacher.device), teacher.logit_scale, prompts)
@@ -107,14 +107,19 @@ def default_cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("apm"))
 
 
-def _encode(
+def encode_labels(
     teacher: Teacher,
-    labels: tuple[str, ...],
-    templates: tuple[str, ...],
-    batch_size: int,
-    progress: Callable[[int, int], None] | None,
+    labels: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Compute the features (C, D), on the CPU: the sum over each label's prompts, a few texts at a time."""
+    """Encode every label in every template and average, as `ZeroShotHead.build` does, with no cache.
+
+    Returns:
+        (C, D) float32 of unit length, on the CPU.
+    """
     features = torch.empty(len(labels), teacher.dim)
     if progress:
         progress(0, len(labels))

@@ -14,6 +14,7 @@ from apm.errors import UsageError, unknown
 from .apm import APMTestTimeTraining
 from .base import Batch, Method, MethodOptions, Prediction, StreamMethod
 from .boostadapter import BoostAdapter
+from .clipartt import CLIPArTT
 from .cocoop import CoCoOp, TPTCoCoOp
 from .coop import CoOp, TPTCoOp
 from .ctpt import CTPT
@@ -28,8 +29,11 @@ from .onzeta import OnZeta
 from .rlcf import RLCF
 from .rtpt import RTPT
 from .tda import TDA
+from .tent import Tent
 from .tps import TPS
 from .tpt import TPT
+from .ttl import TTL
+from .watt import WATT
 from .zero import Zero
 from .zero_shot import ZeroShot
 
@@ -67,6 +71,10 @@ REGISTRY: dict[str, Callable[[MethodOptions], Method]] = {
     "dpe": DPE,
     "dota": DOTA,
     "oga": OGA,
+    "ttl": TTL,
+    "tent": Tent,
+    "clipartt": CLIPArTT,
+    "watt": WATT,
     "apm": APMTestTimeTraining,
 }
 

@@ -22,6 +22,7 @@ from apm.errors import UsageError, unknown
 from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
 from apm.test_time.options import Setting, StudentOptions, text_type
 from apm.test_time.views import MIN_AREA, check, view_tokens
+from apm.test_time.views import views as make_views
 
 if TYPE_CHECKING:
     from apm.teachers.base import Teacher
@@ -145,6 +146,21 @@ class Batch:
             self._views[min_area] = have
         return have[:, :count]
 
+    def view_pixels(self, index: int, count: int, *, min_area: float = MIN_AREA) -> Tensor:
+        """The views of one image as the teacher takes them, the same as those of `views`: made anew at each call.
+
+        Returns:
+            (count, 3, H, W) float32 on the CPU.
+        """
+        return make_views(
+            self.images[index],
+            count,
+            self.teacher,
+            seed=self.seed,
+            sample_id=self._keys[index],
+            min_area=min_area,
+        )
+
     def grids(self) -> Tensor:
         """The teacher's grids at its default size: (B, h', w', D) float32, not normalised, on the teacher's device."""
         if self._grids is None:
@@ -213,10 +229,10 @@ class Method(Protocol):
     name: str
     """Names its column in records and tables; distinct within a run."""
     stream: bool
-    """False: episodic, an image's answer does not depend on other images. True: it depends on those before it, so the
-    order is part of the result."""
+    """False: episodic, an image's answer does not depend on other images. True: it depends on those before it, or on
+    those of its batch (see `Together`), so the order is part of the result."""
     gradients: bool
-    """Whether answering takes back-propagation, through the student, the text tower or vectors of the method's own."""
+    """Whether answering takes back-propagation, through the student, a tower or vectors of the method's own."""
     settings: Mapping[str, Json]
     """Everything that shapes the answers, for the run's record."""
 
@@ -231,6 +247,14 @@ class StreamMethod(Method, Protocol):
     def reset(self) -> None:
         """Forget every image seen."""
         ...
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A method that answers a number of images together, and begins afresh with the next ones."""
+
+    together: int
+    """How many: a run hands it this many at a time, from the start of its order, and fewer at the end."""
 
 
 @runtime_checkable

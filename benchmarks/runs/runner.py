@@ -5,11 +5,11 @@ The runner alone holds labels: a method is given a `Batch` of images and returns
 Order. The images of a cell are gone through in one seeded order, the stream order, which is the same for all methods.
 Episodic methods do not care. A stream method (its answers depend on the images before) sees it from the first image
 to the last: when a run is continued, the state of the method is rebuilt by showing it again, without recording, the
-images it had already answered.
+images it had already answered. One that answers a number of images together gets whole batches of that order.
 
 Processes. Under ``torchrun`` process r of w answers positions r, r + w, r + 2w, … for episodic methods; stream
-methods cannot be divided and are answered by the first process alone, after its part. The rows are those of one
-process.
+methods cannot be divided, but for their whole batches, and are answered by the first process alone, after its part.
+The rows are those of one process.
 
 Time. Rows are written to the disk before 30 seconds of work have come together; batches are made smaller where one
 would take longer.
@@ -251,7 +251,7 @@ class Session:
             try:
                 while True:
                     begun = time.monotonic()
-                    items = list(itertools.islice(images, self._batch_size()))
+                    items = list(itertools.islice(images, lane.together or self._batch_size()))
                     if not items:
                         break
                     if folder is not None and not folder.is_dir():  # an unplugged drive: no image is at fault

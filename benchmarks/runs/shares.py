@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 
 from apm.processes import Group
 
-from ..methods.base import Method
+from ..methods.base import Method, Together
 
 
 def stream_order(n: int, seed: int) -> list[int]:
@@ -28,6 +29,8 @@ class WorkShare:
     """Positions before these that stream methods have answered in an earlier session."""
     recorded: Mapping[str, set[int]]
     """By method, all positions with a row."""
+    together: int | None = None
+    """How many images the methods are to be given at a time; None: they do not care."""
 
 
 def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group) -> list[WorkShare]:
@@ -42,10 +45,12 @@ def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group) -> l
     positions = rows["position"].to_numpy()
     names = rows["method"].to_numpy(zero_copy_only=False)
     done = {method.name: set(positions[names == method.name].tolist()) for method in methods}
-    episodic = [method for method in methods if not method.stream]
-    stream = [method for method in methods if method.stream]
-    shares: list[tuple[list[Method], range]] = [(list(methods), range(n))]
-    if group.world > 1 or len({frozenset(found) for found in done.values()}) > 1:
+    grouped = [method for method in methods if isinstance(method, Together)]
+    others = [method for method in methods if method not in grouped]
+    episodic = [method for method in others if not method.stream]
+    stream = [method for method in others if method.stream]
+    shares: list[tuple[list[Method], range]] = [(others, range(n))]
+    if group.world > 1 or len({frozenset(done[method.name]) for method in others}) > 1:
         whole = range(n) if group.first else range(0)
         shares = [(episodic, range(group.rank, n, group.world)), (stream, whole)]
     lanes = []
@@ -58,4 +63,10 @@ def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group) -> l
             # Where a damaged shard was removed, rows after the gap are there: the stream passes them again.
             replay, left = list(range(left[0])), list(range(left[0], n))
         lanes.append(WorkShare(members, left, replay, done))
+    for method in grouped:  # whole batches, of which each process takes its part
+        size = method.together
+        batches = [range(start, min(start + size, n)) for start in range(0, n, size)][group.rank :: group.world]
+        left = [place for batch in batches if not done[method.name].issuperset(batch) for place in batch]
+        if left:
+            lanes.append(WorkShare([cast("Method", method)], left, [], done, size))
     return lanes

@@ -29,7 +29,11 @@ TOKEN_ONLY = (
     "coop",
     "cocoop",
     "apm",
-)  # these see no view but the image itself
+    "ttl",
+    "tent",
+    "clipartt",
+    "watt",
+)  # these take no features of views: they see the image itself alone, or encode the views anew
 SMALL = MethodOptions(student=StudentOptions(preset="small", steps=2, precision="fp32"), views=4)
 
 
@@ -99,7 +103,7 @@ def _without(others: list[int]) -> GivenFeatures:
 def test_small_sizes_are_answered(name: str, images: int, views: int, classes: int) -> None:
     batch = GivenFeatures(features(images, views), classes, stream_length=images)
     options = MethodOptions(student=StudentOptions(preset="small", steps=2, precision="fp32"), views=views)
-    refusals = {("rtpt", 1, 7): "neighbours of 1 views", ("rlcf", 4, 1): "at least two labels"}
+    refusals = {("rtpt", 1, 7): "neighbours of 1 views", ("rlcf", 4, 1): "at least two labels", ("watt", 4, 1): "two labels"}
     if message := refusals.get((name, views, classes)):
         with pytest.raises(UsageError, match=message):
             create_method(full_spec(name, neighbours=2), options).predict(batch)
@@ -109,7 +113,7 @@ def test_small_sizes_are_answered(name: str, images: int, views: int, classes: i
 
 
 # They encode and tune prompts by the same code as TPT, and take as long.
-LIKE_TPT = ("ctpt", "rtpt", "rlcf", "dynaprompt", "coop", "cocoop", "tpt+coop", "tpt+cocoop")
+LIKE_TPT = ("ctpt", "rtpt", "rlcf", "dynaprompt", "coop", "cocoop", "tpt+coop", "tpt+cocoop", "watt")
 
 
 @pytest.mark.parametrize(

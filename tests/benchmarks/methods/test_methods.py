@@ -53,7 +53,7 @@ from tests.places import ROOT
 CLASSES = ("cat", "dog", "coffee mug", "space rocket", "daisy", "bus", "violin")
 TEMPLATE = "a photo of a {}."
 FEATURE_STREAMS = ("tda", "dmn", "boostadapter", "onzeta", "ecalp", "dpe", "dota", "oga")
-STREAM = {*FEATURE_STREAMS, "dynaprompt"}
+STREAM = {*FEATURE_STREAMS, "dynaprompt", "tent", "clipartt", "watt"}
 
 
 def run_options(run: dict[str, Any] | None = None, **student: Any) -> MethodOptions:

@@ -112,7 +112,9 @@ class TTL:
                 rows.append(self._adapt(tower, pixels, head.features, head.logit_scale))
         return gather(good, len(head.features), rows)
 
-    def _adapt(self, tower: TunableTower, pixels: Tensor, text: Tensor, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _adapt(
+        self, tower: TunableTower, pixels: Tensor, text: Tensor, scale: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits (C,) of view 0 of (V, 3, H, W), and figures."""
         chosen = self._chosen
         lora = LowRank(tower, chosen, self._seed)

@@ -103,7 +103,11 @@ def _without(others: list[int]) -> GivenFeatures:
 def test_small_sizes_are_answered(name: str, images: int, views: int, classes: int) -> None:
     batch = GivenFeatures(features(images, views), classes, stream_length=images)
     options = MethodOptions(student=StudentOptions(preset="small", steps=2, precision="fp32"), views=views)
-    refusals = {("rtpt", 1, 7): "neighbours of 1 views", ("rlcf", 4, 1): "at least two labels", ("watt", 4, 1): "two labels"}
+    refusals = {
+        ("rtpt", 1, 7): "neighbours of 1 views",
+        ("rlcf", 4, 1): "at least two labels",
+        ("watt", 4, 1): "two labels",
+    }
     if message := refusals.get((name, views, classes)):
         with pytest.raises(UsageError, match=message):
             create_method(full_spec(name, neighbours=2), options).predict(batch)

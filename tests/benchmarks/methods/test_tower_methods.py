@@ -193,7 +193,9 @@ def test_it_does_what_a_plain_implementation_on_a_changed_model_does(
 # --- what they must do ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["ttl:steps=4,lr=0.001", "tent", "clipartt", "watt:rounds=2", "watt:mode=parallel,rounds=2"])
+@pytest.mark.parametrize(
+    "spec", ["ttl:steps=4,lr=0.001", "tent", "clipartt", "watt:rounds=2", "watt:mode=parallel,rounds=2"]
+)
 def test_the_loss_falls_and_the_teacher_is_the_same_bit_for_bit(teacher: TowerTeacher, spec: str) -> None:
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
     method = create_method(spec, SMALL)

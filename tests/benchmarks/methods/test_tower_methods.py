@@ -1,4 +1,4 @@
-"""Methods that tune the image tower: by what they must do, and beside plain implementations that change a real model."""
+"""Methods that tune the image tower: what they must do, and plain implementations that change a real model."""
 
 from __future__ import annotations
 

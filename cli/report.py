@@ -28,9 +28,10 @@ def report(
 ) -> None:
     """Write one self-contained HTML page from the records of runs.
 
-    Tables as those of apm table, accuracy by corruption and level, flips with the images that flipped, adaptation,
-    calibration, speed, and the settings of each run. The page loads nothing from anywhere: it can be opened from a
-    disk, sent, or kept. It holds the paths, commands and (unless --no-images) small pictures of what was run.
+    What can be trusted of the methods first, with a chart of gain against cost; then tables as those of apm table,
+    accuracy by corruption and level, flips with the images that flipped, adaptation, calibration, speed, and the
+    settings of each run. The page loads nothing from anywhere: it can be opened from a disk, sent, or kept. It holds
+    the paths, commands and (unless --no-images) small pictures of what was run.
 
     Prints the page's path.
     """

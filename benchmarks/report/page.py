@@ -35,6 +35,7 @@ from .pictures import Pictures
 from .series import Part, name_rows
 from .settings import describe_run
 from .sheet import Sheet, sheet
+from .trust import trust
 
 MARKER = '<meta name="generator" content="apm report">'
 """Stands near the start of every page: only a file that holds it is replaced."""
@@ -121,6 +122,7 @@ def render(runs: Sequence[Records], tables: Sequence[Table], options: Options) -
         runs=[describe_run(run) for run in runs],
         images=sum(counts["images"] for run in runs for counts in run.run["counts"].values()),
         cells=sum(len(run.cells) for run in runs),
+        trust=trust(ids, tables, parts),
         accuracy=sections.accuracy(ids, parts),
         flips=sections.flips(ids, parts),
         flipped=flipped_images(parts, limit=options.flips, pictures=Pictures(wanted=options.pictures)),

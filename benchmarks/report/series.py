@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from apm.images.paths import printable
 
-from ..tables.table import Answers, Score, Table, TableRow
+from ..tables.table import Answers, Score, Table, TableRow, row_names
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,13 @@ class Part:
 
 
 def name_rows(tables: Sequence[Table]) -> list[Part]:
-    """Name the rows: by method, with the teacher where there are several, with the run where that is not enough."""
-    own = [[row for row in table.rows if row.kind == "ours"] for table in tables]
-    teachers = {row.teacher for rows in own for row in rows}
+    """Name our own rows, as `row_names` does, and give each name its number."""
     numbers: dict[str, int] = {}
     parts = []
-    for table, rows in zip(tables, own, strict=True):
-        names = [f"{row.method} · {row.teacher}" if len(teachers) > 1 else row.method for row in rows]
-        shared = Counter(names)
+    for table, names in zip(tables, row_names(tables), strict=True):
         named = []
-        for row, name in zip(rows, names, strict=True):
-            shown = printable(f"{name} · {row.source}" if shared[name] > 1 else name)
-            named.append(NamedRow(shown, numbers.setdefault(shown, len(numbers)), row))
+        for row, name in zip(table.rows, map(printable, names), strict=True):
+            if row.kind == "ours":
+                named.append(NamedRow(name, numbers.setdefault(name, len(numbers)), row))
         parts.append(Part(table, tuple(named)))
     return parts

@@ -5,7 +5,8 @@ Every number is in percent, but for p-values, calibration and speed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,3 +100,20 @@ class Table:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     """What must not be overlooked: accuracy near chance."""
+
+
+def row_names(tables: Sequence[Table]) -> list[list[str]]:
+    """Name the rows of each table: by method, with the teacher where there are several, with the run where need be."""
+    own = [[row for row in table.rows if row.kind == "ours"] for table in tables]
+    several = len({row.teacher for rows in own for row in rows}) > 1
+    named = []
+    for table in tables:
+        names = [f"{row.method} · {row.teacher}" if several else row.method for row in table.rows]
+        shared = Counter(name for name, row in zip(names, table.rows, strict=True) if row.kind == "ours")
+        named.append(
+            [
+                f"{name} · {row.source}" if shared[name] > 1 and row.kind == "ours" else name
+                for name, row in zip(names, table.rows, strict=True)
+            ]
+        )
+    return named

@@ -16,7 +16,7 @@ a more accurate one, where the data show the latter to be beaten and not the for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from apm.errors import UsageError
 
 from .stats import auroc, expected_calibration_error, holm, interval, paired_test
-from .table import MARKS, Answers, Table, TableRow
+from .table import MARKS, Answers, Table, TableRow, row_names
 
 SIGNIFICANT = 0.05
 """Of p-values that were corrected for the number of tests."""
@@ -91,12 +91,15 @@ class TrustTable:
         return len(self.cells) > 1
 
 
-def make_trust(tables: Sequence[Table], *, cells: bool = True) -> list[TrustTable]:
+def make_trust(
+    tables: Sequence[Table], *, cells: bool = True, on_refused: Callable[[str], None] | None = None
+) -> list[TrustTable]:
     """Make of each table of accuracies what can be trusted of it.
 
     Args:
         tables: as `make_tables` makes them; published rows are passed over.
         cells: whether to give each cell of a table beside all of them together.
+        on_refused: called with why a table cannot be made, in place of an error; the others are made.
 
     Returns:
         For each table the averaged cells together, where there are several, then each cell.
@@ -104,23 +107,33 @@ def make_trust(tables: Sequence[Table], *, cells: bool = True) -> list[TrustTabl
     Raises:
         UsageError: the methods of a cell were not run on the same images.
     """
-    made = []
-    for table in tables:
-        rows = [row for row in table.rows if row.answers]
-        columns = [column for column in table.columns if any(column in row.answers for row in rows)]
+    made: list[TrustTable] = []
+
+    def make(*about: Any) -> None:
+        try:
+            if (one := _table(*about)) is not None:
+                made.append(one)
+        except UsageError as error:
+            if on_refused is None:
+                raise
+            on_refused(str(error))
+
+    for table, names in zip(tables, row_names(tables), strict=True):
+        rows = [(name, row) for name, row in zip(names, table.rows, strict=True) if row.answers]
+        columns = [column for column in table.columns if any(column in row.answers for _, row in rows)]
         pool = [column for column in table.averaged if column in columns]
-        whole = [row for row in rows if all(column in row.answers for column in pool)]
-        left_out = [row.method for row in rows if row not in whole and any(column in row.answers for column in pool)]
+        whole = {name: row for name, row in rows if all(column in row.answers for column in pool)}
+        partly = [name for name, row in rows if name not in whole and any(column in row.answers for column in pool)]
         if len(pool) > 1 and whole:
-            note = f"Not on all {len(pool)} cells, and left out: {', '.join(left_out)}." if left_out else None
-            made.append(_table(f"{table.title}, {TOGETHER}", pool, whole, note))
+            note = f"Not on all {len(pool)} cells, and left out: {', '.join(partly)}." if partly else None
+            make(f"{table.title}, {TOGETHER}", pool, whole, note)
             alone = [column for column in columns if cells or column not in pool]
         else:
             alone = columns
         for column in alone:
-            mine = [row for row in rows if column in row.answers]
-            made.append(_table(_title(mine[0].answers[column].cell), [column], mine, None))
-    return [one for one in made if one is not None]
+            mine = {name: row for name, row in rows if column in row.answers}
+            make(_title(next(iter(mine.values())).answers[column].cell), [column], mine, None)
+    return made
 
 
 def _title(cell: Mapping[str, Any]) -> str:
@@ -171,8 +184,9 @@ class _Aligned:
     shared_seconds: NDArray[np.float64]
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[TableRow], note: str | None) -> TrustTable | None:
+def _table(title: str, columns: Sequence[str], named: Mapping[str, TableRow], note: str | None) -> TrustTable | None:
     """Compare rows on the images of some columns; None where nobody has an answer."""
+    names, rows = list(named), list(named.values())
     parts = [_aligned(column, rows) for column in columns]
     image = _images(columns, rows)
     methods = [_joined([part[place] for part in parts]) for place in range(len(rows))]
@@ -186,7 +200,6 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[TableRow], note: s
     tested = [place for place in compared if not _is_zero_shot(methods[place].row)]
     changes = (_changes(methods[place].zero_shot, methods[place].right, image) for place in tested)
     p = dict(zip(tested, holm([paired_test(change) for change in changes]), strict=True))
-    names = _names([one.row for one in methods])
     made = [
         _trust_row(names[place], one, columns, image, rank.get(place), p.get(place))
         for place, one in enumerate(methods)
@@ -325,12 +338,6 @@ def _joined(parts: Sequence[_Aligned]) -> _Aligned:
 def _only(one: _Aligned, kept: NDArray[np.bool_]) -> _Aligned:
     arrays: dict[str, Any] = {name: getattr(one, name)[kept] for name in _ARRAYS}
     return replace(one, **arrays)
-
-
-def _names(rows: Sequence[TableRow]) -> list[str]:
-    """The methods, with their teachers where there are several."""
-    several = len({row.teacher for row in rows}) > 1
-    return [f"{row.method} · {row.teacher}" if several else row.method for row in rows]
 
 
 def _registered(row: TableRow) -> str:

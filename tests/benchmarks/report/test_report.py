@@ -32,12 +32,15 @@ from apm.benchmarks.report.drawing import COLOUR, SERIES, STYLE, VARIABLES, shap
 from apm.benchmarks.report.flipped import flipped_images
 from apm.benchmarks.report.pictures import SIDE, Pictures
 from apm.benchmarks.report.series import name_rows
+from apm.benchmarks.report.trust import trust
 from apm.benchmarks.runs.records import Records
 from apm.benchmarks.runs.rows import MethodRows
 from apm.benchmarks.tables.build import make_tables
 from apm.benchmarks.tables.formats import DETAIL_HEADINGS, details, grid
 from apm.benchmarks.tables.stats import reliability_bins
 from apm.benchmarks.tables.table import Table, TableRow
+from apm.benchmarks.tables.trust import make_trust
+from apm.benchmarks.tables.trust_formats import HEADINGS, lines
 from apm.cli.main import app
 from apm.errors import UsageError
 from apm.figures import base as figures
@@ -191,6 +194,39 @@ def test_tables_are_those_of_apm_table(levels: Path, levels_page: Page) -> None:
         headings, rows, _ = grid(table)
         assert [headings, *rows] in levels_page.tables
         assert [list(DETAIL_HEADINGS), *details(table)] in levels_page.tables
+
+
+def test_what_can_be_trusted_comes_first_and_is_that_of_apm_table(levels: Path, tmp_path: Path) -> None:
+    text = write_report([levels], tmp_path / "out", Options())[0].read_text(encoding="utf-8")
+    page, tables = Page(text), make_trust(tables_of(levels))
+    assert len(tables) == 2 * 4  # by level: two corruptions together, clean, each corruption
+    for table in tables:
+        assert [list(HEADINGS), *lines(table)] in page.tables
+    assert page.captions.index(tables[0].title) < page.captions.index("Accuracy ± standard error, percent")
+    folded = [attributes for tag, attributes in page.tags if tag == "details" and "open" not in attributes]
+    assert len(folded) >= 4  # single corruptions
+
+
+def test_gain_against_cost_shows_each_method_once(levels: Path) -> None:
+    tables = tables_of(levels)
+    found = trust(count(1), tables, name_rows(tables))
+    (group,) = found.charts
+    assert len(group.charts) == 2 * 2  # by level: the corruptions together, and clean
+    pooled = make_trust(tables)[0]
+    rows = {row.method: row for row in pooled.rows}
+    for method, ms, gain, _, rank in group.charts[0].sheet.rows:
+        row = rows.pop(method)
+        assert (ms, gain, rank) == (f"{row.ms:.3g}", f"{row.gain:+.1f}", str(row.rank))
+    assert not rows
+    assert "logarithmic" in group.charts[0].svg()
+
+
+def test_runs_of_other_images_are_reported_and_not_compared(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [Plain()])
+    other = [Sample(f"other/{one.id}", one.label, one.load) for one in make_dataset().samples]
+    make_run(tmp_path / "b", [Plain("other")], make_dataset(samples=other))
+    page = Page(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out", Options())[0].read_text("utf-8"))
+    assert "digits: the rows are not of the same images." in "".join(page.text)
 
 
 def test_accuracy_by_level_is_that_of_the_tables(levels: Path) -> None:

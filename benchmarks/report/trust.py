@@ -1,0 +1,95 @@
+"""What can be trusted, at the head of a report: the tables of `benchmarks.tables.trust`, and gain against cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apm.images.paths import printable
+
+from ..tables.formats import NOTHING
+from ..tables.table import Table
+from ..tables.trust import TrustRow, TrustTable, make_trust
+from ..tables.trust_formats import HEADINGS, LEGEND, lines
+from .charts import Chart
+from .drawing import COLOUR, mark
+from .sections import Group
+from .series import Part
+from .sheet import Sheet, sheet
+
+
+@dataclass(frozen=True)
+class TrustBlock:
+    """One table, and what belongs to it."""
+
+    title: str
+    sheet: Sheet
+    notes: tuple[str, ...]
+    open: bool
+    """Whether it is unfolded when the page is opened: of the single cells beside all of them together, none is."""
+
+
+@dataclass(frozen=True)
+class TrustSection:
+    """All of the section."""
+
+    blocks: tuple[TrustBlock, ...]
+    charts: tuple[Group, ...]
+    refused: tuple[str, ...]
+    """Why some tables cannot be made."""
+    legend: tuple[str, ...] = LEGEND
+
+
+def trust(ids: Iterator[int], tables: Sequence[Table], parts: Sequence[Part]) -> TrustSection:
+    """Make the section from the tables of the page; `parts` have the colours of the methods."""
+    refused: list[str] = []
+    found = make_trust(tables, on_refused=refused.append)
+    series = {named.name: named.series for part in parts for named in part.rows}
+    pooled = {cell for one in found if one.pooled for cell in one.cells}
+    blocks = []
+    shown = []
+    for one in found:
+        part_of_pool = not one.pooled and one.cells[0] in pooled
+        said = sheet(one.title, HEADINGS, lines(one), text=("method", "episodic", "needs order", "needs gradients"))
+        blocks.append(TrustBlock(printable(one.title), said, tuple(map(printable, one.notes)), not part_of_pool))
+        if not part_of_pool and any(row.ms for row in one.rows):
+            shown.append(gain_against_cost(ids, one, series))
+    charts = (Group("", tuple(shown)),) if shown else ()
+    return TrustSection(tuple(blocks), charts, tuple(map(printable, dict.fromkeys(refused))))
+
+
+def gain_against_cost(ids: Iterator[int], table: TrustTable, series: Mapping[str, int]) -> Chart:
+    """What each method gains over zero-shot, over the milliseconds that an image takes, on a logarithmic scale.
+
+    Args:
+        ids: source of numbers of the page's charts.
+        table: its rows; those whose cost is not known are left out.
+        series: number of the colour of each method, by its printable name.
+    """
+    rows = [row for row in table.rows if row.ms]
+    costs, gains = [row.ms or 0.0 for row in rows], [row.gain for row in rows]
+
+    def draw(axes: Any, width: int) -> None:
+        axes.set(xscale="log", xlabel="ms an image, logarithmic", ylabel="gain over zero-shot, points")
+        axes.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
+        low, high = min(0.0, *gains), max(0.0, *gains)
+        room = 0.12 * (high - low) or 1.0
+        axes.set_ylim(low - room, high + room)
+        axes.axhline(0, color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
+        for row, cost in zip(rows, costs, strict=True):
+            mark(axes, cost, row.gain, series[printable(row.method)], printable(_said(row)))
+
+    numbers = [
+        (row.method, f"{ms:.3g}", f"{row.gain:+.1f}", NOTHING if row.p is None else f"{row.p:.3g}", row.rank or NOTHING)
+        for row, ms in zip(rows, costs, strict=True)
+    ]
+    title = printable(f"{table.title}: gain against cost")
+    described = "Gain over zero-shot in points over milliseconds an image. The dashed line is zero-shot."
+    headings = ("method", "ms", "gain", "p", "rank")
+    return Chart(title, sheet(title, headings, numbers, text=("method",)), described, draw, 330, next(ids))
+
+
+def _said(row: TrustRow) -> str:
+    shown = "" if row.p is None else f", p = {row.p:.3g}"
+    return f"{row.method}: {row.gain:+.1f} points{shown}, {row.ms:.3g} ms an image"

@@ -1,7 +1,7 @@
 # ruff: noqa: E501  (rows of markdown tables)
 """Writes the embedded teacher's model card from the records of its training and of its runs.
 
-    python -m apm.benchmarks.studies.model_card FOLDER --run NAME=RUN …
+    python -m apm.benchmarks.studies.model_card FOLDER --run NAME=RUN … [--everyday RECORD]
 
 `FOLDER` holds what `apm.teachers.training.embedded` wrote (`recipe.json`, `training.json`, `measured.json`, the weights);
 each run is a folder of `apm bench … --method zero-shot`. Every figure of the card comes from one of them.
@@ -20,7 +20,8 @@ from apm.images.files import write_atomically
 
 from ..runs.records import Records
 from ..tables.build import make_tables
-from .study import argument_parser, run
+from . import everyday
+from .study import RESULTS, argument_parser, read_record, run
 
 CARD = """\
 # The embedded teacher
@@ -59,10 +60,11 @@ Every 64th image of each set was held out from training. No image of the sets be
 
 ## Recipe
 
-`apm.teachers.training.embedded` in two stages: the image tower with a learned prototype per concept (cross-entropy among
-the labelled concepts, plus cross-entropy to the soft targets over the 1000 ImageNet classes), then the text tower on names,
-CLIP's 80 templates and the everyday words of `apm/teachers/training/lexicon.txt`. There are no images of astronauts, or of most
-other things that the lexicon names: its words stand for mixtures of trained classes.
+`apm.teachers.training.embedded` in three stages: the image tower with a learned prototype per concept (cross-entropy among
+the labelled concepts, plus cross-entropy to the soft targets over the 1000 ImageNet classes, plus cross-entropy among
+everyday words); a direction for every word of `apm/teachers/training/lexicon.txt`; the text tower on names, words and
+CLIP's 80 templates. There are no images of astronauts, or of most other things that the lexicon names: its words stand
+for mixtures of trained classes.
 
     {command}
 
@@ -80,6 +82,8 @@ images, and the command.
 | images | classes | n | top-1 | command |
 |---|---:|---:|---:|---|
 {figures}
+
+{everyday}
 
 {nearest:.1%} of its {texts} training texts (bare) lie nearest to their own target.
 
@@ -105,12 +109,21 @@ def figure(name: str, run: Path) -> str:
     return f"| {name} | {cell['classes']} | {score.n} | {score.accuracy:.2f} ± {score.stderr:.2f} | `{command}` |"
 
 
-def card(folder: Path, runs: dict[str, Path]) -> str:
+def everyday_words(record: dict[str, Any]) -> str:
+    """What the study of everyday words found, in a sentence and its table."""
+    return (
+        f"Everyday words, each photograph offered {', '.join(record['words'])} and imagenette's ten labels "
+        f"(`{record['command']}`):\n\n{everyday.STUDY.table(record)}"
+    )
+
+
+def card(folder: Path, runs: dict[str, Path], record: dict[str, Any]) -> str:
     """The card's text.
 
     Args:
         folder: the finished teacher with the records of its training.
         runs: title → run folder.
+        record: of `apm.benchmarks.studies.everyday`.
     """
 
     def read(name: str) -> dict[str, Any]:
@@ -142,6 +155,7 @@ def card(folder: Path, runs: dict[str, Path]) -> str:
         training=training["summary"],
         recipe=json.dumps(recipe),
         figures="\n".join(figure(name, run) for name, run in runs.items()),
+        everyday=everyday_words(record),
         nearest=measured["texts_nearest_to_their_target"],
         texts=measured["texts"],
         commit=session["git_commit"],
@@ -156,9 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser("model_card", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run", action="append", required=True, metavar="NAME=RUN")
+    parser.add_argument("--everyday", type=Path, default=RESULTS / everyday.STUDY.results, metavar="RECORD")
     options = parser.parse_args(arguments)
     runs = {name: Path(path) for name, _, path in (run.rpartition("=") for run in options.run)}
-    write_atomically(options.folder / "README.md", card(options.folder, runs).encode())
+    write_atomically(options.folder / "README.md", card(options.folder, runs, read_record(options.everyday)).encode())
 
 
 if __name__ == "__main__":

@@ -203,9 +203,9 @@ def _cropped(x: Tensor, size: int, generator: torch.Generator, *, flip: bool, sc
 
 
 def _at_random_resolution(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images (B, 3, s, s) lose detail: scaled down to between 0.4 and 0.9 of their side, and up again."""
+    """A quarter of the images (B, 3, s, s) lose detail: scaled down to 0.4 to 0.9 of their side, and up again."""
     factors = (0.4, 0.55, 0.7, 0.9)
-    choice = torch.randint(2 * len(factors), (len(x),), generator=generator)
+    choice = torch.randint(4 * len(factors), (len(x),), generator=generator)
     size = x.shape[-1]
     for number, factor in enumerate(factors):
         chosen = choice == number
@@ -214,7 +214,7 @@ def _at_random_resolution(x: Tensor, generator: torch.Generator) -> Tensor:
     return x
 
 
-def resave(x: Tensor, generator: torch.Generator, *, share: float = 0.6) -> Tensor:
+def resave(x: Tensor, generator: torch.Generator, *, share: float = 0.35) -> Tensor:
     """Save `share` of the images as JPEG of quality 20…100 and read them again, at the size that the network sees.
 
     Args:

@@ -1,15 +1,17 @@
 """Train the embedded teacher: ``python -m apm.teachers.training.embedded --data DATA --photographs FOLDER --out OUT``.
 
-Two stages, because two processor cores are slow and names are few:
+Three stages, because two processor cores are slow and names are few:
 
 1. *Image stage.* The image tower (timm's, as open_clip's `TimmModel`) learns together with one unit vector for every
    concept, its prototype: cross-entropy over the labelled concepts; over everyday words, each the mean of the
    prototypes that it covers (`apm.teachers.training.words`); and over all 1000 ImageNet classes towards the soft
    targets of a public classifier. Images grow during training (48 to 96 pixels): early steps are cheap. Of the
-   checkpoints of the last fifth, the one that does best on held-out images *and on sharp photographs* is kept
-(`mixed_check`). 2. *Text stage* (`apm.teachers.training.text`, `apm.teachers.training.export`). The text tower learns
-   to map names and everyday words, in any of CLIP's 80 templates or bare, to the prototypes or to the mean of
-   several. Then the logit scale is calibrated on held-out images.
+   checkpoints of the last tenth, the one that does best on held-out images *and on sharp photographs* is kept
+   (`mixed_check`).
+2. *Words.* Every everyday word gets a direction of its own (`apm.teachers.training.words.fit_words`).
+3. *Text stage* (`apm.teachers.training.text`, `apm.teachers.training.export`). The text tower learns to map names and
+   everyday words, in any of CLIP's 80 templates or bare, to the prototypes and the words' directions. Then the logit
+   scale is calibrated on held-out images.
 
 A checkpoint is written every ``--save-every`` steps; the same command continues from it. Everything is drawn from
 ``--seed`` and the step's number, so a run that was killed ends with the same weights as one that was not.
@@ -47,7 +49,8 @@ from apm.teachers.training.data import (
 )
 from apm.teachers.training.export import export
 from apm.teachers.training.muon import Muon
-from apm.teachers.training.words import draw_labels, word_loss, word_members
+from apm.teachers.training.patches import use_patches
+from apm.teachers.training.words import draw_labels, fit_words, word_loss, word_members
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Recipe:
 
     tower: str = "resnet18"
     dim: int = 256
-    steps: int = 1800
+    steps: int = 5600
     batch: int = 512
     lr: float = 0.06  # Muon's, for the convolutions
     momentum: float = 0.6
@@ -66,8 +69,9 @@ class Recipe:
     soft_weight: float = 0.3
     word_weight: float = 0.5
     words: int = 24  # everyday words that a step practises at most
+    word_images: int = 20_000  # that the words' own directions are fitted to
     scale: float = 16.0  # multiplies cosines in the image stage
-    sizes: tuple[tuple[int, float], ...] = field(default=((48, 0.4), (64, 0.42), (80, 0.08), (96, 0.1)))
+    sizes: tuple[tuple[int, float], ...] = field(default=((48, 0.25), (64, 0.45), (80, 0.18), (96, 0.12)))
     image_size: int = 96  # of the finished teacher
     text_steps: int = 800
     seed: int = 0
@@ -82,6 +86,7 @@ class ImageStage(nn.Module):
 
         torch.manual_seed(recipe.seed)
         self.visual = TimmModel(recipe.tower, embed_dim=recipe.dim, pool="", proj="linear", image_size=96)
+        use_patches(self.visual.trunk.layer4)
         self.prototypes = nn.Parameter(torch.randn(CONCEPTS, recipe.dim) * 0.05)
         self.scale = recipe.scale
         self.to(memory_format=torch.channels_last)
@@ -241,7 +246,7 @@ class Course:
         self.counts = [max(1, round(recipe.batch * s.share)) for s in sources]
         imagenet = [s.labels for s in sources if s.name in ("tiny-imagenet", "imagenette")]
         self.seen = torch.unique(torch.cat(imagenet))
-        self.frequency, self.members = frequencies(sources), word_members()
+        self.frequency, (_, self.members) = frequencies(sources), word_members()
 
     def batch(self, step: int) -> Batch:
         """Draw the batch of `step` from the recipe's seed and the step's number alone."""
@@ -269,7 +274,7 @@ class Course:
 
 
 def train_images(recipe: Recipe, sources: list[Source], sharp: Sharp, out: Path, *, save_every: int) -> ImageStage:
-    """Run the image stage, or what is left of it, and return the best checkpoint of its last fifth.
+    """Run the image stage, or what is left of it, and return the best checkpoint of its last tenth.
 
     Writes `out`/image_stage.pt (to continue from) and `out`/best.pt (weights and their check) every `save_every` steps,
     and a line of `out`/log.jsonl every 25.
@@ -309,7 +314,7 @@ def train_images(recipe: Recipe, sources: list[Source], sharp: Sharp, out: Path,
         if saving:
             check = mixed_check(stage, sources, sharp, recipe.image_size)
             line |= check
-            if done > 0.8 * recipe.steps and check["score"] > best:
+            if done >= 0.9 * recipe.steps and check["score"] > best:
                 best = check["score"]
                 save({"stage": stage.state_dict(), "step": done, **check}, out / "best.pt")
             state = {"stage": stage.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": done}
@@ -321,6 +326,30 @@ def train_images(recipe: Recipe, sources: list[Source], sharp: Sharp, out: Path,
     ahead.shutdown(cancel_futures=True)
     stage.load_state_dict(torch.load(out / "best.pt", weights_only=True)["stage"])
     return stage.eval()
+
+
+@torch.no_grad()
+def training_tokens(stage: ImageStage, sources: list[Source], recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Unit tokens (n, dim) of `recipe.word_images` training images at their final size, and their concepts (n,)."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    tokens, concepts = [], []
+    for source in sources:
+        for rows in draw(source, 0, round(recipe.word_images * source.share), recipe.seed).split(128):
+            pixels = augment(source.images[rows], recipe.image_size, generator, flip=source.flip, scale=0.6)
+            with torch.autocast("cpu", torch.bfloat16):
+                tokens.append(stage.tokens(pixels))
+            concepts.append(source.labels[rows])
+    return torch.cat(tokens), torch.cat(concepts)
+
+
+def word_directions(stage: ImageStage, sources: list[Source], recipe: Recipe) -> dict[str, Tensor]:
+    """Everyday word → its direction (dim,), a unit vector: the second stage."""
+    tokens, concepts = training_tokens(stage, sources, recipe)
+    frequency = torch.bincount(concepts, minlength=CONCEPTS) / len(concepts)
+    prototypes = F.normalize(stage.prototypes.detach(), dim=-1)
+    rows, members = word_members()
+    fitted = fit_words(tokens, concepts, prototypes, members, frequency, scale=recipe.scale, seed=recipe.seed)
+    return {word: fitted[row] for word, row in rows.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -350,6 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
     measured = export(
         stage.visual,
         stage.prototypes,
+        word_directions(stage, sources, recipe),
         sources,
         options.out,
         tower=recipe.tower,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ TOKEN_DEVIATION = 0.4
 def export(
     visual: nn.Module,
     prototypes: Tensor,
+    directions: Mapping[str, Tensor],
     sources: list[Source],
     out: Path,
     *,
@@ -41,6 +43,7 @@ def export(
     Args:
         visual: open_clip's `TimmModel`, trained: (B, 3, s, s) → (B, dim).
         prototypes: (concepts, dim) that the image stage learned beside it.
+        directions: everyday word → unit vector (dim,).
         sources: the training sets; their held-out images calibrate.
         out: folder to write to.
         tower: timm's name of the image tower.
@@ -57,7 +60,7 @@ def export(
     imagenet = [s for s in sources if s.name in ("tiny-imagenet", "imagenette")]
     seen = torch.unique(torch.cat([s.labels for s in imagenet]))
     names = list(imagenet_names())
-    words = vocabulary(prototypes, names, set(seen.tolist()))
+    words = vocabulary(prototypes, names, set(seen.tolist()), directions)
     templates = prompt_templates("openai")
     bpe = out / "bpe_vocab.txt.gz"
     size = write_bpe([*words.words, *(t.format("") for t in templates)], bpe)

@@ -1,13 +1,14 @@
 """The text stage of the embedded teacher: names and everyday words → the image stage's prototypes.
 
-A target is a unit vector: the prototype of one concept, or the mean of the prototypes of the classes that a word of
-`lexicon.txt` covers. The text tower reads the word in any of CLIP's templates, or bare, and must come nearest to the
-word's own target among all of them.
+A target is a unit vector: the prototype of one concept, or the direction of a word of `lexicon.txt`, which covers
+several (`apm.teachers.training.words`). The text tower reads the word in any of CLIP's templates, or bare, and must
+come nearest to the word's own target among all of them.
 """
 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,16 @@ def read_lexicon(path: Path = LEXICON) -> dict[str, tuple[str, ...]]:
     return entries
 
 
-def vocabulary(prototypes: Tensor, class_names: list[str], seen: set[int]) -> Vocabulary:
+def vocabulary(
+    prototypes: Tensor, class_names: list[str], seen: set[int], directions: Mapping[str, Tensor]
+) -> Vocabulary:
     """Every text of the stage with its target.
 
     Args:
         prototypes: (concepts, dim), any length.
         class_names: the 1000 ImageNet names; two of them occur twice, then the seen class wins.
         seen: concept indices that had labelled training images.
-
-    Raises:
-        ValueError: the lexicon names a class that does not exist.
+        directions: everyday word → unit vector (dim,).
     """
     unit = F.normalize(prototypes.detach().float(), dim=-1)
     concept: dict[str, int] = {}
@@ -80,12 +81,8 @@ def vocabulary(prototypes: Tensor, class_names: list[str], seen: set[int]) -> Vo
     frequent = {name for name, index in concept.items() if index in seen}
     texts.update({word: unit[index] for word, index in plain.items()})
     frequent.update(plain)
-    for word, names in read_lexicon().items():
-        unknown = [n for n in names if n not in concept and n not in plain]
-        if unknown:
-            raise ValueError(f"{LEXICON.name}: {word!r} names unknown classes {unknown}")
-        texts[word] = F.normalize(torch.stack([unit[plain.get(n, concept.get(n, 0))] for n in names]).mean(0), dim=0)
-        frequent.add(word)
+    texts.update(directions)
+    frequent.update(directions)
     for value, name in enumerate(DIGIT_NAMES):
         for phrase in DIGIT_PHRASES:
             for spelling in (name, str(value)):

@@ -41,13 +41,17 @@ from apm.teachers.training.embedded import (
     rate_at,
     size_at,
     train_images,
+    word_directions,
 )
 from apm.teachers.training.export import calibrate, export
 from apm.teachers.training.muon import orthogonalise
+from apm.teachers.training.patches import PatchConv, use_patches
 from apm.teachers.training.text import read_lexicon, vocabulary, write_bpe
-from apm.teachers.training.words import draw_labels, word_loss, word_members
+from apm.teachers.training.words import draw_labels, fit_words, word_loss, word_members
 
-RECIPE = Recipe(tower="test_resnet", dim=32, steps=4, batch=24, sizes=((32, 0.5), (40, 0.5)), image_size=32)
+RECIPE = Recipe(
+    tower="test_resnet", dim=32, steps=4, batch=24, word_images=60, sizes=((32, 0.5), (40, 0.5)), image_size=32
+)
 TENCH, CHURCH = 0, 497
 
 
@@ -233,12 +237,13 @@ def test_the_loss_of_an_image_is_balanced_among_its_candidates(sources: list[Sou
 
 
 def test_words_of_a_step_share_no_concept_and_leave_the_other_classes() -> None:
-    members = word_members()
+    rows, members = word_members()
     names = list(imagenet_names())
     dog = torch.zeros(CONCEPTS)
     for name in read_lexicon()["dog"]:
         dog[CIFAR_START + 5 if name == "dog" else names.index(name)] = 1
-    assert (members == dog).all(1).any()
+    assert torch.equal(members[rows["dog"]], dog)
+    assert rows["puppy"] == rows["dog"] != rows["cat"]
     seen = torch.tensor([TENCH, CHURCH, names.index("Chihuahua"), names.index("golf ball")])
     labels = draw_labels(members, seen, 24, torch.Generator().manual_seed(0))
     assert labels.sum(0).max() == 1
@@ -305,21 +310,69 @@ def test_the_cut_vocabulary_reads_its_texts_like_the_full_one(tmp_path: Path) ->
         assert [cut.decoder[i] for i in cut.encode(text)] == [full.decoder[i] for i in full.encode(text)], text
 
 
-def test_words_of_the_lexicon_aim_at_the_mean_of_their_classes() -> None:
+def test_texts_aim_at_their_prototype_or_their_word() -> None:
     prototypes = torch.randn(CONCEPTS, 16, generator=torch.Generator().manual_seed(0))
-    names = list(imagenet_names())
-    words = vocabulary(prototypes, names, seen={281})
     unit = torch.nn.functional.normalize(prototypes, dim=-1)
+    words = vocabulary(prototypes, list(imagenet_names()), {281}, {"puppy": unit[3]})
 
     def target(word: str) -> torch.Tensor:
         return words.targets[words.target[words.words.index(word)]]
 
-    assert torch.allclose(target("tabby"), unit[281])
+    assert torch.allclose(target("tabby cat"), unit[281])
     assert torch.allclose(target("a handwritten seven"), unit[DIGIT_START + 7])
-    dogs = torch.stack([unit[CIFAR_START + 5], *(unit[names.index(n)] for n in read_lexicon()["dog"] if n != "dog")])
-    assert torch.allclose(target("puppy"), torch.nn.functional.normalize(dogs.mean(0), dim=0), atol=1e-6)
+    assert torch.equal(target("puppy"), unit[3])
     assert words.frequent[words.words.index("tabby cat")]
+    assert words.frequent[words.words.index("puppy")]
     assert not words.frequent[words.words.index("tiger cat")]
+
+
+def test_a_fitted_word_wins_where_the_mean_of_its_classes_fell() -> None:
+    """Concepts 0 and 1 are "dog", 2 is "church". Images of 1 are nearer to 2 than to the mean of 0 and 1."""
+    axes = torch.eye(8)
+    generator = torch.Generator().manual_seed(0)
+    prototypes = axes[:3].repeat(CONCEPTS, 1)[:CONCEPTS]
+    members = torch.zeros(1, CONCEPTS)
+    members[0, :2] = 1
+    concepts = torch.arange(3).repeat_interleave(200)
+    means = torch.stack([axes[0] + axes[3], 0.6 * axes[1] + 0.55 * axes[2] + 0.5 * axes[3], axes[2]])
+    tokens = means[concepts] + 0.05 * torch.randn(600, 8, generator=generator)
+    tokens = torch.nn.functional.normalize(tokens, dim=-1)
+    frequency = torch.bincount(concepts, minlength=CONCEPTS) / len(concepts)
+
+    def fitted(steps: int) -> torch.Tensor:
+        return fit_words(tokens, concepts, prototypes, members, frequency, scale=16.0, seed=0, steps=steps, lr=0.02)[0]
+
+    def wins(direction: torch.Tensor) -> float:
+        return (tokens[200:400] @ direction > tokens[200:400] @ axes[2]).float().mean().item()
+
+    mean = torch.nn.functional.normalize(prototypes[0] + prototypes[1], dim=0)
+    assert torch.allclose(fitted(0), mean, atol=1e-6)
+    assert wins(mean) < 0.05
+    assert wins(fitted(300)) > 0.25
+    assert (tokens[400:] @ fitted(300) < tokens[400:] @ axes[2]).all()
+    assert torch.equal(fitted(20), fitted(20))
+
+
+def test_a_word_of_unknown_classes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apm.teachers.training.words.read_lexicon", lambda: {"cat": ("tabby cat", "moggy")})
+    with pytest.raises(ValueError, match="'cat' names unknown classes \\['moggy'\\]"):
+        word_members()
+
+
+def test_patches_equal_a_convolution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for height, width, stride in ((2, 2, 1), (3, 4, 1), (3, 4, 2), (5, 2, 2), (1, 1, 2)):
+        convolution = torch.nn.Conv2d(8, 5, 3, stride, 1, bias=False).double()
+        pixels = torch.randn(2, 8, height, width, dtype=torch.double, generator=generator, requires_grad=True)
+        expected = convolution(pixels)
+        direction = torch.randn(expected.shape, dtype=torch.double, generator=generator)
+        gradients = torch.autograd.grad(expected, (pixels, convolution.weight), direction)
+        use_patches(torch.nn.Sequential(convolution))
+        assert isinstance(convolution, PatchConv)
+        torch.testing.assert_close(convolution(pixels), expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(convolution(pixels), (pixels, convolution.weight), direction), gradients
+        )
 
 
 def test_a_line_of_the_lexicon_without_classes_is_named(tmp_path: Path) -> None:
@@ -343,6 +396,7 @@ def test_the_exported_folder_is_a_teacher(sources: list[Source], sharp: Sharp, t
     measured = export(
         stage.visual,
         stage.prototypes,
+        word_directions(stage, sources, RECIPE),
         sources,
         tmp_path,
         tower=RECIPE.tower,

@@ -71,7 +71,12 @@ def test_a_card_takes_its_figures_from_the_runs(tmp_path: Path) -> None:
     }
     for name, content in records.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    model_card.main([str(folder), "--run", f"Nine pictures={tmp_path / 'run'}"])
+    counts = {"photographs": 9, "fallen": 2, "right": 5, "right_among_words": 6}
+    found = {"command": "python -m study", "words": ["dog", "house"], "counts": {"dog": counts}}
+    (tmp_path / "everyday.json").write_text(json.dumps(found))
+    model_card.main(
+        [str(folder), "--run", f"Nine pictures={tmp_path / 'run'}", "--everyday", str(tmp_path / "everyday.json")]
+    )
     text = (folder / "README.md").read_text(encoding="utf-8")
     records_of_run = Records.open(tmp_path / "run")
     ((_, rows),) = records_of_run.rows(*records_of_run.cells)
@@ -79,4 +84,6 @@ def test_a_card_takes_its_figures_from_the_runs(tmp_path: Path) -> None:
     assert f"| Nine pictures | 3 | 9 | {accuracy:.2f} ± " in text
     assert "12.5, calibrated on 15 held-out" in text
     assert "2.0 MB" in text
+    assert "offered dog, house and imagenette's ten labels (`python -m study`)" in text
+    assert "| dog | 9 | 2 | 5 | 6 |" in text
     assert "{" not in text.replace(json.dumps(records["recipe"]), "")

@@ -29,6 +29,7 @@ from apm.labels import (
     choose_templates,
     prompt_templates,
 )
+from apm.student.drawn_ahead import DrawnAhead
 from apm.student.field import resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher
@@ -48,6 +49,8 @@ __all__ = [
     "check_grid",
     "pick_device",
 ]
+
+_LIKELY_DIM = 512  # of a teacher that is not loaded yet: the default one's
 
 DECODERS = 4
 """Threads that decode ahead of the adaptation; more only fill memory, since the adaptation is the slow part."""
@@ -133,6 +136,7 @@ class Classifier:
         self.adapt_config = self.student.training(self.device)
         TestTimeTrainer.check(self.student.model(dim=512), self.adapt_config)
 
+        drawn = DrawnAhead(self.student.model(getattr(teacher, "dim", _LIKELY_DIM)), self.adapt_config.seed)
         asked = teacher
         if teacher is None:
             teacher = load_default_teacher(device=self.device)
@@ -150,7 +154,11 @@ class Classifier:
         self.head = ZeroShotHead.build(teacher, names, chosen_templates, progress=progress)
         self.student_config = self.student.model(teacher.dim)
         self.trainer = TestTimeTrainer(
-            self.student_config, self.adapt_config, device=self.device, batch_size=batch_size
+            self.student_config,
+            self.adapt_config,
+            device=self.device,
+            batch_size=batch_size,
+            initial=drawn.parameters(self.student_config),
         )
         # One student's products keep a CPU's cores busy: there, waiting for a batch would only delay the first answer.
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else LARGEST_BATCH)

@@ -5,8 +5,6 @@ A sub-command is imported when it is called or asked for its help, so that `apm 
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib
 import io
 import os
@@ -18,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from apm.errors import ApmError, UsageError
+from apm.startup import for_one_command
 
 from .groups import Group
 from .options import DEBUG_KEY
@@ -115,11 +114,5 @@ def main() -> None:
     """Run the command line; never returns."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal or a locale that knows no "→" gets a "?"
-    atexit.register(_leave_quickly)
+    for_one_command()
     app(prog_name="apm")
-
-
-def _leave_quickly() -> None:
-    """Spare the interpreter its last look at a million objects of imported libraries: it takes a second."""
-    if "triton" not in sys.modules:  # which complains on stderr of what is not taken down
-        gc.freeze()

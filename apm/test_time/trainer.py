@@ -17,6 +17,7 @@ from torch import Tensor
 from apm.errors import ApmError, UsageError
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
+from apm.student.engine_readout import Parameters
 from apm.student.field import SavedField
 from apm.student.matmul import measured_precision
 from apm.student.model import draw_parameters
@@ -80,6 +81,7 @@ class TestTimeTrainer:
         *,
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
+        initial: Parameters | None = None,
     ) -> None:
         """Draw the initial state.
 
@@ -89,6 +91,7 @@ class TestTimeTrainer:
             device: where the students live.
             batch_size: students in memory at a time. None: on a CPU one, whose products already fill its cores; on a
                 GPU as many as its free memory holds, up to 32.
+            initial: that state, where it is drawn already (`apm.student.drawn_ahead`).
         """
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size must be 1 or more, not {batch_size}.")
@@ -98,7 +101,9 @@ class TestTimeTrainer:
         self.precision: Literal["fp32", "bf16"] = (
             measured_precision(self.device) if adapt.precision == "auto" else adapt.precision
         )
-        self._initial = draw_parameters(model, np.random.Generator(np.random.PCG64(adapt.seed)))
+        if initial is None:
+            initial = draw_parameters(model, np.random.Generator(np.random.PCG64(adapt.seed)))
+        self._initial = initial
         self._limit = batch_size
         self._engine: Engine | None = None
         self._said = False
@@ -216,8 +221,10 @@ class TestTimeTrainer:
         self._said = True
 
     def _engine_for(self, size: int) -> Engine:
-        """The engine in use if it holds ``size`` samples, else a new one. A smaller rest will be padded."""
-        if self._engine is None or self._engine.batch < size:
+        """The engine in use if it holds ``size`` samples, else a new one, reset. A smaller rest will be padded."""
+        if self._engine is not None and self._engine.batch >= size:
+            self._engine.reset()  # before and not after: whatever an interrupted call left behind is gone
+        else:
             self._engine = None  # its memory goes first
             self._engine = Engine(
                 self.model,
@@ -251,7 +258,6 @@ class TestTimeTrainer:
             images = torch.cat((images, images[:1].expand(spare, -1, -1, -1)))
             targets = torch.cat((targets, targets[:1].expand(spare, -1)))
             grids = None if grids is None else torch.cat((grids, grids[:1].expand(spare, -1, -1)))
-        engine.reset()  # before and not after: whatever an interrupted call left behind is gone
         engine.load(images, targets, grids)
         history = engine.run(self.config.steps, record_tokens=record_tokens, snapshots=frozenset(snapshots))
         finite = engine.finite[:size].clone()

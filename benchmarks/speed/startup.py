@@ -43,7 +43,8 @@ name, path, preset = sys.argv[1:]
 marks = [time.perf_counter()]
 def mark():
     marks.append(time.perf_counter())
-from apm.startup import collector_paused, import_open_clip
+from apm.startup import collector_paused, for_one_command, import_open_clip
+for_one_command()
 with collector_paused():
     import torch; mark()
 import apm.cli.main, apm.cli.classify, apm.classifier; mark()

@@ -58,3 +58,20 @@ def test_the_collector_is_as_it_was_before() -> None:
             assert gc.isenabled() == on
         finally:
             gc.enable()
+
+
+@pytest.mark.slow
+def test_what_a_command_imports_is_not_looked_at_again() -> None:
+    shown = run(
+        "import gc\n"
+        "from apm.startup import collector_paused, for_one_command\n"
+        "with collector_paused():\n"
+        "    import json\n"
+        "print(gc.get_freeze_count())\n"
+        "for_one_command()\n"
+        "with collector_paused():\n"
+        "    kept = [[] for _ in range(1000)]\n"
+        "print(gc.get_freeze_count() > 1000, gc.isenabled())\n"
+        "assert not any(generation for generation in map(len, map(gc.get_objects, (1, 2))))\n"
+    )
+    assert shown.split() == ["0", "True", "True"]

@@ -5,84 +5,70 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from apm.errors import UsageError
-from apm.images.paths import printable
 from apm.labels import PROMPT_NAMES
 from apm.test_time.options import StudentOptions, settings_of
 from apm.test_time.queries import ALL
 
+from .data import (
+    DATA,
+    INTERRUPTED,
+    OUTPUT,
+    RUN,
+    BatchSize,
+    Corruptions,
+    DataSets,
+    Device,
+    FromClean,
+    LabelSet,
+    Levels,
+    Limit,
+    Quiet,
+    Root,
+    Seed,
+    Source,
+    Workers,
+    check_numbers,
+    fill_store,
+    images_progress,
+    load_shared_teacher,
+)
 from .options import Debug, student_options
-from .progress import counted
-from .render import failure, notice, notice_if_slow, progress_line, progress_on_terminal, say, say_json, warning
+from .render import failure, notice, notice_if_slow, progress_line, say, say_json, warning
 from .table import print_table, show
 
 if TYPE_CHECKING:
-    from apm.benchmarks.runs.runner import Progress, Summary
+    from collections.abc import Callable, Sequence
+
+    from apm.benchmarks.datasets import Dataset
+    from apm.benchmarks.methods import Method
+    from apm.benchmarks.runs.run_record import RunOptions
+    from apm.benchmarks.runs.runner import Summary
+    from apm.benchmarks.store.reader import FeatureStore
     from apm.processes import Group
     from apm.teachers.base import Teacher
 
-DATA, METHOD, RUN, OUTPUT = "Data", "Methods", "The run", "Output"
-INTERRUPTED = 130
-_LINE_EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
+METHOD = "Methods"
 
 
 @student_options(METHOD, prefix="apm: ", defaults={"queries": ALL})
 def bench(
-    datasets: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="DATASET…", help="Data sets, or the suites natural-shifts and cross-dataset."),
-    ] = None,
+    datasets: DataSets = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List the data sets, and which are under the root.", rich_help_panel=DATA)
     ] = False,
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that contains the data sets, or a data set's own folder. Default: APM_DATA.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    corruption: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A corruption of ImageNet-C, clean, or all (the 15). Repeat for several. imagenet-c reads its files; "
-            "for other data sets the pictures are corrupted as they are read.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    level: Annotated[
-        list[int] | None, typer.Option(help="Severity, 1 to 5. Repeat for several. Default: 5.", rich_help_panel=DATA)
-    ] = None,
-    from_clean: Annotated[
-        bool,
-        typer.Option(
-            "--from-clean",
-            help="Make imagenet-c from the clean ImageNet under the root instead of reading its files.",
-            rich_help_panel=DATA,
-        ),
-    ] = False,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help="Use only this many images, drawn evenly from the classes by the seed.", rich_help_panel=DATA
-        ),
-    ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(help="hf:REPO[:SPLIT]: stream the data set from the Hugging Face hub.", rich_help_panel=DATA),
-    ] = None,
-    label_set: Annotated[
-        str | None,
-        typer.Option(help="For the data set folder: classify among all labels of this set.", rich_help_panel=DATA),
-    ] = None,
+    root: Root = None,
+    corruption: Corruptions = None,
+    level: Levels = None,
+    from_clean: FromClean = False,
+    limit: Limit = None,
+    source: Source = None,
+    label_set: LabelSet = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,6 +117,23 @@ def bench(
         list[str] | None,
         typer.Option(help='A prompt of your own: "a sketch of a {}."; repeatable.', rich_help_panel=METHOD),
     ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE",
+            help="Read tokens and views from what apm encode wrote; images are decoded only for methods that look at "
+            "them.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE",
+            help="As --features, and encode first what the store lacks, for this run and later ones.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder. Default: runs/DATASETS-TEACHER. Run again to continue.", rich_help_panel=RUN),
@@ -138,21 +141,15 @@ def bench(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Remove what the run folder holds, and start over.", rich_help_panel=RUN)
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)] = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images at a time. Answers do not depend on it.", rich_help_panel=RUN)
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Number of threads that decode images.", rich_help_panel=RUN)] = 4,
-    seed: Annotated[
-        int, typer.Option(help="Seed of subset, stream order, views, corruptions, students.", rich_help_panel=RUN)
-    ] = 0,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = 4,
+    seed: Seed = 0,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print what apm table --format json prints, nothing else.", rich_help_panel=OUTPUT),
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.", rich_help_panel=OUTPUT)
-    ] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Run methods on data sets: teacher, peers and APM in one loop, every answer recorded, tables from the records.
@@ -166,12 +163,9 @@ def bench(
     if list_:
         _print_list(names, root, as_json=as_json)
         return
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size is {batch_size}; it must be 1 or more.")
-    if workers < 1:
-        raise UsageError(f"--workers is {workers}; it must be 1 or more.")
-    if seed < 0:
-        raise UsageError(f"--seed is {seed}; it must be 0 or more.")
+    check_numbers(batch_size, workers, seed)
+    if features is not None and store is not None:
+        raise UsageError("--features and --store exclude each other: --store reads, and fills what is missing.")
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
 
@@ -202,7 +196,7 @@ def bench(
         raise UsageError("--fresh is for one machine. Remove the run folder, and leave --fresh out.")
     precision = student.get("precision", "auto")
     with join() as group:
-        loaded = _load_teacher(teacher, device, group)
+        loaded = load_shared_teacher(teacher, device, group)
         if not quiet and group.first:
             for note in loaded.notes:
                 notice(note)
@@ -235,14 +229,16 @@ def bench(
             fresh=fresh,
             command=("apm", *sys.argv[1:]),
         )
-        with _progress(quiet or not group.first) as (report, texts):
-            try:
+        try:
+            known = _features(features, store, cells, methods, loaded, options, group, quiet=quiet)
+            with images_progress("bench", silent=quiet or not group.first) as (report, texts):
                 summary = run(
                     folder,
                     cells,
                     methods,
                     loaded,
                     options,
+                    features=known,
                     group=group,
                     on_progress=report,
                     on_texts=texts,
@@ -250,10 +246,10 @@ def bench(
                     on_failure=failure,
                     on_warning=warning,
                 )
-            except KeyboardInterrupt:
-                again = shlex.join(argument for argument in options.command if argument != "--fresh")
-                progress_line(f"interrupted: what was answered is in {folder}. To continue: {again}")
-                raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt:
+            again = shlex.join(argument for argument in options.command if argument != "--fresh")
+            progress_line(f"interrupted: what was answered is in {folder}. To continue: {again}")
+            raise typer.Exit(INTERRUPTED) from None
     if group.first:
         _print_summary(summary, as_json=as_json)
         if not quiet:
@@ -265,18 +261,42 @@ def bench(
         raise typer.Exit(1)
 
 
-def _load_teacher(name: str | None, device: str, group: Group) -> Teacher:
-    from apm.processes import local_rank
-    from apm.teachers import check_teacher, load_default_teacher, load_teacher
+def _features(
+    features: Path | None,
+    store: Path | None,
+    cells: Sequence[Callable[[], Dataset]],
+    methods: Sequence[Method],
+    teacher: Teacher,
+    options: RunOptions,
+    group: Group,
+    *,
+    quiet: bool,
+) -> FeatureStore | None:
+    """The store that a run reads, filled where that is asked for; None for a run that encodes for itself."""
+    path = store or features
+    if path is None:
+        return None
+    from apm.benchmarks.store.filling import EncodeOptions
+    from apm.benchmarks.store.layout import read_store
+    from apm.benchmarks.store.reader import FeatureStore, wanted_views
 
-    if name is not None:
-        check_teacher(name)
-    from apm.classifier import pick_device
-
-    place = pick_device(device)
-    if place.type == "cuda" and place.index is None and group.world > 1:
-        place = pick_device(f"cuda:{local_rank()}")
-    return load_default_teacher(device=place) if name is None else load_teacher(name, device=place)
+    if store is not None:
+        there = read_store(store)
+        wanted = max((views for views, _ in wanted_views(methods).values()), default=1)
+        views = max(wanted, there[0].views) if there else wanted
+        precision = there[0].precision if there else EncodeOptions.precision
+        filling = EncodeOptions(
+            views=views,
+            seed=options.seed,
+            precision=precision,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            command=options.command,
+        )
+        fill_store(store, cells, teacher, filling, group, quiet=quiet)
+    known = FeatureStore.open(path)
+    known.suits(teacher, options.seed, methods)
+    return known
 
 
 def _precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, group: Group) -> str:
@@ -293,48 +313,6 @@ def _precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, group: G
         chosen = next((one["precision"] for one in settings if "precision" in one), None)
         chosen = chosen or measured_precision(teacher.device)
     return str(group.broadcast(chosen))
-
-
-@contextmanager
-def _progress(silent: bool) -> Iterator[tuple[Callable[[Progress], None], Callable[[int, int], None]]]:
-    """Report images and the encoding of labels on stderr: a bar on a terminal, else a line now and then."""
-    doing = "encoding labels"
-    with (
-        progress_on_terminal(None, wanted=not silent, doing="bench") as bar,
-        counted(doing, wanted=bar is None and not silent) as line,
-    ):
-        last = [time.monotonic()]
-
-        def report(progress: Progress) -> None:
-            if bar is not None:
-                words = printable(progress_words(progress))
-                bar.update(bar.task_ids[0], description=words, completed=progress.done, total=progress.total)
-            elif not silent and (progress.done == progress.total or time.monotonic() - last[0] >= _LINE_EVERY):
-                last[0] = time.monotonic()
-                progress_line(f"{progress.done}/{progress.total} {progress_words(progress)}")
-
-        def texts(done: int, total: int) -> None:
-            if bar is not None:
-                bar.update(bar.task_ids[0], description=doing, completed=done, total=total)
-            line(done, total)
-
-        yield report, texts
-
-
-def progress_words(progress: Progress) -> str:
-    """``digits (1/4) zero-shot 71.2 % apm 70.8 % · 3.2 images/s · 2 min left``."""
-    scores = " ".join(f"{name} {100 * accuracy:.1f} %" for name, accuracy in progress.accuracy.items())
-    rate = f"{progress.images_per_second:.3g} images/s"
-    left = f"{_duration(progress.remaining_seconds)} left"
-    return f"{progress.cell} ({progress.cell_number}/{progress.cells}) {scores} · {rate} · {left}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _print_summary(summary: Summary, *, as_json: bool) -> None:

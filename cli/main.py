@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # group of commands
     "classify": (".classify", "Say what is on photographs, adapting a fresh student to each."),
     "teachers": (".teachers", "List the teachers, and which are on this machine."),
+    "encode": (".encode", "Encode images and views once, into a store for many runs."),
     "bench": (".bench", "Run methods on data sets, resumably, into records."),
     "table": (".table", "Print tables from the records of runs, beside the published numbers."),
     "report": (".report", "Write one HTML page from the records of runs."),

@@ -121,12 +121,7 @@ def views(
         UsageError: no view is asked for, `min_area` is no share, or the teacher's input is not square.
     """
     check(count, min_area)
-    height, width = getattr(teacher, "input_shape", (teacher.image_size, teacher.image_size))
-    if count > 1 and height != width:
-        raise UsageError(
-            f"The teacher {teacher.name} looks at images of {width}×{height} pixels, and the crops of views are"
-            " square: methods and targets with views (TPT, MTA, ZERO) need a teacher with a square input."
-        )
+    check_input(teacher, count)
     made = [
         augmented_view(
             image,
@@ -189,3 +184,13 @@ def check(count: int, min_area: float) -> None:
         raise UsageError(f"{count} views: at least 1 is needed, the image itself.")
     if not 0 < min_area <= 1:
         raise UsageError(f"A crop of at least {min_area} of an image's area: the share lies above 0 and up to 1.")
+
+
+def check_input(teacher: Teacher, count: int) -> None:
+    """Refuse more than one view where the teacher's input is not square, with a `UsageError`."""
+    height, width = getattr(teacher, "input_shape", (teacher.image_size, teacher.image_size))
+    if count > 1 and height != width:
+        raise UsageError(
+            f"The teacher {teacher.name} looks at images of {width}×{height} pixels, and the crops of views are"
+            " square: methods and targets with views (TPT, MTA, ZERO) need a teacher with a square input."
+        )

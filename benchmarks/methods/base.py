@@ -40,10 +40,15 @@ CHUNK = 64
 class KnownViews(Protocol):
     """Features of a batch's images that are known without looking at the images, as a store holds them."""
 
-    count: int
-    """V, how many views of each image are known; the first is the image itself."""
-    min_area: float
-    """Smallest share of an image's area in their crops."""
+    @property
+    def count(self) -> int:
+        """V, how many views of each image are known; the first is the image itself."""
+        ...
+
+    @property
+    def min_area(self) -> float:
+        """Smallest share of an image's area in their crops."""
+        ...
 
     def first(self, count: int) -> Tensor:
         """The first `count` ≤ V views' features: (B, count, D) float32 on the CPU, not normalised."""

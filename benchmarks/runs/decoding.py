@@ -48,10 +48,15 @@ def decoded(
     Raises:
         ApmError: not the image is at fault but where it comes from, such as a stream that broke off.
     """
-    return in_order(todo, _load, ahead=ahead, workers=workers, size=_bytes)
+    return in_order(todo, load, ahead=ahead, workers=workers, size=_bytes)
 
 
-def _load(item: tuple[int, Sample]) -> Readable | Unreadable:
+def load(item: tuple[int, Sample]) -> Readable | Unreadable:
+    """Decode one sample.
+
+    Raises:
+        ApmError: as `decoded`.
+    """
     position, sample = item
     try:
         return Readable(position, sample, sample.load())

@@ -138,9 +138,13 @@ def check_files(folder: RunFolder, states: Mapping[str, FileState], cells: Mappi
             folder.write_files(cell, now.to_table())
         elif changes := FileState.from_table(table).changes(now):
             samples = cells[cell]().samples
-            named = [f"{samples[number].id} ({what})" for number, what in list(changes.items())[:3]]
             raise UsageError(
                 f"{len(changes)} of the {len(samples)} images of {cell} have changed since {folder.path} was begun: "
-                f"{', '.join(named)}{', …' if len(changes) > 3 else ''}. Put them back, or give another folder with "
-                "--out."
+                f"{named_changes(changes, samples)}. Put them back, or give another folder with --out."
             )
+
+
+def named_changes(changes: Mapping[int, str], samples: Sequence[Sample]) -> str:
+    """The first few changes, by the names of the images: ``cat/1.png (other content), …``."""
+    named = [f"{samples[number].id} ({what})" for number, what in list(changes.items())[:3]]
+    return ", ".join(named) + (", …" if len(changes) > 3 else "")

@@ -35,8 +35,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from apm.errors import ApmError, UsageError
-from apm.images.files import WriteError, make_folder, write_atomically, writing
+from apm.images.files import WriteError, write_atomically, writing
 
+from .locks import lock_folder
 from .rows import ROW_SCHEMA, MethodRows, Row, row_table
 from .run_json import read_run
 
@@ -74,19 +75,7 @@ class RunFolder:
         Raises:
             UsageError: another run has the folder.
         """
-        make_folder(self.path)
-        lock = filelock.FileLock(self.path / ".lock", timeout=timeout)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UsageError(
-                f"Another run is writing to {self.path}. Wait for it, or give another folder with --out."
-            ) from None
-        except (OSError, NotImplementedError) as error:  # no permission, or a file system without locks
-            raise UsageError(
-                f"Cannot lock {self.path}: {getattr(error, 'strerror', None) or error}. Give another folder with --out."
-            ) from None
-        return lock
+        return lock_folder(self.path, timeout, busy="Another run")
 
     def read_run(self) -> dict[str, Any] | None:
         """Read run.json; None where there is none.

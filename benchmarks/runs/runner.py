@@ -128,8 +128,9 @@ def run(
     lock, record, refusal = None, None, None
     if group.first:
         try:
-            for cell, state in states.items() if features is not None else ():
-                features.check(opened[cell](), state)
+            if features is not None:
+                for cell, state in states.items():
+                    features.check(opened[cell](), state)
             lock = folder.lock(_LOCK_PATIENCE[group.world > 1])
             record = prepare(folder, config, headers, sets, files, teacher, options, group, features)
         except ApmError as error:
@@ -234,7 +235,7 @@ class Session:
             stream_order(len(dataset.samples), self.options.seed),
             ahead=self.options.batch_size + self.options.workers,
             workers=self.options.workers,
-            known=self.features and self.features.cell(dataset),
+            known=None if self.features is None else self.features.cell(dataset),
         )
         head = self._head(dataset)
         total = sum(len(lane.positions) for lane in lanes)

@@ -85,7 +85,9 @@ class CellImages:
 
     def views(self, items: Sequence[Readable]) -> KnownViews | None:
         """What is known of some images."""
-        return self.known and self.known.views([self.order[item.position] for item in items])
+        if self.known is None:
+            return None
+        return self.known.views([self.order[item.position] for item in items])
 
     def opened(self, items: Sequence[Readable]) -> Sequence[Image.Image] | Callable[[], Sequence[Image.Image]]:
         """Some images, or, while none is decoded ahead, a function that decodes them."""
@@ -97,7 +99,7 @@ class CellImages:
 
     def _as_known(self, item: Readable | Unreadable) -> Readable | Unreadable:
         """What could not be decoded when the features were made has none, even if it can be now."""
-        error = self.known and self.known.error(self.order[item.position])
+        error = None if self.known is None else self.known.error(self.order[item.position])
         return Unreadable(item.position, item.sample, error) if error else item
 
 

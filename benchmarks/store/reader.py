@@ -1,0 +1,204 @@
+"""A store, opened for a run: features in place of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apm.errors import UsageError
+from apm.teachers.base import Teacher
+
+from ..methods.base import Method
+from ..runs.file_state import FileState, named_changes
+from .layout import CellFolder, StoreKey, cell_identity, differing, mending, read_store
+from .shards import Shard, places, read_shards
+
+if TYPE_CHECKING:
+    from ..datasets import Dataset
+
+
+class FeatureStore:
+    """A store of features; `runs.source.Features` to a run.
+
+    Attributes:
+        path: its folder.
+        key: what its features depend on besides the images.
+        record: what a run writes down of it.
+    """
+
+    def __init__(self, path: Path, key: StoreKey, sessions: Sequence[dict[str, Any]]) -> None:
+        self.path, self.key = path, key
+        self.record: dict[str, str | int] = {
+            "store": str(path),
+            "key": key.digest,
+            "precision": key.precision,
+            "views": key.views,
+        }
+        self._mending = mending(sessions)
+
+    @classmethod
+    def open(cls, path: Path) -> FeatureStore:
+        """Open a store for reading.
+
+        Raises:
+            UsageError: there is none, or its record is damaged or of another version.
+        """
+        found = read_store(path)
+        if found is None:
+            raise UsageError(f'No store at "{path}": a store holds store.json. Make one with apm encode … --out {path}')
+        return cls(path, *found)
+
+    def suits(self, teacher: Teacher, seed: int, methods: Sequence[Method]) -> None:
+        """Check that these are the features that a run of these methods would compute.
+
+        Raises:
+            UsageError: they are of another teacher, seed or kind of views, or too few; what differs is named.
+        """
+        there = {"teacher": self.key.teacher, "dim": self.key.dim, "seed": self.key.seed, "min_area": self.key.min_area}
+        asked = {"teacher": teacher.identity, "dim": teacher.dim, "seed": seed}
+        if found := differing(there, asked):
+            raise UsageError(
+                f"The features in {self.path} are others than this run's. {found}. Run with what the store was made "
+                "with, or make another with apm encode … --out ANOTHER."
+            )
+        for name, (views, min_area) in wanted_views(methods).items():
+            if views > self.key.views:
+                raise UsageError(
+                    f"{name} looks at {views} views of each image, and {self.path} holds {self.key.views}: run with "
+                    f"--views {self.key.views}, or encode {views} with apm encode … --views {views} --out ANOTHER."
+                )
+            if views > 1 and min_area is not None and (found := differing(there, {"min_area": min_area})):
+                raise UsageError(
+                    f"{name} looks at other views than {self.path} holds. {found}. Leave that setting out."
+                )
+
+    def check(self, dataset: Dataset, now: FileState) -> None:
+        """Check that the store has sound features of a data set's images, as they are now.
+
+        Every byte of the cell is read and compared with its checksum.
+
+        Args:
+            dataset: all of the images that were encoded, or some.
+            now: its files. Files that are not there any more are no change: the store stands for them.
+
+        Raises:
+            UsageError: images or their files are others, some are missing, or shards are damaged; they are named, and
+                so is the command that mends it.
+        """
+        numbers = self._numbers(dataset)
+        folder = CellFolder.of(self.path, dataset.cell)
+        labels = folder.labels()
+        pairs = zip(dataset.samples, numbers, strict=True)
+        if other := [sample.id for sample, number in pairs if sample.label != labels[number]]:
+            raise self._others(dataset, f"{len(other)} labels differ: {_some(other)}")
+        state = folder.images()[1]
+        then = FileState(*([column[n] for n in numbers] for column in (state.sizes, state.times, state.digests)))
+        changes = {n: what for n, what in then.changes(now).items() if now.sizes[n] is not None}
+        if changes:
+            what = f"{len(changes)} of {len(numbers)} have changed since they were encoded"
+            raise self._others(dataset, f"{what}: {named_changes(changes, dataset.samples)}")
+        self._whole(dataset, numbers, len(labels), verify=True)
+
+    def cell(self, dataset: Dataset) -> StoredCell:
+        """The features of a data set that was checked."""
+        numbers = self._numbers(dataset)
+        images = len(CellFolder.of(self.path, dataset.cell).images()[0])
+        return self._whole(dataset, numbers, images, verify=False)
+
+    def _whole(self, dataset: Dataset, numbers: NDArray[np.int64], images: int, *, verify: bool) -> StoredCell:
+        """The features of all samples, or a `UsageError` that says which are missing."""
+        folder = CellFolder.of(self.path, dataset.cell)
+        shards, damaged = read_shards(folder.path, folder.digest(self.key), self.key, verify=verify)
+        found = places(shards, images)[numbers]
+        if missing := int((found[:, 0] < 0).sum()):  # a damaged shard whose rows are elsewhere too does no harm
+            why = f" {damaged[0]}{', and others are' if len(damaged) > 1 else ''}." if damaged else ""
+            raise UsageError(
+                f"{self.path} lacks the features of {missing} of the {len(numbers)} images of {dataset.cell}.{why} To "
+                f"encode what is missing: {self._mending}"
+            )
+        return StoredCell(self.key, shards, found)
+
+    def _numbers(self, dataset: Dataset) -> NDArray[np.int64]:
+        """The numbers in the store of a data set's samples."""
+        folder = CellFolder.of(self.path, dataset.cell)
+        there, asked = folder.read(), cell_identity(dataset)
+        if there is None:
+            have = ", ".join(sorted(path.parent.name for path in self.path.glob("*/cell.json"))) or "nothing"
+            raise UsageError(
+                f"{self.path} has no features of {dataset.cell}; it has {have}. Encode it with apm encode … --out "
+                f"{self.path}"
+            )
+        if found := differing(there, {"generated": asked["generated"]}):
+            raise self._others(dataset, found)
+        if there["fingerprint"] == asked["fingerprint"]:
+            return np.arange(len(dataset.samples))
+        known = {name: number for number, name in enumerate(folder.images()[0])}
+        if missing := [sample.id for sample in dataset.samples if sample.id not in known]:
+            what = f"{len(missing)} of {len(dataset.samples)} are not among the {len(known)} of the store"
+            raise self._others(dataset, f"{what}: {_some(missing)}")
+        return np.array([known[sample.id] for sample in dataset.samples])
+
+    def _others(self, dataset: Dataset, what: str) -> UsageError:
+        return UsageError(
+            f"The images of {dataset.cell} are others than those in {self.path}. {what}. Put the data back, or encode "
+            "it anew with apm encode … --out ANOTHER."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True)
+class StoredCell:
+    """The features of one data set; `runs.source.CellFeatures` to a run."""
+
+    key: StoreKey
+    shards: Sequence[Shard]
+    places: NDArray[np.int64]
+    """(n, 2) of each sample, shard and row in it."""
+
+    def error(self, number: int) -> str | None:
+        """Why the image has no features."""
+        shard, row = (int(place) for place in self.places[number])
+        return self.shards[shard].errors.get(int(self.shards[shard].rows[row]))
+
+    def views(self, numbers: Sequence[int]) -> StoredViews:
+        """The features of some samples."""
+        return StoredViews(self.key.views, self.key.min_area, self, tuple(numbers))
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """Features of some images; `methods.base.KnownViews` to a batch."""
+
+    count: int
+    min_area: float
+    cell: StoredCell
+    numbers: tuple[int, ...]
+
+    def first(self, count: int) -> Tensor:
+        """The first `count` views' features: (B, count, D) float32."""
+        found = torch.empty(len(self.numbers), count, self.cell.key.dim)
+        for out, (number, row) in zip(found, self.cell.places[list(self.numbers)].tolist(), strict=True):
+            shard = self.cell.shards[number]
+            out[0] = shard.tokens[row]
+            out[1:] = shard.views[row, : count - 1]
+        return found
+
+
+def wanted_views(methods: Sequence[Method]) -> dict[str, tuple[int, float | None]]:
+    """By method that looks at views: how many of each image, and the smallest share of the image in them."""
+    wanted = {}
+    for method in methods:
+        views, min_area = method.settings.get("views"), method.settings.get("min_area")
+        if isinstance(views, int):
+            wanted[method.name] = views, None if min_area is None else float(min_area)
+    return wanted

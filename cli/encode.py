@@ -1,0 +1,118 @@
+"""`apm encode`: what the teacher makes of images and their views, into a store that any number of runs can read."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .data import (
+    INTERRUPTED,
+    BatchSize,
+    Corruptions,
+    DataSets,
+    Device,
+    FromClean,
+    LabelSet,
+    Levels,
+    Limit,
+    Quiet,
+    Root,
+    Seed,
+    Source,
+    Workers,
+    check_numbers,
+    fill_store,
+    load_shared_teacher,
+)
+from .options import Debug
+from .render import failure, notice, progress_line
+
+FEATURES = "Features"
+
+
+def encode(
+    out: Annotated[Path, typer.Option(metavar="STORE", help="The store. Run again to continue, or to add data sets.")],
+    datasets: DataSets = None,
+    root: Root = None,
+    corruption: Corruptions = None,
+    level: Levels = None,
+    from_clean: FromClean = False,
+    limit: Limit = None,
+    source: Source = None,
+    label_set: LabelSet = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="As for apm classify. Default: ViT-B-16/openai, or embedded when it cannot be had.",
+            rich_help_panel=FEATURES,
+        ),
+    ] = None,
+    views: Annotated[
+        int, typer.Option(help="Views of each image, the image itself among them.", rich_help_panel=FEATURES)
+    ] = 64,
+    precision: Annotated[
+        str, typer.Option(help="Number format on the disk: fp16 or fp32.", rich_help_panel=FEATURES)
+    ] = "fp16",
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = 4,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Encode images and their augmented views once, for runs that read them with apm bench --features STORE.
+
+    Says how large the store will be before it starts. What is damaged is found by its checksum and encoded again. Under
+    torchrun the processes share the work: torchrun --nproc-per-node 4 -m apm encode …
+
+    Examples:
+
+    apm encode imagenet --root DATA --teacher ViT-B-16/openai --out stores/imagenet
+
+    apm bench imagenet --root DATA --teacher ViT-B-16/openai --method mta --method tda --features stores/imagenet
+
+    Exit code: 0 done, 1 some images cannot be decoded (each is named on stderr), 2 wrong usage, 130 interrupted.
+    """
+    check_numbers(batch_size, workers, seed)
+    from apm.benchmarks.runs.plan import plan_cells
+
+    cells = plan_cells(
+        datasets or [],
+        root=root,
+        corruptions=corruption or (),
+        levels=level or (5,),
+        limit=limit,
+        seed=seed,
+        from_clean=from_clean,
+        source=source,
+        label_set=label_set,
+    )
+    from apm.benchmarks.store.filling import EncodeOptions
+    from apm.processes import join
+
+    with join() as group:
+        loaded = load_shared_teacher(teacher, device, group)
+        for note in loaded.notes if group.first and not quiet else ():
+            notice(note)
+        options = EncodeOptions(
+            views=views,
+            seed=seed,
+            precision=precision,
+            batch_size=batch_size or (64 if loaded.device.type == "cuda" else 8),
+            workers=workers,
+            command=("apm", *sys.argv[1:]),
+        )
+        try:
+            done = fill_store(out, cells, loaded, options, group, quiet=quiet)
+        except KeyboardInterrupt:
+            progress_line(f"interrupted: what was encoded is in {out}. To continue: {shlex.join(options.command)}")
+            raise typer.Exit(INTERRUPTED) from None
+    if group.first and not quiet:
+        notice(f"{out} holds {done.images:,} images. To use it: apm bench … --features {shlex.quote(str(out))}")
+    if done.failed:
+        failure(f"{done.failed} image(s) cannot be decoded; runs that read {out} will say so of each.")
+        raise typer.Exit(1)

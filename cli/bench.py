@@ -37,6 +37,7 @@ from .data import (
     fill_store,
     images_progress,
     load_shared_teacher,
+    shared_precision,
 )
 from .options import Debug, student_options
 from .render import failure, notice, notice_if_slow, progress_line, say, say_json, warning
@@ -204,7 +205,7 @@ def bench(
             notice_if_slow(precision, loaded.device)
         folder = out or default_folder(names, loaded.name)
         fresh = fresh and not restarted()
-        student["precision"] = _precision(precision, folder, loaded, fresh, group)
+        student["precision"] = shared_precision(precision, folder, loaded, fresh, group)
         methods = create_methods(
             method or ["zero-shot", "apm"],
             MethodOptions(
@@ -297,22 +298,6 @@ def _features(
     known = FeatureStore.open(path)
     known.suits(teacher, options.seed, methods)
     return known
-
-
-def _precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, group: Group) -> str:
-    """What auto comes to: that of the run that is continued, else what is measured, the same in all processes."""
-    if asked != "auto":
-        return asked
-    from apm.benchmarks.runs.records import RunFolder
-    from apm.student.matmul import measured_precision
-
-    chosen: str | None = None
-    if group.first:
-        earlier = None if fresh else RunFolder(folder).read_run()
-        settings = earlier["config"]["methods"].values() if earlier else ()
-        chosen = next((one["precision"] for one in settings if "precision" in one), None)
-        chosen = chosen or measured_precision(teacher.device)
-    return str(group.broadcast(chosen))
 
 
 def _print_summary(summary: Summary, *, as_json: bool) -> None:

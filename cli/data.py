@@ -1,4 +1,4 @@
-"""What `apm bench` and `apm encode` have in common: which images, which teacher, and how far they are."""
+"""What `apm bench`, `apm encode` and `apm reproduce` share: which images, which teacher, and how far they are."""
 
 from __future__ import annotations
 
@@ -106,6 +106,22 @@ def load_shared_teacher(name: str | None, device: str, group: Group) -> Teacher:
     if place.type == "cuda" and place.index is None and group.world > 1:
         place = pick_device(f"cuda:{local_rank()}")
     return load_default_teacher(device=place) if name is None else load_teacher(name, device=place)
+
+
+def shared_precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, group: Group) -> str:
+    """What auto comes to: that of the run that is continued, else what is measured, the same in all processes."""
+    if asked != "auto":
+        return asked
+    from apm.benchmarks.runs.records import RunFolder
+    from apm.student.matmul import measured_precision
+
+    chosen: str | None = None
+    if group.first:
+        earlier = None if fresh else RunFolder(folder).read_run()
+        settings = earlier["config"]["methods"].values() if earlier else ()
+        chosen = next((one["precision"] for one in settings if "precision" in one), None)
+        chosen = chosen or measured_precision(teacher.device)
+    return str(group.broadcast(chosen))
 
 
 def fill_store(

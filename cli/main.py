@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": (".bench", "Run methods on data sets, resumably, into records."),
     "table": (".table", "Print tables from the records of runs, beside the published numbers."),
     "report": (".report", "Write one HTML page from the records of runs."),
+    "reproduce": (".reproduce", "Run a table of the paper, and compare with its published cells."),
     "compare": (".compare", "Check a run against an earlier one, sample by sample."),
     "profile": (".profile", "Count what student and teacher consist of, and what a step costs."),
     "islands": (".islands", "Watch a student's field form, and whether its regions follow the image."),

@@ -53,7 +53,7 @@ def trust(ids: Iterator[int], tables: Sequence[Table], parts: Sequence[Part]) ->
         part_of_pool = not one.pooled and one.cells[0] in pooled
         said = sheet(one.title, HEADINGS, lines(one), text=("method", "episodic", "needs order", "needs gradients"))
         blocks.append(TrustBlock(printable(one.title), said, tuple(map(printable, one.notes)), not part_of_pool))
-        if not part_of_pool and any(row.ms for row in one.rows):
+        if not part_of_pool and any(row.ms_given_features for row in one.rows):
             shown.append(gain_against_cost(ids, one, series))
     charts = (Group("", tuple(shown)),) if shown else ()
     return TrustSection(tuple(blocks), charts, tuple(map(printable, dict.fromkeys(refused))))
@@ -62,34 +62,40 @@ def trust(ids: Iterator[int], tables: Sequence[Table], parts: Sequence[Part]) ->
 def gain_against_cost(ids: Iterator[int], table: TrustTable, series: Mapping[str, int]) -> Chart:
     """What each method gains over zero-shot, over the milliseconds that an image takes, on a logarithmic scale.
 
+    The cost is that of all that a method uses; where it is not known of every one (features came from a store), for all
+    of them that of their own work.
+
     Args:
         ids: source of numbers of the page's charts.
         table: its rows; those whose cost is not known are left out.
         series: number of the colour of each method, by its printable name.
     """
-    rows = [row for row in table.rows if row.ms]
-    costs, gains = [row.ms or 0.0 for row in rows], [row.gain for row in rows]
+    whole = all(row.ms for row in table.rows)
+    what = "ms an image" if whole else "ms an image given features"
+    known = [(row, row.ms if whole else row.ms_given_features) for row in table.rows]
+    rows = [(row, cost) for row, cost in known if cost]
+    costs, gains = [cost for _, cost in rows], [row.gain for row, _ in rows]
 
     def draw(axes: Any, width: int) -> None:
-        axes.set(xscale="log", xlabel="ms an image, logarithmic", ylabel="gain over zero-shot, points")
+        axes.set(xscale="log", xlabel=f"{what}, logarithmic", ylabel="gain over zero-shot, points")
         axes.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
         low, high = min(0.0, *gains), max(0.0, *gains)
         room = 0.12 * (high - low) or 1.0
         axes.set_ylim(low - room, high + room)
         axes.axhline(0, color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
-        for row, cost in zip(rows, costs, strict=True):
-            mark(axes, cost, row.gain, series[printable(row.method)], printable(_said(row)))
+        for row, cost in rows:
+            mark(axes, cost, row.gain, series[printable(row.method)], printable(_said(row, cost, what)))
 
     numbers = [
         (row.method, f"{ms:.3g}", f"{row.gain:+.1f}", NOTHING if row.p is None else f"{row.p:.3g}", row.rank or NOTHING)
-        for row, ms in zip(rows, costs, strict=True)
+        for row, ms in rows
     ]
     title = printable(f"{table.title}: gain against cost")
-    described = "Gain over zero-shot in points over milliseconds an image. The dashed line is zero-shot."
+    described = f"Gain over zero-shot in points over {what}. The dashed line is zero-shot."
     headings = ("method", "ms", "gain", "p", "rank")
     return Chart(title, sheet(title, headings, numbers, text=("method",)), described, draw, 330, next(ids))
 
 
-def _said(row: TrustRow) -> str:
+def _said(row: TrustRow, cost: float, what: str) -> str:
     shown = "" if row.p is None else f", p = {row.p:.3g}"
-    return f"{row.method}: {row.gain:+.1f} points{shown}, {row.ms:.3g} ms an image"
+    return f"{row.method}: {row.gain:+.1f} points{shown}, {cost:.3g} {what}"

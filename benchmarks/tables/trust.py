@@ -58,7 +58,8 @@ class TrustRow:
     ms_given_features: float | None
     """Milliseconds an image, without what methods share: the teacher's tokens, grids and views."""
     ms: float | None
-    """Milliseconds an image with all that the method uses, as if it ran alone, but for reading the file."""
+    """Milliseconds an image with all that the method uses, as if it ran alone, but for reading the file. Not known of
+    runs that read features from a store."""
     peak_memory: int | None
     """Bytes, of the process that ran it, with all methods of its run."""
     episodic: bool | None
@@ -223,6 +224,7 @@ def _trust_row(
     kept, n = one.answered, int(one.answered.sum())
     own, shared = float(one.seconds[kept].sum()), float(one.shared_seconds[kept].sum())
     sure, correct = one.probability[kept], one.right[kept]
+    from_store = any("features" in session for column in columns for session in _sessions(one.row.answers[column]))
     told_else = ("failed", "near chance") if len(columns) > 1 else ("failed",)  # chance is a cell's own
     marks = (mark for column in columns for mark in one.row.cells[column].marks if mark not in told_else)
     return TrustRow(
@@ -239,7 +241,7 @@ def _trust_row(
         nll=float(one.nll[kept].mean()) if n else None,
         auroc=auroc(sure, correct) if n else None,
         ms_given_features=1000 * own / n if n and own > 0 else None,
-        ms=1000 * (own + shared) / n if n and own + shared > 0 else None,
+        ms=1000 * (own + shared) / n if n and own + shared > 0 and not from_store else None,
         peak_memory=_peak_memory(one.row.answers[column] for column in columns),
         episodic=None if (stream := one.row.settings.get("stream")) is None else not stream,
         gradients=_needs_gradients(one.row),
@@ -362,9 +364,13 @@ def _needs_gradients(row: TableRow) -> bool | None:
 
 def _peak_memory(parts: Iterable[Answers]) -> int | None:
     """The most memory that the sessions of the runs took; None unless all of them say."""
-    sessions = [session for one in parts for session in one.run.run["sessions"]]
-    peaks = [session.get("peak_memory") for session in sessions]
-    return max(peaks) if peaks and None not in peaks else None
+    peaks = [session.get("peak_memory") for one in parts for session in _sessions(one)]
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if known and len(known) == len(peaks) else None
+
+
+def _sessions(answers: Answers) -> list[dict[str, Any]]:
+    return list(answers.run.run["sessions"])
 
 
 def _notes(rows: Sequence[TrustRow], n: int, images: int, unanswered: int, tests: int) -> Iterator[str]:

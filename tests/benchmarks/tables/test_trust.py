@@ -278,6 +278,13 @@ def test_what_the_records_do_not_hold_is_not_known(tmp_path: Path) -> None:
     assert lines(table)[0][HEADINGS.index("needs gradients")] == lines(table)[0][HEADINGS.index("peak MB")] == "–"
 
 
+def test_features_from_a_store_tell_nothing_of_the_whole_cost(tmp_path: Path) -> None:
+    run = Records.open(write_run(tmp_path / "run", {"digits": {}}, METHODS))
+    run.run["sessions"][0]["features"] = {"store": "s", "key": "k", "precision": "float16", "views": 64}
+    mta = row(make_trust(make_tables([run], published=False))[0], "mta")
+    assert mta.ms is None and mta.ms_given_features == pytest.approx(2)
+
+
 def test_the_formats_hold_every_row(tmp_path: Path) -> None:
     tables = trusted(write_run(tmp_path / "run", CORRUPTED, METHODS))
     document = json.loads(FORMATS["json"](tables))

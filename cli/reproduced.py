@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def missing(plan: Plan) -> list[str]:
     """What keeps cells from being run, a sentence each."""
-    data = [f"{cell.column}: no data. {cell.reason}" for cell in plan.cells if cell.dataset is None]
+    data = [f"{cell.column}: no data: {cell.reason}" for cell in plan.cells if cell.dataset is None]
     weights = {job.teacher: job.reason for job in plan.jobs if job.reason}
     return [*data, *(f"{reason} (--download fetches them.)" for reason in weights.values())]
 

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from apm.labels import prompt_templates
 from apm.teachers import catalog
 
 from ..datasets.specs import DATASETS
 from ..runs.records import Records
+from ..tables.stats import interval
 from ..tables.table import Score
 from .recipes import WEIGHTS, Recipe
 
@@ -92,12 +95,19 @@ def _unfinished(case: Case) -> str | None:
 
 def _subset(case: Case) -> str | None:
     images, total, whole = case.cell["images"], case.cell["total"], DATASETS[case.cell["dataset"]].images
-    spread = f"; the standard error alone is {case.score.stderr:.1f} points" if case.score.stderr is not None else ""
+    spread = f"; {_interval(case.score)}" if case.score.n else ""
     if images < total:
         return f"{images:,} of {total:,} images{spread}"
     if whole and total != whole:
         return f"{total:,} images, where {case.cell['dataset']} has {whole:,}{spread}"
     return None
+
+
+def _interval(score: Score) -> str:
+    assert score.accuracy is not None
+    right = np.arange(score.n) < round(score.accuracy * score.n / 100)
+    low, high = interval(right, np.arange(score.n))
+    return f"the 95 % interval of ours is {100 * low:.1f} to {100 * high:.1f}"
 
 
 def _generated(case: Case) -> str | None:

@@ -158,8 +158,9 @@ def missing_weights(teacher: str) -> str:
 def _cell(
     table: PaperTable, column: str, root: Path | None, *, limit: int | None, seed: int, from_clean: bool
 ) -> PlannedCell:
+    name = "imagenet-c" if table.corrupted else column
     (opener,) = plan_cells(
-        ["imagenet-c" if table.corrupted else column],
+        [name],
         root=root,
         corruptions=[column if table.corrupted else CLEAN],
         limit=limit,
@@ -169,7 +170,7 @@ def _cell(
     try:
         return PlannedCell(column=column, open=opener, dataset=opener())
     except UsageError as error:
-        return PlannedCell(column=column, open=opener, dataset=None, reason=str(error))
+        return PlannedCell(column=column, open=opener, dataset=None, reason=str(error).removeprefix(f"{name}: "))
 
 
 @dataclass(frozen=True, kw_only=True)

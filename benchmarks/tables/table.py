@@ -103,17 +103,20 @@ class Table:
 
 
 def row_names(tables: Sequence[Table]) -> list[list[str]]:
-    """Name the rows of each table: by method, with the teacher where there are several, with the run where need be."""
-    own = [[row for row in table.rows if row.kind == "ours"] for table in tables]
-    several = len({row.teacher for rows in own for row in rows}) > 1
+    """Name the rows of each table: by method, with the teacher where there are several; our own that would still be
+    called the same with their prompts, or with their run where these are the same too.
+    """
+    several = len({row.teacher for table in tables for row in table.rows if row.kind == "ours"}) > 1
     named = []
     for table in tables:
         names = [f"{row.method} · {row.teacher}" if several else row.method for row in table.rows]
-        shared = Counter(name for name, row in zip(names, table.rows, strict=True) if row.kind == "ours")
-        named.append(
-            [
-                f"{name} · {row.source}" if shared[name] > 1 and row.kind == "ours" else name
+        for part in ("prompts", "source"):
+            shared = Counter(name for name, row in zip(names, table.rows, strict=True) if row.kind == "ours")
+            distinct = {(name, getattr(row, part)) for name, row in zip(names, table.rows, strict=True)}
+            told = Counter(name for name, _ in distinct)
+            names = [
+                f"{name} · {getattr(row, part)}" if shared[name] > 1 and told[name] > 1 and row.kind == "ours" else name
                 for name, row in zip(names, table.rows, strict=True)
             ]
-        )
+        named.append(names)
     return named

@@ -381,8 +381,9 @@ def _notes(rows: Sequence[TrustRow], n: int, images: int, unanswered: int, tests
     if failed := [f"{row.method} {row.failed:,}" for row in rows if row.failed]:
         yield f"Images without an answer, which count as wrong: {', '.join(failed)}."
     test = "McNemar's exact test" if images == n else "the exact sign-flip test"
-    yield f"p: {test} of the flips against zero-shot, corrected by Holm's method for {tests} methods." + (
-        " The cells of one image flip together: they are no independent evidence." if images < n else ""
+    yield (
+        f"p: {test} of the flips against zero-shot, corrected by Holm's method for {tests} method{'s' * (tests != 1)}."
+        + (" The cells of one image flip together: they are no independent evidence." if images < n else "")
     )
     yield (
         "rank: of two methods on one rank neither is shown to be better than the other, by the same test on all pairs, "

@@ -49,7 +49,7 @@ def test_a_plan_without_a_measurement(root: Path) -> None:
     assert len(document["left_out"]) == 4
     shown = reproduce(1, "--root", root, "--plan", "--no-measure", "--teacher", "embedded")
     assert "imagenet-a" in shown.stdout and "needs a learned prompt: --coop FILE" in shown.stdout
-    assert "imagenet-sketch: no data." in shown.stderr
+    assert "imagenet-sketch: no data: nothing that fits" in shown.stderr
 
 
 def test_where_nothing_can_be_run_it_says_where_to_get_it(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_table_is_run_compared_and_continued(root: Path, tmp_path: Path) -> No
     assert all([cause["name"] for cause in cell["causes"]][:2] == ["teacher", "subset"] for cell in mine)
     assert all(cell["difference"] == cell["ours"] - cell["published"] for cell in mine)
     assert "Likely cause: teacher: the run's teacher is embedded" in told.stderr
-    assert "imagenet-r: no data." in told.stderr
+    assert "imagenet-r: no data: nothing that fits" in told.stderr
     shards = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
     again = reproduce(1, *asked)
     assert again.exit_code == 1 and "subset (imagenet-a): 4 images, where imagenet-a has 7,500" in again.stdout

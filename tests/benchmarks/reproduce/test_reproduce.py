@@ -129,7 +129,7 @@ def test_ours_beside_the_published_cells(tmp_path: Path, monkeypatch: pytest.Mon
     assert (agrees.verdict, agrees.causes) == ("agrees", ())
     assert differs.verdict == "differs" and differs.causes[0].name == "teacher"
     assert found["APM", "ViT-B/16", "imagenet-r"].verdict == ""  # only zero-shot is judged
-    assert found["CLIP zero-shot", "ViT-B/16", "imagenet"].reason.startswith("imagenet: ")
+    assert found["CLIP zero-shot", "ViT-B/16", "imagenet"].reason.startswith("nothing that fits")
     assert found["Ensemble (80 templates)", "ViT-B/16", "imagenet-a"].reason == "not run"
     assert found["CLIP zero-shot", "ViT-L/14", "imagenet-a"].score is None
 
@@ -180,7 +180,7 @@ EXPLAINED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "variant": [({"title": "imagenet-a-other"}, "the images are imagenet-a-other")],
     "unfinished": [({"images": 50, "total": 50}, "40 of 50"), ({"failed": (1, 2)}, "2 images have no answer")],
     "subset": [
-        ({"total": 7500}, "40 of 7,500 images; the standard error alone is 6.6"),
+        ({"total": 7500}, "40 of 7,500 images; the 95 % interval of ours is 12.3 to 37.5"),
         ({"images": 39, "total": 39}, "39 images, where"),
     ],
     "generated": [({"generated": True}, "generated here")],

@@ -256,6 +256,15 @@ def test_runs_of_the_same_images_in_another_order_are_compared(tmp_path: Path) -
     assert table.rows == alone[0].rows
 
 
+def test_methods_of_one_name_are_told_apart_by_their_prompts_or_runs(tmp_path: Path) -> None:
+    for name, prompts in (("one", "single"), ("two", "openai"), ("three", "single")):
+        write_run(tmp_path / name, {"digits": {"prompts": prompts}}, {"zero-shot": TEACHER})
+    first, second, third = (tmp_path / name for name in ("one", "two", "three"))
+    assert {one.method for one in trusted(first, second)[0].rows} == {"zero-shot · single", "zero-shot · openai"}
+    names = {one.method for one in trusted(first, third)[0].rows}
+    assert names == {f"zero-shot · {first}", f"zero-shot · {third}"}
+
+
 def test_other_images_are_refused_by_name(tmp_path: Path) -> None:
     first = write_run(tmp_path / "one", {"digits": {}}, {"zero-shot": TEACHER})
     second = write_run(tmp_path / "two", {"digits": {}}, {"mta": TEACHER}, ids="picture")

@@ -47,7 +47,7 @@ class Dataset:
     """Folder or hub repository."""
     split: str
     fingerprint: str
-    """SHA-256 over the ids and labels of `samples`, in their order, as hex."""
+    """SHA-256 over the ids and labels of `samples`, in their order, and of a stream over its files; as hex."""
     notes: tuple[str, ...]
     """What a reader of the numbers must know."""
     total: int
@@ -173,7 +173,7 @@ def open_dataset(
         layout=layout,
         source=place,
         split=listing.split,
-        fingerprint=fingerprint(samples),
+        fingerprint=fingerprint(samples, listing.content),
         notes=tuple(notes),
         warnings=tuple(warnings),
         variant=variant,
@@ -279,9 +279,9 @@ def _rank(seed: int, text: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogateescape")).digest()
 
 
-def fingerprint(samples: Sequence[Sample]) -> str:
-    """Return the SHA-256 over ids and labels in their order, as hex."""
-    digest = hashlib.sha256()
+def fingerprint(samples: Sequence[Sample], content: str = "") -> str:
+    """Return the SHA-256 over `Listing.content`, and over ids and labels in their order, as hex."""
+    digest = hashlib.sha256(content.encode())
     for sample in samples:
         digest.update(f"{sample.id}\0{sample.label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -6,7 +6,9 @@ access needs more than one pass over the images. That file grows to the size of 
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import tempfile
 import threading
 import weakref
@@ -33,6 +35,9 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("wnid", "label", "labels", "cls", "class_name")
 _SPLITS = ("test", "validation", "val", "train")
 _SECONDS = 4.0  # that the hub has for its first answer
+_WORDS = (".md", ".gitattributes")  # endings of files that hold no images
+_READ_WHOLE_BELOW = 64 << 20  # bytes of a local folder whose content is looked at in full
+_SAMPLED, _SAMPLE = 64, 1 << 20  # else of so many of its files so many bytes, at either end
 
 
 def parse_source(source: str) -> tuple[str, str | None]:
@@ -69,7 +74,7 @@ def read_hub(spec: DatasetSpec, source: str) -> Listing:
     if spec.reader in ("corrupted", "digits"):
         raise UsageError(f"{spec.name} has no --source hf:…")
     repository, wanted = parse_source(source)
-    stream, split = _open(repository, wanted)
+    stream, split, content = _open(repository, wanted)
     features = dict(stream.features or {})
     with _told(source):
         columns = list(features) or list(next(iter(stream), {}))
@@ -87,7 +92,7 @@ def read_hub(spec: DatasetSpec, source: str) -> Listing:
     notes = [f"Streamed from {source}, split {split}; columns {image_column}, {label_column}."]
     if spec.reader in ("split-json", "aircraft"):
         notes.append(f"Not CoOp's split of {spec.name}: do not compare with numbers on that split.")
-    return Listing(samples, class_names, split, tuple(notes))
+    return Listing(samples, class_names, split, tuple(notes), content)
 
 
 def _first(known: Sequence[str], columns: Sequence[str], repository: str) -> str:
@@ -97,14 +102,16 @@ def _first(known: Sequence[str], columns: Sequence[str], repository: str) -> str
     raise UsageError(f"{repository} has none of the columns {', '.join(known)}; it has {', '.join(columns)}.")
 
 
-def _open(repository: str, wanted: str | None) -> tuple[Any, str]:
-    """Return the stream of one split and the split's name."""
-    if not Path(repository).exists():
-        _require_hub(repository)
+def _open(repository: str, wanted: str | None) -> tuple[Any, str, str]:
+    """Return the stream of one split, the split's name, and what changes with the content of the files."""
+    if Path(repository).exists():
+        revision, content = None, folder_content(Path(repository))
+    else:
+        revision, content = _ask_hub(repository)
     import datasets
 
     try:
-        splits = datasets.load_dataset(repository, streaming=True)
+        splits = datasets.load_dataset(repository, streaming=True, revision=revision)
     except Exception as error:  # every builder of the library raises its own kinds
         raise UsageError(f"hf:{repository} cannot be opened: {_first_line(error)}") from error
     names = list(splits)
@@ -112,11 +119,36 @@ def _open(repository: str, wanted: str | None) -> tuple[Any, str]:
         wanted = next((name for name in _SPLITS if name in names), names[0])
     if wanted not in names:
         raise UsageError(f'hf:{repository} has no split "{wanted}"; it has {", ".join(names)}.')
-    return splits[wanted], wanted
+    return splits[wanted], wanted, content
 
 
-def _require_hub(repository: str) -> None:
+def folder_content(folder: Path) -> str:
+    """Return the SHA-256 over names, sizes and content of the files in a folder, or of one file, as hex.
+
+    Of more than 64 MiB, content is what stands at the beginning and the end of 64 files that are spread over all.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+    sizes = [path.stat().st_size for path in files]
+    step = 1 if sum(sizes) <= _READ_WHOLE_BELOW else max(1, len(files) // _SAMPLED)
+    sample = _READ_WHOLE_BELOW if sum(sizes) <= _READ_WHOLE_BELOW else _SAMPLE
+    digest = hashlib.sha256()
+    for number, (path, size) in enumerate(zip(files, sizes, strict=True)):
+        name = path.relative_to(folder).as_posix() if folder.is_dir() else path.name
+        digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+        if number % step == 0:
+            with path.open("rb") as file:
+                digest.update(file.read(sample))
+                file.seek(max(0, size - sample))
+                digest.update(file.read(sample))
+    return digest.hexdigest()
+
+
+def _ask_hub(repository: str) -> tuple[str | None, str]:
     """Ask the hub once for the repository, with a short limit: the library itself would retry for minutes.
+
+    Returns:
+        The commit, so that what is read is what was asked for; and the SHA-256 over names and contents of all files
+        but those of words, as hex. None and "" where the answer does not say.
 
     Raises:
         UsageError: offline by setting, not reachable, no such repository, or no permission.
@@ -128,12 +160,12 @@ def _require_hub(repository: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise UsageError(f"hf:{repository}: the hub is switched off (HF_HUB_OFFLINE), and there is no such folder.")
     token = get_token()
-    request = Request(f"{constants.ENDPOINT}/api/datasets/{quote(repository)}")
+    request = Request(f"{constants.ENDPOINT}/api/datasets/{quote(repository)}?blobs=true")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urlopen(request, timeout=_SECONDS):
-            return
+        with urlopen(request, timeout=_SECONDS) as answer:
+            return _commit_and_content(answer.read())
     except HTTPError as error:
         error.close()
         raise UsageError(
@@ -142,6 +174,17 @@ def _require_hub(repository: str) -> None:
         ) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"hf:{repository}: {constants.ENDPOINT} is not reachable: {_first_line(error)}") from error
+
+
+def _commit_and_content(answer: bytes) -> tuple[str | None, str]:
+    """Read the hub's description of a repository; see `_ask_hub`."""
+    try:
+        said = json.loads(answer)
+        files = sorted((file["rfilename"], file["blobId"]) for file in said["siblings"])
+        images = [file for file in files if not file[0].endswith(_WORDS)]
+        return said["sha"], hashlib.sha256(json.dumps(images).encode()).hexdigest()
+    except (ValueError, TypeError, LookupError):  # a mirror may say less
+        return None, ""
 
 
 def _first_line(error: Exception) -> str:

@@ -43,6 +43,8 @@ class Listing:
     class_names: tuple[str, ...]
     split: str
     notes: tuple[str, ...] = ()
+    content: str = ""
+    """What changes with the images' content, where they are not files that can be looked at one by one."""
 
 
 def subset_wnids(name: str) -> tuple[str, ...]:

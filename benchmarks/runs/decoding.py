@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ..datasets import Sample
 
 
+BATCH_BYTES = 512 << 20
+"""Of images that are answered together: fewer are taken where they hold more."""
+
+
 @dataclass(frozen=True)
 class Readable:
     """An image ready to be answered."""
@@ -68,6 +72,18 @@ def load(item: tuple[int, Sample]) -> Readable | Unreadable:
         return Unreadable(position, sample, printable(" ".join(str(error).split())))
     except Exception as error:  # decoders raise all kinds; the image is at fault, not the run
         return Unreadable(position, sample, printable(" ".join(str(error).split())) or type(error).__name__)
+
+
+def next_batch(
+    images: Iterator[Readable | Unreadable], count: int, *, whole: bool = False
+) -> list[Readable | Unreadable]:
+    """Take up to `count` images, none at the end; unless `whole`, fewer once they hold `BATCH_BYTES`."""
+    batch: list[Readable | Unreadable] = []
+    held = 0
+    while len(batch) < count and (whole or held < BATCH_BYTES) and (item := next(images, None)) is not None:
+        batch.append(item)
+        held += _bytes(item)
+    return batch
 
 
 def _bytes(item: Readable | Unreadable) -> int:

@@ -17,7 +17,6 @@ would take longer.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from apm.teachers.base import Teacher
 from apm.text.zeroshot import ZeroShotHead
 
 from ..methods.base import Batch, Method, StreamMethod
-from .decoding import Readable, Unreadable
+from .decoding import Readable, Unreadable, next_batch
 from .environment import peak_memory
 from .file_state import check_files
 from .progress import Progress
@@ -252,7 +251,7 @@ class Session:
             try:
                 while True:
                     begun = time.monotonic()
-                    items = list(itertools.islice(images, lane.together or self._batch_size()))
+                    items = next_batch(images, lane.together or self._batch_size(), whole=lane.together is not None)
                     if not items:
                         break
                     if folder is not None and not folder.is_dir():  # an unplugged drive: no image is at fault
@@ -313,7 +312,7 @@ class Session:
         self.on_note(f"Rebuilding the state of {names} from the {len(lane.replay)} images before.")
         images = source.read(lane.replay)
         try:
-            while items := list(itertools.islice(images, self.options.batch_size)):
+            while items := next_batch(images, self.options.batch_size):
                 if readable := [item for item in items if isinstance(item, Readable)]:
                     batch = self._batch(readable, head, source)
                     for method in stream:

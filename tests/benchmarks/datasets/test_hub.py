@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from apm.benchmarks.datasets import DATASETS, Dataset, open_dataset
-from apm.benchmarks.datasets.hub import _Rows, parse_source
+from apm.benchmarks.datasets.hub import _commit_and_content, _Rows, parse_source
 from apm.errors import ApmError, ImageError, UsageError
 from apm.labels import imagenet_subset, imagenet_wnids
 
@@ -237,12 +237,44 @@ def test_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch)
             server.accept()
 
 
+def test_other_images_under_the_same_names_are_another_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint(folder: str, pixel: int = 0) -> str:
+        write_webdataset(tmp_path / folder, [0, 1, 0])
+        (tmp_path / folder / "classnames.txt").write_text("cat\ndog\n")
+        tar = tmp_path / folder / "test-0000.tar"
+        tar.write_bytes(tar.read_bytes().replace(picture(1), picture(1 + pixel)))
+        return open_dataset("folder", source=f"hf:{tmp_path / folder}").fingerprint
+
+    monkeypatch.setattr("time.time", lambda: 0.0)  # archives hold times
+    assert len(picture(1)) == len(picture(2))
+    assert fingerprint("one") == fingerprint("moved") != fingerprint("changed", 1)
+    monkeypatch.setattr("apm.benchmarks.datasets.hub._READ_WHOLE_BELOW", 100)
+    monkeypatch.setattr("apm.benchmarks.datasets.hub._SAMPLE", 5000)
+    assert fingerprint("one") == fingerprint("moved") != fingerprint("changed", 1)
+
+
+def test_what_the_hub_says_of_a_repository_is_its_images() -> None:
+    def answer(*files: tuple[str, str], sha: str = "c1") -> tuple[str | None, str]:
+        siblings = [{"rfilename": name, "blobId": blob, "size": 1} for name, blob in files]
+        return _commit_and_content(json.dumps({"sha": sha, "siblings": siblings}).encode())
+
+    images = ("test.parquet", "b1")
+    commit, content = answer(images, ("README.md", "r1"))
+    assert commit == "c1" and len(content) == 64
+    assert answer(("README.md", "r2"), images, sha="c2") == ("c2", content)  # words, and the order
+    assert answer(("test.parquet", "b2"), ("README.md", "r1"))[1] != content
+    for other in (b"", b"[]", b'{"sha": "c1"}', b'{"sha": "c1", "siblings": [{"rfilename": "x"}]}', b"\xff"):
+        assert _commit_and_content(other) == (None, "")
+
+
 @pytest.mark.parametrize("status", [401, 404, 500])
 def test_hub_that_refuses_says_so(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     def refuse(request: Request, timeout: float) -> None:
-        assert request.full_url.endswith("/api/datasets/nobody/nothing") and timeout < 5
+        assert request.full_url.endswith("/api/datasets/nobody/nothing?blobs=true") and timeout < 5
         raise HTTPError(request.full_url, status, "no", Message(), None)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from apm.benchmarks.methods import create_method
 from apm.benchmarks.methods.base import Batch, Prediction
+from apm.benchmarks.runs.decoding import Readable, Unreadable, next_batch
 from apm.benchmarks.runs.records import Records, RunFolder
 from apm.benchmarks.runs.run_record import RunOptions
 from apm.benchmarks.runs.runner import run
@@ -395,6 +397,28 @@ def test_batch_size_and_workers_are_no_configuration(tmp_path: Path) -> None:
     make_run(tmp_path / "parts", batch_size=1, workers=1)
     make_run(tmp_path / "whole", batch_size=7)
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_batch_of_large_images_is_smaller_and_the_answers_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Plain):
+        def predict(self, batch: Batch) -> Prediction:
+            sizes.append(len(batch))
+            return super().predict(batch)
+
+    sizes: list[int] = []
+    make_run(tmp_path / "whole", [Counting()], batch_size=5)
+    assert max(sizes) == 5
+    monkeypatch.setattr("apm.benchmarks.runs.decoding.BATCH_BYTES", 2 * 4 * 24 * 24)  # two pictures
+    sizes = []
+    make_run(tmp_path / "parts", [Counting()], batch_size=5)
+    assert max(sizes) == 2 and sum(sizes) == 12
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    images: Iterator[Readable | Unreadable] = iter(
+        [Readable(n, make_dataset().samples[n], picture(n)) for n in range(6)]
+    )
+    assert [len(next_batch(images, 5, whole=True)), len(next_batch(images, 5)), len(next_batch(images, 5))] == [5, 1, 0]
 
 
 def test_fresh_starts_over(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from apm.errors import UsageError
 from apm.images.load import normalised
+from apm.test_time.augmix import mixed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,7 @@ def augmented_view(
     mean: Sequence[float],
     std: Sequence[float],
     min_area: float = MIN_AREA,
+    augmix: bool = False,
 ) -> Tensor:
     """Make view `index` ≥ 1 of an image.
 
@@ -80,6 +82,7 @@ def augmented_view(
         mean: three channel means, for pixels in [0, 1].
         std: three channel deviations.
         min_area: smallest share of the image's area in a crop, in (0, 1].
+        augmix: whether the crop is augmented further, see `apm.test_time.augmix`.
 
     Returns:
         (3, size, size) float32, normalised.
@@ -90,6 +93,8 @@ def augmented_view(
     view = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
     if generator.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if augmix:
+        return mixed(view, generator, mean, std)
     return normalised(view, mean, std)
 
 
@@ -102,6 +107,7 @@ def views(
     sample_id: str,
     start: int = 0,
     min_area: float = MIN_AREA,
+    augmix: bool = False,
 ) -> Tensor:
     """Make views `start` … `count` − 1 of an image, ready for the teacher.
 
@@ -113,6 +119,7 @@ def views(
         sample_id: names the image among all of its data set.
         start: the first view wanted; memory stays bounded when views are made and encoded in parts.
         min_area: smallest share of the image's area in a crop, in (0, 1].
+        augmix: whether views but the image itself are augmented further, see `apm.test_time.augmix`.
 
     Returns:
         (count − start, 3, size, size) float32 on the CPU.
@@ -132,6 +139,7 @@ def views(
             mean=teacher.mean,
             std=teacher.std,
             min_area=min_area,
+            augmix=augmix,
         )
         if index
         else teacher.preprocess(image)
@@ -149,6 +157,7 @@ def view_tokens(
     sample_id: str,
     start: int = 0,
     min_area: float = MIN_AREA,
+    augmix: bool = False,
     chunk: int = 64,
 ) -> Tensor:
     """Make views `start` … `count` − 1 of an image as `views` does, and encode them, `chunk` at a time.
@@ -166,6 +175,7 @@ def view_tokens(
                 sample_id=sample_id,
                 start=first,
                 min_area=min_area,
+                augmix=augmix,
             )
         )
         for first in range(start, count, chunk)

@@ -2,6 +2,10 @@
 
 A new method is one file beside these and one line in `REGISTRY`. On the command line a method may carry settings behind
 a colon, as ``tpt:steps=0`` or ``apm:target=mta,views=64``; the names are the fields of its settings dataclass.
+
+Units, the same for all methods and teachers: what is added to logits, entropies and thresholds are in nats, as logits
+are; what sharpens likenesses among images is per cosine; both as published. A temperature that its authors wrote as
+0.01, CLIP's own, is the teacher's, 1 / `logit_scale`. Nothing else is rescaled to a teacher's logit scale.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from .ecalp import ECALP
 from .mta import MTA
 from .oga import OGA
 from .onzeta import OnZeta
+from .published import PROTOCOLS, AsPublished, Published
 from .rlcf import RLCF
 from .rtpt import RTPT
 from .tda import TDA
@@ -110,7 +115,12 @@ def create_method(spec: str, options: MethodOptions | None = None) -> Method:
     name, overrides = parse_method(spec)
     if name not in REGISTRY:
         raise unknown("method", name, REGISTRY)
-    return REGISTRY[name](replace(options or MethodOptions(), overrides=overrides))
+    options = replace(options or MethodOptions(), overrides=overrides)
+    if options.protocol not in PROTOCOLS:
+        raise unknown("protocol", options.protocol, PROTOCOLS)
+    if options.protocol == "published":
+        return AsPublished(REGISTRY[name], getattr(REGISTRY[name], "published", Published()), options)
+    return REGISTRY[name](options)
 
 
 def create_methods(

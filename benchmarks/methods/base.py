@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -95,7 +96,9 @@ class Batch:
         self._chunk = chunk
         self._pixels: Tensor | None = None
         self._tokens: Tensor | None = None
-        self._views: dict[float, Tensor] = {}
+        self.augmix = False
+        """Whether views are augmented further, see `apm.test_time.augmix`; see `under`."""
+        self._views: dict[tuple[float, bool], Tensor] = {}
         self._student_images: dict[int, Tensor] = {}
         self._grids: Tensor | None = None
 
@@ -141,14 +144,16 @@ class Batch:
             (B, V, D) float32, not normalised, on the teacher's device; view 0 is `tokens`.
         """
         check(count, min_area)
-        have = self._views.get(min_area, self.tokens().unsqueeze(1))  # (B, 1, D) at first
-        known = self._known if self._known is not None and self._known.min_area == min_area else None
+        policy = (min_area, self.augmix)
+        have = self._views.get(policy, self.tokens().unsqueeze(1))  # (B, 1, D) at first
+        stored = self._known is not None and self._known.min_area == min_area and not self.augmix
+        known = self._known if stored else None
         if known is not None and have.shape[1] < min(count, known.count):
-            have = self._views[min_area] = known.first(min(count, known.count)).to(self.teacher.device)
+            have = self._views[policy] = known.first(min(count, known.count)).to(self.teacher.device)
         if have.shape[1] < count:
             more = [self._encode_views(index, have.shape[1], count, min_area) for index in range(len(self))]
             have = torch.cat([have, torch.stack(more)], dim=1)  # (B, count, D)
-            self._views[min_area] = have
+            self._views[policy] = have
         return have[:, :count]
 
     def view_pixels(self, index: int, count: int, *, min_area: float = MIN_AREA) -> Tensor:
@@ -164,6 +169,7 @@ class Batch:
             seed=self.seed,
             sample_id=self._keys[index],
             min_area=min_area,
+            augmix=self.augmix,
         )
 
     def grids(self) -> Tensor:
@@ -182,8 +188,18 @@ class Batch:
         """The same images, and the same views of them, for another teacher and its zero-shot head."""
         opened, length = (lambda: self.images), self.stream_length
         other = Batch((), opened, teacher, head, seed=self.seed, chunk=self._chunk, stream_length=length)
-        other._keys = self._keys
+        other._keys, other.augmix = self._keys, self.augmix
         return other
+
+    @contextmanager
+    def under(self, *, head: ZeroShotHead, augmix: bool) -> Iterator[None]:
+        """Have another head, of other prompts, and AugMix views or plain ones, for as long as the block lasts."""
+        before = self.head, self.augmix
+        self.head, self.augmix = head, augmix
+        try:
+            yield
+        finally:
+            self.head, self.augmix = before
 
     def _encode_views(self, index: int, start: int, stop: int, min_area: float) -> Tensor:
         """Views `start` … `stop` − 1 of one image: (stop − start, D)."""
@@ -195,6 +211,7 @@ class Batch:
             sample_id=self._keys[index],
             start=start,
             min_area=min_area,
+            augmix=self.augmix,
             chunk=self._chunk,
         )
 
@@ -266,8 +283,8 @@ class Together(Protocol):
 class HasOwnPrompt(Protocol):
     """A method that uses one prompt, where it cannot use the run's."""
 
-    def own_prompt(self, templates: Sequence[str]) -> str:
-        """The prompt that it uses in a run with these templates."""
+    def own_prompt(self, templates: Sequence[str]) -> str | None:
+        """The prompt that it uses in a run with these templates; None: these."""
         ...
 
 
@@ -289,12 +306,18 @@ class MethodOptions:
     """``apm``: students adapted at a time; never changes an answer."""
     record_steps: bool = False
     """``apm``: also give the logits of every step."""
+    protocol: str = "common"
+    """``common`` or ``published``, see `apm.benchmarks.methods.published`."""
+    published: Mapping[str, Json] = field(default_factory=dict)
+    """Settings that are published for the data set at hand; they win over the run's."""
+    oracle: bool = False
+    """Whether settings that are chosen by the test labels may be asked for."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Settings written behind the method's own name, which win: ``tpt:steps=0`` gives ``{"steps": "0"}``."""
 
 
 def make_settings(kind: type[SettingsT], method: str, options: MethodOptions, **given: Any) -> SettingsT:
-    """Make a method's settings: its defaults, then what the run gives, then what stands behind the method's name.
+    """Make a method's settings: its defaults, what the run gives, what is published, what stands behind its name.
 
     Args:
         kind: a dataclass of values of type str, int, float, bool or a Literal of words, all with defaults; a field's
@@ -309,6 +332,7 @@ def make_settings(kind: type[SettingsT], method: str, options: MethodOptions, **
     fields = {entry.name: entry.metadata.get("setting") for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     values = {name: value for name, value in given.items() if value is not None}
+    values.update({name: value for name, value in options.published.items() if name in fields})
     for name, text in options.overrides.items():
         if name not in fields:
             raise unknown(f'setting of method "{method}"', name, fields)

@@ -20,12 +20,13 @@ from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .features import answer_each, entropy_share, most_confident
-from .tda import Cache
+from .published import Published
+from .tda import ALPHA_BETA, Cache, TDASettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoostAdapterSettings:
-    """The published settings for ImageNet."""
+class BoostAdapterSettings(TDASettings):
+    """The published settings for ImageNet: TDA's, and those of the views."""
 
     views: int = 64
     min_area: float = MIN_AREA
@@ -33,31 +34,37 @@ class BoostAdapterSettings:
     """Share of the views, those of lowest entropy, that are lent to the cache."""
     mode: str = "image"
     """What stands for the image: ``image``, its own feature; ``mean``, that of its confident views."""
-    shots: int = 3
-    """Images kept per predicted class."""
     extra: int = 1
-    """δ: entries that a class may have beyond these in the copy."""
-    alpha: float = 2.0
-    beta: float = 5.0
-    negative_shots: int = 2
-    negative_alpha: float = 0.117
-    negative_beta: float = 1.0
-    entropy_low: float = 0.2
-    entropy_high: float = 0.5
-    mask_low: float = 0.03
-    mask_high: float = 1.0
+    """δ: entries that a class may have in the copy beyond those of the positive cache."""
 
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
         if self.mode not in ("image", "mean"):
             raise unknown("mode", self.mode, ("image", "mean"))
-        if self.shots < 1 or self.extra < 0 or self.negative_shots < 1:
+        if self.positive_shots < 1 or self.extra < 0 or self.negative_shots < 1:
             raise UsageError("BoostAdapter keeps at least one image per class, and no fewer in the copy.")
+
+
+_EXTRA = {"imagenet-a": 3, "imagenet-r": 3, "food101": 3, "caltech101": 2, "aircraft": 2}
+_EXTRA |= dict.fromkeys(("imagenet", "imagenet-c", "imagenet-v2", "imagenet-sketch", "sun397"), 1)
+PUBLISHED = Published(
+    source="BoostAdapter: TDA's α and β, δ by data set; mean features on A, R, V2 and Sketch; plain crops",
+    settings={"extra": 0},
+    by_dataset={
+        name: {
+            "extra": _EXTRA.get(name, 0),
+            "mode": "mean" if name in ("imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch") else "image",
+            **dict(zip(("positive_alpha", "positive_beta"), ALPHA_BETA.get(name, ()), strict=False)),
+        }
+        for name in sorted({*ALPHA_BETA, *_EXTRA})
+    },
+)
 
 
 class BoostAdapter:
     """A stream method: both caches grow until `reset`. Memory: at most 5·C·D numbers at the default settings."""
 
+    published = PUBLISHED
     stream = True
     gradients = False
 
@@ -76,7 +83,7 @@ class BoostAdapter:
         """Classify the images in their order, each after it has been entered into the caches."""
         chosen, text, scale = self._chosen, batch.head.features, batch.head.logit_scale
         if self._caches is None:
-            positive = Cache(len(text), chosen.shots, chosen.beta)
+            positive = Cache(len(text), chosen.positive_shots, chosen.positive_beta)
             self._caches = positive, Cache(len(text), chosen.negative_shots, chosen.negative_beta)
         views = batch.views(chosen.views, min_area=chosen.min_area)
         return Prediction(logits=answer_each(views, len(text), lambda one: self._step(one, scale * one @ text.T)))
@@ -97,7 +104,7 @@ class BoostAdapter:
             # Ranked by age in the place of entropy: the latest come first.
             negative.update(predicted, -float(self._seen), feature, doubted.nonzero().flatten())
         gain = self._boosted(positive, views[kept], logits[kept], feature)
-        return answer + chosen.alpha * gain - chosen.negative_alpha * negative.logits(feature)
+        return answer + chosen.positive_alpha * gain - chosen.negative_alpha * negative.logits(feature)
 
     def _boosted(self, cache: Cache, views: Tensor, logits: Tensor, feature: Tensor) -> Tensor:
         """What the cache says of a feature (D,) while it is lent views, (K, D) and (K, C): (C,)."""
@@ -109,6 +116,6 @@ class BoostAdapter:
         total = cache.logits(feature)
         for owner, entries in lent.items():
             ranked = sorted([*cache.entries(owner), *entries], key=lambda entry: entry[0])
-            keys = torch.stack([key for _, key in ranked[: self._chosen.shots + self._chosen.extra]])
+            keys = torch.stack([key for _, key in ranked[: self._chosen.positive_shots + self._chosen.extra]])
             total[owner] = torch.exp(cache.beta * (keys @ feature - 1)).sum()
         return total

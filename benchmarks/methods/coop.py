@@ -18,6 +18,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name
 from .prompted import PromptSettings
+from .published import Published
 from .tpt import TPT
 
 
@@ -39,9 +40,13 @@ class LearnedSettings(PromptSettings):
             raise UsageError(f'A learned prompt stands for its own words: leave out prompt="{self.prompt}".')
 
 
+PUBLISHED = Published(source="the learned context; where it is tuned, views as TPT", augmix=True)
+
+
 class TPTCoOp(TPT):
     """TPT from a context that CoOp learned. Its extras are TPT's."""
 
+    published = PUBLISHED
     registered = "tpt+coop"
     settings_type = LearnedSettings
     conditional = False

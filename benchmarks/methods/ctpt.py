@@ -15,6 +15,7 @@ from apm.errors import UsageError
 
 from .features import marginal_entropy
 from .prompted import PromptSettings
+from .published import IMAGENETS, OTHERS, Published
 from .tpt import TPT
 
 
@@ -31,12 +32,21 @@ class CTPTSettings(PromptSettings):
             raise UsageError(f"C-TPT with dispersion weighted {self.dispersion}: it must be 0 or more.")
 
 
+PUBLISHED = Published(
+    source="C-TPT: λ 50, and 20 on ImageNet and its variants; else as TPT",
+    by_dataset={IMAGENETS: {"dispersion": 20.0}, OTHERS: {"dispersion": 50.0}},
+    prompts="single",
+    augmix=True,
+)
+
+
 class CTPT(TPT):
     """Minimise TPT's entropy and maximise the dispersion of the text features, for each image afresh.
 
     The extras are TPT's, and ``dispersion_first`` and ``dispersion_last``.
     """
 
+    published = PUBLISHED
     registered = "ctpt"
     settings_type = CTPTSettings
     _chosen: CTPTSettings

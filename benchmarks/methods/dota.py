@@ -21,6 +21,7 @@ from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .features import answer_each, most_confident
+from .published import Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +108,13 @@ class ClassGaussians:
         self.precision = torch.linalg.inv((1 - epsilon) * mean + epsilon * torch.eye(len(mean), device=mean.device))
 
 
+PUBLISHED = Published(source="DOTA: the authors' settings by data set are not known; ours, as common")
+
+
 class DOTA:
     """A stream method: the classes' distributions are estimated until `reset`."""
 
+    published = PUBLISHED
     stream = True
     gradients = False
 

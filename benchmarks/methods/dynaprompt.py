@@ -28,6 +28,7 @@ from apm.test_time.targets import entropies, kept_count
 from .base import Batch, MethodOptions, Prediction
 from .features import marginal_entropy, usable
 from .prompted import PromptSettings, PromptTuned, fresh_optimiser, gather, gradient
+from .published import OTHERS, Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,15 @@ class DynaPromptSettings(PromptSettings):
             raise UsageError(f"DynaPrompt with {self.prompts} prompts: 1 or more are possible.")
 
 
+PUBLISHED = Published(
+    source="DynaPrompt: 12 prompts; lr 5e-3 on ImageNet and its variants, 3e-3 else; views as TPT",
+    settings={"prompts": 12},
+    by_dataset={OTHERS: {"lr": 3e-3}},
+    prompts="single",
+    augmix=True,
+)
+
+
 class DynaPrompt(PromptTuned):
     """Tune those prompts of a buffer that suit the image; the buffer lives until `reset`.
 
@@ -50,6 +60,7 @@ class DynaPrompt(PromptTuned):
     many were chosen. Memory: P · C · D numbers, the text features of every prompt.
     """
 
+    published = PUBLISHED
     stream = True
     gradients = True
     registered = "dynaprompt"

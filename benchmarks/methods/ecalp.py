@@ -29,6 +29,7 @@ from apm.errors import UsageError
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 from .features import answer_each
+from .published import Published
 
 STARTING_SHARE = 0.2
 """Of an image's highest score, with which it enters the next propagation."""
@@ -145,9 +146,13 @@ def _scale(degrees: np.ndarray) -> np.ndarray:
     return (1 / (np.sqrt(degrees) + 1e-6)).astype(np.float32)
 
 
+PUBLISHED = Published(source="ECALP: one setting")
+
+
 class ECALP:
     """A stream method: the graph grows with every image until `reset`."""
 
+    published = PUBLISHED
     stream = True
     gradients = False
 

@@ -24,6 +24,7 @@ from apm.text.zeroshot import ZeroShotHead
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 from .features import usable
 from .prompted import gather
+from .published import Published
 from .towers import NORM_NAMES, TunableTower
 
 
@@ -48,9 +49,13 @@ class NormSettings:
             raise unknown("norms", self.norms, NORM_NAMES)
 
 
+PUBLISHED = Published(source="one setting and prompt for all data sets", prompts="single")
+
+
 class NormTuned:
     """A method that tunes normalisation layers for each batch afresh; what differs is the loss."""
 
+    published = PUBLISHED
     stream = True
     gradients = True
     registered: ClassVar[str]

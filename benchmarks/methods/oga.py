@@ -24,6 +24,7 @@ from apm.test_time.targets import entropies
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 from .features import answer_each
+from .published import Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +96,13 @@ class CachedGaussians:
         return dim * torch.linalg.inv(shrunk)
 
 
+PUBLISHED = Published(source="OGA: one setting; images one by one, where the authors take 32 at a time")
+
+
 class OGA:
     """A stream method: the cache grows with every image until `reset`."""
 
+    published = PUBLISHED
     stream = True
     gradients = False
 

@@ -23,6 +23,7 @@ from apm.errors import UsageError
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 from .features import answer_each
+from .published import IMAGENETS, OTHERS, Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,17 @@ class OnlineProxies:
         return answer, by_text
 
 
+PUBLISHED = Published(
+    source="OnZeta: β 0.8 on ImageNet and its variants, 0.4 else; α 1, and 0 on Caltech",
+    by_dataset={IMAGENETS: {"beta": 0.8}, OTHERS: {"beta": 0.4}, "caltech101": {"alpha": 0.0}},
+    prompts="single",
+)
+
+
 class OnZeta:
     """A stream method: class vectors and weights are learned until `reset`."""
 
+    published = PUBLISHED
     stream = True
     gradients = False
 

@@ -23,6 +23,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, MethodOptions
 from .prompted import PromptSettings, PromptTuned
+from .published import OTHERS, Published
 
 if TYPE_CHECKING:
     from apm.teachers.base import Teacher
@@ -53,12 +54,21 @@ class RLCFSettings(PromptSettings):
             raise UsageError(f"RLCF with {self.proposals} proposals: a reward is told from the mean of 2 or more.")
 
 
+PUBLISHED = Published(
+    source="RLCF: 3 steps, 5 on fine-grained sets; without its start from CoOp's context",
+    by_dataset={OTHERS: {"steps": 5}},
+    prompts="single",
+    augmix=True,
+)
+
+
 class RLCF(PromptTuned):
     """Tune the prompt by the second teacher's rewards, for each image afresh, and classify the image itself.
 
     The extras ``entropy_first`` and ``entropy_last`` are TPT's: of the kept views' mean prediction, in nats.
     """
 
+    published = PUBLISHED
     registered = "rlcf"
     settings_type = RLCFSettings
     _chosen: RLCFSettings

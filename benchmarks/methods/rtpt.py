@@ -19,6 +19,7 @@ from apm.errors import UsageError
 from apm.test_time.targets import entropies
 
 from .prompted import PromptSettings, PromptTuned
+from .published import Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,9 @@ class RTPTSettings(PromptSettings):
 
     neighbours: int = 20
     """Views by which a view's weight is judged; fewer than there are views."""
-    temperature: float = 0.01
-    """Of the weights: they are a softmax of the mean cosine over this."""
+    temperature: float = 1.0
+    """Of the weights, in units of the teacher's own: published are 0.01 with a teacher of 0.01. They are a softmax of
+    the mean cosine."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,12 +43,16 @@ class RTPTSettings(PromptSettings):
             raise UsageError(f"R-TPT with temperature {self.temperature}: it must be above 0.")
 
 
+PUBLISHED = Published(source="R-TPT: one setting; prompt and views as TPT", prompts="single", augmix=True)
+
+
 class RTPT(PromptTuned):
     """Minimise the confident views' mean entropy; then all views answer, weighted by their neighbours.
 
     The extras ``entropy_first`` and ``entropy_last`` are that mean, in nats, before the first step and after the last.
     """
 
+    published = PUBLISHED
     registered = "rtpt"
     settings_type = RTPTSettings
     _chosen: RTPTSettings
@@ -62,7 +68,7 @@ class RTPT(PromptTuned):
 
     def answer(self, views: Tensor, text: Tensor) -> Tensor:
         """The weighted mean of all views' logits."""
-        weights = view_weights(views, self._chosen.neighbours, self._chosen.temperature)
+        weights = view_weights(views, self._chosen.neighbours, self._chosen.temperature / self._start.logit_scale)
         return weights @ (self._start.logit_scale * views @ text.T)
 
 

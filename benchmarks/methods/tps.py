@@ -18,6 +18,7 @@ from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .features import answer_each, marginal_entropy, most_confident
+from .published import IMAGENETS, OTHERS, Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,18 @@ class TPSSettings:
             raise UsageError(f"TPS with learning rate {self.lr}: it must be above 0.")
 
 
+PUBLISHED = Published(
+    source="TPS: lr 5e-3 on ImageNet and its variants, 1e-3 else; CLIP's 80 prompts, without LLM descriptors",
+    by_dataset={IMAGENETS: {"lr": 5e-3}, OTHERS: {"lr": 1e-3}},
+    prompts="openai",
+    augmix=True,
+)
+
+
 class TPS:
     """Shift the text features for each image afresh and classify the image itself by them."""
 
+    published = PUBLISHED
     stream = False
     gradients = True
 

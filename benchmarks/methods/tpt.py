@@ -10,10 +10,14 @@ from torch import Tensor
 from .base import Batch, Prediction
 from .features import marginal_entropy
 from .prompted import PAPER_PROMPT, PromptSettings, PromptTuned
+from .published import Published
 
 __all__ = ["PAPER_PROMPT", "TPT", "TPTSettings", "marginal_entropy"]
 
 TPTSettings = PromptSettings
+
+
+PUBLISHED = Published(source="TPT: one prompt; AugMix views on the cross-dataset sets", prompts="single", augmix=True)
 
 
 class TPT(PromptTuned):
@@ -23,6 +27,7 @@ class TPT(PromptTuned):
     last.
     """
 
+    published = PUBLISHED
     registered = "tpt"
     starts_alike = True
     """Whether every image starts from the same prompt."""

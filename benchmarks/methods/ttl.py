@@ -24,6 +24,7 @@ from apm.test_time.views import MIN_AREA
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 from .features import usable
 from .prompted import gather
+from .published import Published
 from .towers import Projection, TunableTower
 
 
@@ -84,6 +85,9 @@ class LowRank:
         return found
 
 
+PUBLISHED = Published(source="TTL: one setting; prompt and views as TPT", prompts="single", augmix=True)
+
+
 class TTL:
     """Tune LoRA for each image and classify the image itself with the adapted tower.
 
@@ -91,6 +95,7 @@ class TTL:
     before the last. (The loss itself need not fall: its weights rise as the entropies fall.)
     """
 
+    published = PUBLISHED
     stream = False
     gradients = True
 

@@ -12,6 +12,7 @@ from apm.test_time.targets import entropies, kept_count
 from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
+from .published import Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,13 @@ class ZeroSettings:
         check_share("keep", self.keep)
 
 
+PUBLISHED = Published(source="ZERO: one setting; prompt and views as TPT", prompts="single", augmix=True)
+
+
 class Zero:
     """Majority vote of the confident views: the mean of their predictions at temperature zero."""
 
+    published = PUBLISHED
     stream = False
     gradients = False
 

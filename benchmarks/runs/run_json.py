@@ -42,6 +42,8 @@ def read_run(path: Path) -> dict[str, Any] | None:
         raise UsageError(f"{path} has schema {shortened(version)}; this version reads schema {SCHEMA_VERSION}.")
     if found := next(_faults(run), None):
         raise UsageError(f"{path} is damaged: {found}. {_REMEDY}")
+    for name, default in (("protocol", "common"), ("order", run["stream_order"]["seed"])):
+        run["config"].setdefault(name, default)  # of a run made before there was a choice
     return run
 
 

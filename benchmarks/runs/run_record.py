@@ -15,6 +15,7 @@ from apm.teachers.base import Teacher
 
 from ..corruptions import VERSION
 from ..methods.base import HasOwnPrompt, Method
+from ..methods.published import AsPublished
 from .environment import describe
 from .file_state import FileState
 from .records import RunFolder
@@ -40,6 +41,10 @@ class RunOptions:
     """Name of the prompt set that replaces the data sets' own; None for their own."""
     templates: tuple[str, ...] | None = None
     """Its templates; given together with `prompts`."""
+    order: int | None = None
+    """Seed of the stream order; None: `seed`."""
+    protocol: str = "common"
+    """What the methods were made for, see `apm.benchmarks.methods.published`."""
     record_steps: bool = False
     record_logits: bool = False
     """Whether rows hold the logit of every class; no part of the configuration, since it changes no answer."""
@@ -49,6 +54,11 @@ class RunOptions:
     flush_seconds: float = FLUSH_SECONDS
     fresh: bool = False
     command: tuple[str, ...] = ()
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the stream order."""
+        return self.seed if self.order is None else self.order
 
 
 def prompted(dataset: Dataset, options: RunOptions) -> Dataset:
@@ -125,11 +135,16 @@ def describe_cells(
 def add_own_prompts(
     headers: Mapping[str, dict[str, Any]], sets: Mapping[str, Mapping[str, list[str]]], methods: Sequence[Method]
 ) -> None:
-    """Note with each cell the methods that cannot use its prompts, and what they use instead."""
+    """Note with each cell the methods that do not use its prompts, and what they use instead; and what is published."""
     for header in headers.values():
         templates = sets["prompt_sets"][header["prompt_set"]]
+        published = [method for method in methods if isinstance(method, AsPublished)]
+        for method in published:
+            method.begin(header["dataset"])
+        if published:
+            header["published"] = {method.name: method.used for method in published}
         own = {method.name: method.own_prompt(templates) for method in methods if isinstance(method, HasOwnPrompt)}
-        if own := {name: prompt for name, prompt in own.items() if [prompt] != templates}:
+        if own := {name: prompt for name, prompt in own.items() if prompt is not None and [prompt] != templates}:
             header["own_prompts"] = own
 
 
@@ -145,6 +160,8 @@ def configuration(
         "limit": options.limit,
         "prompts": options.prompts,
         "record_steps": options.record_steps,
+        "protocol": options.protocol,
+        "order": options.order_seed,
     }
 
 
@@ -176,7 +193,7 @@ def prepare(
                 "notes": list(teacher.notes),
                 "settings": dict(getattr(teacher, "settings", {})),
             },
-            "stream_order": {"generator": "numpy PCG64 permutation", "seed": options.seed},
+            "stream_order": {"generator": "numpy PCG64 permutation", "seed": options.order_seed},
             "cells": {key: {k: v for k, v in header.items() if k != "identity"} for key, header in headers.items()},
             **sets,
             "sessions": [],

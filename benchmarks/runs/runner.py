@@ -31,6 +31,7 @@ from apm.teachers.base import Teacher
 from apm.text.zeroshot import ZeroShotHead
 
 from ..methods.base import Batch, Method, StreamMethod
+from ..methods.published import AsPublished
 from .decoding import Readable, Unreadable, next_batch
 from .environment import peak_memory
 from .file_state import check_files
@@ -231,7 +232,7 @@ class Session:
         folder = Path(dataset.source) if Path(dataset.source).is_dir() else None  # None: built in, or streamed
         source = CellImages(
             dataset.samples,
-            stream_order(len(dataset.samples), self.options.seed),
+            stream_order(len(dataset.samples), self.options.order_seed),
             ahead=self.options.batch_size + self.options.workers,
             workers=self.options.workers,
             known=None if self.features is None else self.features.cell(dataset),
@@ -242,6 +243,8 @@ class Session:
         tally = Tally()
         for lane in lanes:
             for method in lane.methods:
+                if isinstance(method, AsPublished):
+                    method.begin(dataset.name)
                 if method.stream:
                     cast(StreamMethod, method).reset()
             if lane.replay:

@@ -72,10 +72,11 @@ class TimedBatch(Batch):
     def views(self, count: int, *, min_area: float = MIN_AREA) -> Tensor:
         """As `Batch.views`; of views made for a method that wanted more, this many are charged."""
         self.tokens()
-        part = f"views {min_area}"
+        policy = (min_area, self.augmix)
+        part = f"views {policy}"
         with self._charged(part, 0.0):
             found = super().views(count, min_area=min_area)
-        made = self._views[min_area].shape[1] if min_area in self._views else 1  # view 0 is the token
+        made = self._views[policy].shape[1] if policy in self._views else 1  # view 0 is the token
         self._used[part] = max(self._used[part], (count - 1) / max(made - 1, 1))
         return found
 

@@ -86,7 +86,7 @@ def measure_tuning(options: Options, *, rounds: int = 3, labels: int | None = No
     def batch() -> Batch:
         fresh = Batch(["noise"], [image], teacher, head)
         encoded = teacher.encode_image(pixels)[None]  # the views are made outside of the clock, and encoded inside
-        fresh._tokens, fresh._views = encoded[:, 0], {settings.min_area: encoded}
+        fresh._tokens, fresh._views = encoded[:, 0], {(settings.min_area, False): encoded}
         return fresh
 
     ours, theirs = method.predict(batch()).logits[0], published.answer(pixels)  # warms up, too

@@ -14,6 +14,7 @@ from ..runs.records import Records
 from ..runs.run_json import differences
 from .layouts import Layout, layouts
 from .notes import notes, warnings
+from .orders import joined_orders
 from .scores import best_steps, score_cell, summary
 from .table import Answers, Score, Table, TableRow
 
@@ -36,7 +37,8 @@ def make_tables(runs: Sequence[Records], *, published: bool = True, oracle: bool
         if not found:
             continue
         entries = list(found.values())
-        rows = _told_apart([row for key, one in found.items() for row in _own_rows(layout, key, one, oracle=oracle)])
+        separate = [row for key, one in found.items() for row in _own_rows(layout, key, one, oracle=oracle)]
+        rows = _told_apart(joined_orders(separate))
         beside = _published_rows(layout) if published else ()
         tables.append(
             Table(
@@ -94,8 +96,9 @@ def _own_rows(layout: Layout, key: _RowKey, entries: Mapping[str, Answers], *, o
     )
     yield _averaged(row, layout)
     best = {column: scores for column, one in entries.items() if (scores := best_steps(one.rows))} if oracle else {}
+    chosen = "alpha" if row.settings.get("alpha") == "oracle" else "step"
     for place, what in enumerate(("cell", "image") if best else ()):
-        name = f"ORACLE {method}, best step of each {what}"
+        name = f"ORACLE {method}, best {chosen} of each {what}"
         cells = {column: replace(scores[place], marks=row.cells[column].marks) for column, scores in best.items()}
         yield _averaged(replace(row, kind="oracle", method=name, cells=cells, total=None, answers={}), layout)
 
@@ -105,6 +108,10 @@ def _settings(run: Records, method: str) -> dict[str, Any]:
     settings = {"teacher": run.run["teacher"]["identity"], "seed": run.run["config"]["seed"], **run.methods[method]}
     if settings["seed"] != run.run["config"]["seed"]:  # a method with a seed of its own
         settings["run_seed"] = run.run["config"]["seed"]
+    if (order := run.run["config"]["order"]) != run.run["config"]["seed"] and settings.get("stream"):
+        settings["order"] = order
+    if (protocol := run.run["config"]["protocol"]) != "common":
+        settings["protocol"] = protocol
     return settings
 
 

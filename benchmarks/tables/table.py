@@ -19,7 +19,8 @@ MARKS = {
     "hub split": ("§", "split of the hub's copy, which is not CoOp's split: not comparable with the published row"),
     "incomplete": ("…", "incomplete: the run is not finished"),
     "failed": ("*", "some images have no answer; they are left out of the accuracy and counted in the details"),
-    "own prompt": ("¶", "another prompt than the run's, which the method cannot use: see the column of prompts"),
+    "own prompt": ("¶", "another prompt than the run's: see the column of prompts"),
+    "orders": ("∘", "mean ± standard deviation over seeded orders of the stream; tests and --trust take the first"),
     "near chance": ("!", "within two standard errors of chance"),
 }
 

@@ -83,7 +83,7 @@ def check_dmn(golden: Golden) -> None:
 def check_boostadapter(golden: Golden) -> None:
     views, text = golden["views"], golden["text_features"]
     for suffix in ("_image", "_mean", "_mean_delta0"):
-        given = {key: golden[key + suffix] for key in ("alpha", "beta")}
+        given = {f"positive_{key}": golden[key + suffix] for key in ("alpha", "beta")}
         mode = "image" if suffix == "_image" else "mean"
         spec = spec_of("boostadapter", views=views.shape[1], mode=mode, extra=golden["delta" + suffix], **given)
         close(answers(spec, views, text)[0], golden["logits" + suffix])

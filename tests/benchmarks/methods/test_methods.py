@@ -593,6 +593,16 @@ def test_rtpt_lowers_each_views_entropy_and_an_outlier_hardly_counts(open_teache
     weights = view_weights(torch.cat([like, -like[:1]]), 3, 0.01)
     assert weights.sum() == pytest.approx(1)
     assert weights[7] < 1e-6 < weights[:7].min()
+    asked: list[float] = []
+
+    def weigh(views: Tensor, neighbours: int, temperature: float) -> Tensor:
+        asked.append(temperature)
+        return view_weights(views, neighbours, temperature)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apm.benchmarks.methods.rtpt.view_weights", weigh)
+        create_method("rtpt:neighbours=3", SMALL).predict(make_batch(1, open_teacher))
+    assert asked == [pytest.approx(1 / open_teacher.logit_scale)]  # the teacher's own, as CLIP's is 0.01
     twice = view_weights(torch.cat([like[:1], like]), 3, 0.01)  # a view's copy is another view
     assert twice[0] == pytest.approx(float(twice[1]))
 

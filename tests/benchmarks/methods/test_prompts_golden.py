@@ -123,7 +123,7 @@ def test_ctpt(path: Path, weight: int) -> None:
 def test_rtpt(path: Path) -> None:
     golden = read_golden(path)
     neighbours, temperature = int(golden["neighbours"]), float(golden["temperature"])
-    holds(golden, f"rtpt:neighbours={neighbours},temperature={temperature:g}")
+    holds(golden, f"rtpt:neighbours={neighbours},temperature={temperature * float(golden['logit_scale']):g}")
     weights = [view_weights(views, neighbours, temperature) for views in golden["views"]]
     close(torch.stack(weights), golden["weights"])
 

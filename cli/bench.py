@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apm.benchmarks.protocols import PROTOCOLS
 from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
 from apm.test_time.options import StudentOptions, settings_of
@@ -92,6 +93,18 @@ def bench(
     ] = None,
     *,
     student: dict[str, Any],
+    protocol: Annotated[
+        str,
+        typer.Option(help=". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()), rich_help_panel=METHOD),
+    ] = "common",
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle",
+            help="Allow settings chosen by the test labels, such as dmn:alpha=oracle; marked ORACLE in tables.",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
     record_steps: Annotated[
         bool,
         typer.Option("--record-steps", help="apm: record the prediction after each step.", rich_help_panel=METHOD),
@@ -146,6 +159,18 @@ def bench(
     batch_size: BatchSize = None,
     workers: Workers = 4,
     seed: Seed = 0,
+    order: Annotated[
+        int | None,
+        typer.Option(help="Seed of the order that stream methods see. Default: --seed.", rich_help_panel=RUN),
+    ] = None,
+    orders: Annotated[
+        int,
+        typer.Option(
+            help="Run stream methods in this many orders, of --order and the seeds that follow, each into a folder "
+            "beside the run's; tables show mean ± standard deviation.",
+            rich_help_panel=RUN,
+        ),
+    ] = 1,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print what apm table --format json prints, nothing else.", rich_help_panel=OUTPUT),
@@ -167,12 +192,15 @@ def bench(
     check_numbers(batch_size, workers, seed)
     if features is not None and store is not None:
         raise UsageError("--features and --store exclude each other: --store reads, and fills what is missing.")
+    if orders < 1 or (order is not None and order < 0):
+        raise UsageError(f"--order {order} and --orders {orders}: a seed is 0 or more, and so many orders 1 or more.")
     if prompts is not None and template:
         raise UsageError("--prompts and --template exclude each other; give one of them.")
 
-    from apm.benchmarks.runs.plan import default_folder, plan_cells
+    from apm.benchmarks.runs.plan import check_protocol, default_folder, plan_cells, plan_orders
     from apm.labels import check_templates, prompt_templates
 
+    check_protocol(protocol, {"--views": views, "--prompts": prompts, "--template": template})
     templates = check_templates(template) if template else prompt_templates(prompts) if prompts else None
     cells = plan_cells(
         names,
@@ -215,6 +243,8 @@ def bench(
                 seed=seed,
                 batch_size=batch_size,
                 record_steps=record_steps,
+                protocol=protocol,
+                oracle=oracle,
             ),
             targets=target or (),
         )
@@ -223,6 +253,8 @@ def bench(
             limit=limit,
             prompts="custom" if template else prompts,
             templates=templates,
+            order=order,
+            protocol=protocol,
             record_steps=record_steps,
             record_logits=record_logits,
             batch_size=batch_size or (64 if loaded.device.type == "cuda" else 8),
@@ -232,33 +264,37 @@ def bench(
         )
         try:
             known = _features(features, store, cells, methods, loaded, options, group, quiet=quiet)
-            with images_progress("bench", silent=quiet or not group.first) as (report, texts):
-                summary = run(
-                    folder,
-                    cells,
-                    methods,
-                    loaded,
-                    options,
-                    features=known,
-                    group=group,
-                    on_progress=report,
-                    on_texts=texts,
-                    on_note=(lambda text: None) if quiet else notice,
-                    on_failure=failure,
-                    on_warning=warning,
-                )
+            summaries = []
+            for place, members, one in plan_orders(folder, methods, options, orders):
+                with images_progress("bench", silent=quiet or not group.first) as (report, texts):
+                    summary = run(
+                        place,
+                        cells,
+                        members,
+                        loaded,
+                        one,
+                        features=known,
+                        group=group,
+                        on_progress=report,
+                        on_texts=texts,
+                        on_note=(lambda text: None) if quiet else notice,
+                        on_failure=failure,
+                        on_warning=warning,
+                    )
+                summaries.append(summary)
         except KeyboardInterrupt:
             again = shlex.join(argument for argument in options.command if argument != "--fresh")
             progress_line(f"interrupted: what was answered is in {folder}. To continue: {again}")
             raise typer.Exit(INTERRUPTED) from None
     if group.first:
-        _print_summary(summary, as_json=as_json)
+        _print_summaries(summaries, as_json=as_json, oracle=oracle)
         if not quiet:
-            notice(
-                f"Records: {folder}. Other formats, and tables of several runs: apm table {shlex.quote(str(folder))}"
-            )
-    if summary.failed:
-        failure(f"{summary.failed} image(s) have no answer; see the rows with an error in {folder}.")
+            places = shlex.join(str(summary.path) for summary in summaries)
+            notice(f"Records: {places}. Other formats, and tables of several runs: apm table {places}")
+    for summary in summaries:
+        if summary.failed:
+            failure(f"{summary.failed} image(s) have no answer; see the rows with an error in {summary.path}.")
+    if any(summary.failed for summary in summaries):
         raise typer.Exit(1)
 
 
@@ -300,12 +336,12 @@ def _features(
     return known
 
 
-def _print_summary(summary: Summary, *, as_json: bool) -> None:
+def _print_summaries(summaries: Sequence[Summary], *, as_json: bool, oracle: bool) -> None:
     from apm.benchmarks.runs.records import Records
     from apm.benchmarks.tables.build import make_tables
     from apm.benchmarks.tables.formats import as_json as tables_as_json
 
-    tables = make_tables([Records.open(summary.path)])
+    tables = make_tables([Records.open(summary.path) for summary in summaries], oracle=oracle)
     if as_json:
         say_json(tables_as_json(tables), end="")
         return

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from apm.errors import UsageError, unknown
 
+from ..protocols import PROTOCOLS
 from .apm import APMTestTimeTraining
 from .base import Batch, Method, MethodOptions, Prediction, StreamMethod
 from .boostadapter import BoostAdapter
@@ -30,7 +31,7 @@ from .ecalp import ECALP
 from .mta import MTA
 from .oga import OGA
 from .onzeta import OnZeta
-from .published import PROTOCOLS, AsPublished, Published
+from .published import AsPublished, Published
 from .rlcf import RLCF
 from .rtpt import RTPT
 from .tda import TDA

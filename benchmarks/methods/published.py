@@ -18,7 +18,6 @@ from apm.text.zeroshot import ZeroShotHead
 from ..datasets.specs import SUITES
 from .base import Batch, HasOwnPrompt, Json, Method, MethodOptions, Prediction, StreamMethod, Together
 
-PROTOCOLS = ("common", "published")
 IMAGENETS, OTHERS = "ImageNet and its variants", "the cross-dataset sets"
 """Keys for many data sets in `Published.by_dataset`; a data set's own entry wins."""
 DATASETS_OWN = "own"
@@ -72,7 +71,7 @@ class AsPublished:
         self._method = make(options)
         self._heads: tuple[ZeroShotHead, ZeroShotHead] | None = None
         self.name, self.stream, self.gradients = self._method.name, self._method.stream, self._method.gradients
-        varying = {name for one in published.by_dataset.values() for name in one} - options.overrides.keys()
+        varying = {name for one in published.by_dataset.values() for name in one} - {*options.overrides, "views"}
         plain = make(replace(options, published=published.settings)).settings
         self.settings: Mapping[str, Json] = {
             **plain,

@@ -98,6 +98,8 @@ class TTL:
     published = PUBLISHED
     stream = False
     gradients = True
+    encodes_views = True
+    """Known features of views are of no use to it."""
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("ttl", options)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apm.errors import UsageError, unknown
 
 from ..corruptions import CORRUPTIONS, check_level
 from ..datasets import DATASETS, Dataset, expand, open_dataset
+from ..protocols import PROTOCOLS
+
+if TYPE_CHECKING:
+    from ..methods.base import Method
+    from .run_record import RunOptions
 
 CLEAN, ALL = "clean", "all"
 """Words for `--corruption` beside the names of corruptions."""
@@ -75,6 +82,43 @@ def plan_cells(
                     )
                 )
     return cells
+
+
+def check_protocol(protocol: str, given: Mapping[str, object]) -> None:
+    """Refuse an unknown protocol, and what `published` leaves no room for.
+
+    Args:
+        protocol: its name.
+        given: options of views and prompts by name, with their values; None or empty: not given.
+    """
+    if protocol not in PROTOCOLS:
+        raise unknown("protocol", protocol, PROTOCOLS)
+    if protocol == "published" and (named := [name for name, value in given.items() if value]):
+        raise UsageError(
+            f"{' and '.join(named)} with --protocol published, by which each method has its authors' own. Leave one "
+            "out; settings behind a method's name, as in tpt:views=8, are possible."
+        )
+
+
+def plan_orders(
+    folder: Path, methods: Sequence[Method], options: RunOptions, count: int
+) -> list[tuple[Path, Sequence[Method], RunOptions]]:
+    """List the runs of so many orders: all methods in the first, those that an order matters to in the others.
+
+    Returns:
+        For each its folder, its methods and its options; the seeds of the orders follow each other.
+
+    Raises:
+        UsageError: several orders, and to no method the order matters.
+    """
+    stream = [method for method in methods if method.stream]
+    if count > 1 and not stream:
+        named = ", ".join(method.name for method in methods)
+        raise UsageError(f"--orders {count} is for methods whose answers depend on the order; of {named} none does.")
+    runs: list[tuple[Path, Sequence[Method], RunOptions]] = [(folder, methods, options)]
+    for seed in range(options.order_seed + 1, options.order_seed + count):
+        runs.append((folder.with_name(f"{folder.name}-order-{seed}"), stream, replace(options, order=seed)))
+    return runs
 
 
 def default_folder(names: Sequence[str], teacher: str) -> Path:

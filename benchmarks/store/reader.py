@@ -198,6 +198,8 @@ def wanted_views(methods: Sequence[Method]) -> dict[str, tuple[int, float | None
     """By method that looks at views: how many of each image, and the smallest share of the image in them."""
     wanted = {}
     for method in methods:
+        if getattr(method, "encodes_views", False):
+            continue
         views, min_area = method.settings.get("views"), method.settings.get("min_area")
         if isinstance(views, int):
             wanted[method.name] = views, None if min_area is None else float(min_area)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..corruptions import MARK
+from ..protocols import PROTOCOLS
 from ..runs.records import Records
 from .layouts import Layout
 from .table import MARKS, Answers, TableRow
@@ -29,7 +30,7 @@ def notes(
         yield "p of several cells together takes their images as independent; corruptions of one image are not."
     runs = [one.run for row in entries for one in row.values()]
     yield f"images/s: each method as if run alone, with teacher and views, without decoding; {_machines(runs)}."
-    yield from (f"Protocol {name}: {PROTOCOL_NOTES[name]}" for name in sorted({_protocol(run) for run in runs}))
+    yield from (f"Protocol {name}: {PROTOCOLS[name]}." for name in sorted({_protocol(run) for run in runs}))
     if any(row.settings.get("stream") for row in rows):
         orders = sorted({str(run.run["stream_order"]["seed"]) for run in runs})
         yield f"Stream methods see the images in the order of seed {', '.join(orders)}."
@@ -37,12 +38,6 @@ def notes(
         yield "ORACLE: labels peeked at, an upper bound."
     elif oracle:
         yield "No ORACLE row: no run of this table recorded per-step predictions (--record-steps)."
-
-
-PROTOCOL_NOTES = {
-    "common": "the same prompts and views for all methods, and one setting of each for all data sets.",
-    "published": "each method with its authors' own prompts, views and settings by data set.",
-}
 
 
 def _protocol(run: Records) -> str:

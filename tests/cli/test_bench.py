@@ -86,6 +86,33 @@ def test_bench_again_continues_and_another_configuration_is_refused(tmp_path: Pa
     assert Records.open("run").run["config"]["seed"] == 3
 
 
+def test_orders_are_runs_beside_each_other_and_one_row(tmp_path: Path) -> None:
+    result = bench(*DIGITS, "--out", tmp_path / "run", "--order", 5, "--orders", 3, "--json")
+    assert result.exit_code == 0, result.output
+    folders = [tmp_path / name for name in ("run", "run-order-6", "run-order-7")]
+    assert sorted(path for path in tmp_path.iterdir() if path.name.startswith("run")) == folders
+    records = [Records.open(path) for path in folders]
+    assert [record.run["config"]["order"] for record in records] == [5, 6, 7]
+    assert [list(record.methods) for record in records] == [["zero-shot", "tda"], ["tda"], ["tda"]]
+    (table,) = json.loads(result.stdout)["tables"]
+    assert [row["method"].split(" (")[0] for row in table["rows"]] == ["zero-shot", "tda"]
+    assert table["rows"][1]["settings"]["order"] == "5, 6, 7"
+    again = bench(*DIGITS, "--out", tmp_path / "run", "--order", 5, "--orders", 3, "--json")
+    assert again.stdout == result.stdout
+    assert "20 images are done" in again.stderr
+
+
+def test_protocols_and_oracles_are_asked_for(tmp_path: Path) -> None:
+    search = ("digits", "--limit", "6", "--method", "dmn:alpha=oracle,views=2")
+    refused = bench(*search)
+    assert refused.exit_code == 2 and "only under --oracle" in refused.stderr
+    shown = bench(*search, "--oracle", "--out", tmp_path / "oracle")
+    assert shown.exit_code == 0 and "ORACLE dmn[views=2], best alpha of each cell" in shown.stdout, shown.output
+    published = bench(*DIGITS, "--protocol", "published", "--out", tmp_path / "published")
+    assert published.exit_code == 0 and "Protocol published: each method with its authors' own" in published.stdout
+    assert Records.open(tmp_path / "published").run["config"]["protocol"] == "published"
+
+
 def test_the_default_folder_says_data_and_teacher() -> None:
     result = bench("digits", "--limit", "2", "--method", "zero-shot", "--quiet")
     assert result.stderr.startswith("WARNING") or not result.stderr  # two images are always near chance
@@ -181,6 +208,11 @@ def test_interrupting_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> N
         (["digits", "--batch-size", "0"], "--batch-size is 0"),
         (["digits", "--workers", "0"], "--workers is 0"),
         (["digits", "--seed", "-1"], "--seed is -1"),
+        (["digits", "--orders", "0"], "--orders 0"),
+        (["digits", "--order", "-1"], "--order -1"),
+        (["digits", "--orders", "2", "--method", "zero-shot"], "of zero-shot none does"),
+        (["digits", "--protocol", "publishd"], 'Did you mean "published"'),
+        (["digits", "--protocol", "published", "--views", "8"], "--views with --protocol published"),
         (["imagenet"], "--root"),
         (["imagenet-c", "--corruption", "clean"], "holds no clean images"),
         (["digits", "pets", "--source", "hf:a/b"], "--source is for one data set"),

@@ -92,7 +92,7 @@ def test_a_broken_feature_harms_its_own_image_only(name: str, value: float, wher
 def _without(others: list[int]) -> GivenFeatures:
     """A batch of the other images, by the names and pixels that they have among all."""
     batch = GivenFeatures(features())
-    batch.images = tuple(batch.images[index] for index in others)
+    batch._images = tuple(batch.images[index] for index in others)
     batch._keys = tuple(batch._keys[index] for index in others)
     batch.features = batch.features[others]
     return batch

@@ -45,7 +45,7 @@ def profile(
 
     from apm.benchmarks.speed.options import loaded_engine
     from apm.benchmarks.speed.profile import profile_student, profile_teacher
-    from apm.benchmarks.speed.timing import Work, interleaved, spread
+    from apm.benchmarks.speed.timing import repeated, spread
     from apm.classifier import pick_device
     from apm.errors import unknown
     from apm.student.config import APMConfig, Precision
@@ -63,7 +63,7 @@ def profile(
     student = profile_student(config, precision=chosen)
     counted = None if loaded is None else profile_teacher(loaded)
     engine = loaded_engine(config, "bf16" if chosen == "bf16" else "fp32", place)
-    seconds = spread(interleaved({"step": Work(engine.advance, ROUNDS)}, place)["step"])
+    seconds = spread(repeated(engine.advance, place, ROUNDS))
     if as_json:
         typer.echo(json.dumps(record(student, counted, seconds, preset=preset, device=str(place))))
         return

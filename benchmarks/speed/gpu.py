@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +26,8 @@ from apm.test_time.trainer import TestTimeTrainer
 from .gpu_checks import Case, run_checks
 from .machine import floor, rate_probe, stream_probe
 from .options import Options, images_and_targets, loaded_engine
-from .record import Recorder
-from .timing import Work, interleaved, seconds, spread
+from .startup import run_apart
+from .timing import interleaved, repeated, spread
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +53,21 @@ class Clock:
         return max(0.0, self.end - time.monotonic())
 
 
-def measure_gpu(options: Options, photograph: Path, *, tests: Path | None = None) -> Row:
+def measure_gpu(options: Options, photograph: Path, *, clone: Path | None) -> Row:
     """Run all parts, the important ones first, and record what they say.
 
     Args:
         options: device and sizes; with ``quick`` tiny ones.
         photograph: what `apm classify` is shown.
-        tests: the clone whose tests marked ``cuda`` are run; None: leave them out.
+        clone: whose tests marked ``cuda`` are run; None: leave them out.
 
     Returns:
-        The record. Its rows are told apart by ``part``: tests, check, rate, speed, classify, bench; a part that broke
-        or found no time left has one row with an ``error``.
+        What was found. Its rows are told apart by ``part``: tests, check, speed, classify, bench; a part that broke or
+        found no time left has one row with an ``error``.
     """
-    device = options.device
-    recorder = Recorder("gpu", options.record(precision=options.precision, budget_seconds=BUDGET), device)
     clock = Clock(time.monotonic() + BUDGET)
     parts: dict[str, Callable[[], Iterator[Row]]] = {
-        "tests": lambda: _tests(tests, clock),
+        "tests": lambda: _tests(clone, clock),
         "check": lambda: _checks(options),
         "speed": lambda: _speed(options),
         "classify": lambda: _classify(options, photograph, clock),
@@ -88,10 +84,10 @@ def measure_gpu(options: Options, photograph: Path, *, tests: Path | None = None
                 rows.append({"part": name, **row})
         except Exception as error:  # what else works must still be told
             rows.append({"part": name, "name": name, "error": f"{type(error).__name__}: {error}"[:2000]})
-    return recorder.finish(rows, summary(rows))
+    return options.found(rows, summary(rows), precision=options.precision, budget_seconds=BUDGET)
 
 
-def failures(record: Row) -> list[str]:
+def failures(record: Mapping[str, Any]) -> list[str]:
     """What did not hold or did not run, a line each."""
     found = []
     for row in record["rows"]:
@@ -145,9 +141,9 @@ def _speed(options: Options) -> Iterator[Row]:
     works, operations = {}, {}
     for name in ("fp32", "bf16"):
         run, operations[name] = rate_probe(config, name, probe_batch, device)
-        works[name] = Work(run, options.rounds)
+        works[name] = run
     stream, traffic = stream_probe(config, probe_batch, device)
-    times = interleaved({**works, "memory": Work(stream, options.rounds)}, device)
+    times = interleaved({**works, "memory": stream}, device, options.rounds)
     rates = {name: spread([operations[name] / value for value in times[name]]) for name in operations}
     bandwidth = spread([traffic / value for value in times["memory"]])
     for name, rate in rates.items():
@@ -205,8 +201,7 @@ def _timed(
             engine.advance()
 
     adapt()  # captures the graph
-    works = {"whole": Work(adapt, options.rounds), "steps": Work(ten, options.rounds)}
-    times = interleaved(works, device)
+    times = interleaved({"whole": adapt, "steps": ten}, device, options.rounds)
     step = [value / 10 / batch for value in times["steps"]]
     return {
         "name": "adaptation",
@@ -228,8 +223,7 @@ def _through_the_trainer(options: Options, batch: int, steps: int) -> Row:
     adapt = AdaptConfig(steps=steps, precision=options.chosen_precision)
     trainer = TestTimeTrainer(options.config, adapt, device=options.device, batch_size=batch)
     images, targets = images_and_targets(options.config, batch, torch.device("cpu"))
-    trainer.adapt(images, targets)
-    times = [seconds(lambda: trainer.adapt(images, targets), options.device) for _ in range(options.rounds)]
+    times = repeated(lambda: trainer.adapt(images, targets), options.device, options.rounds)
     return {
         "name": "TestTimeTrainer.adapt, images from the CPU",
         "batch": batch,
@@ -255,7 +249,7 @@ def _classify(options: Options, photograph: Path, clock: Clock) -> Iterator[Row]
         "embedded", labels=LABELS.split(","), student=StudentOptions(preset=preset), device=str(options.device)
     )
     answers.append(classifier(photograph).top[0].label)
-    warm = [seconds(lambda: classifier(photograph), options.device) for _ in range(options.rounds)]
+    warm = repeated(lambda: classifier(photograph), options.device, options.rounds)
     error = None if len(set(answers)) == 1 else f"the answers differ: {answers}"
     yield {"name": "apm classify, cold", "seconds": spread(cold), "answer": answers[0], "error": error}
     yield {"name": "classifier, warm", "seconds": spread(warm), "answer": answers[-1]}
@@ -277,15 +271,5 @@ def _bench(options: Options, clock: Clock) -> Iterator[Row]:
 
 
 def _run(command: Sequence[str], clock: Clock, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command with a cache of its own; it is ended when the time is up."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "APM_CACHE": cache}
-        return subprocess.run(
-            command, env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=max(1.0, clock.left)
-        )
-
-
-def file_name(record: Row) -> str:
-    """Named after the student and the device: one record for each kind of GPU."""
-    words = re.findall(r"[a-z0-9]+", record["environment"]["device_name"].lower())
-    return "-".join(["gpu", record["settings"]["preset"], *words]) + ".json"
+    """Run a command; it is ended when the time is up."""
+    return run_apart(command, cwd=cwd, timeout=max(1.0, clock.left))

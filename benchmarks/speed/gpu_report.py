@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from apm.errors import ApmError, UsageError
 from apm.images.files import write_atomically
 
-from .gpu import failures, file_name
-from .record import write
-from .report import as_table, provenance, ratio_text, time_text
+from ..runs.environment import describe
+from ..studies.study import ROOT, read_record
+from .gpu import failures, measure_gpu
+from .kind import Given, Kind
+from .options import Options
+from .startup import photograph_argument, photograph_of
+from .tables import Columns, provenance, ratio_text, table, time_text
 
-Record = dict[str, Any]
+Row = Mapping[str, Any]
 
 GOAL = (100.0, 1.5)
 """Wanted of an H100: images a second at the usual steps, and not more than so many times the larger floor."""
@@ -27,17 +33,37 @@ Adam's traffic (28 bytes a parameter) at the bandwidth it reached in scaling an 
 """
 
 
-def write_gpu(record: Record, results: Path, docs: Path) -> list[Path]:
-    """Write the record, and ``speed-gpu.md`` of it and of all other records of GPUs; returns both paths."""
-    path = write(record, results, file_name(record))
-    found = [{**json.loads(one.read_text(encoding="utf-8")), "file": one.name} for one in results.glob("gpu-*.json")]
-    docs.mkdir(parents=True, exist_ok=True)
-    made = docs / "speed-gpu.md"
-    write_atomically(made, page(found).encode())
-    return [path, made]
+class GPUKind(Kind):
+    """`make gpu`: its records are named after the GPU, and have a page of their own."""
+
+    def read(self, arguments: Sequence[str] | None = None) -> Given:
+        """Read the command line; refuse to measure where there is nothing to be measured."""
+        given = super().read(arguments)
+        if given.device.type != "cuda" and not given.quick:
+            raise UsageError(
+                "There is no CUDA GPU here, and nothing to measure without one. (On a CPU: --quick, as a test.)"
+            )
+        words = re.findall(r"[a-z0-9]+", describe(given.device)["device_name"].lower())
+        given.record = given.out / ("-".join(["gpu", "tiny" if given.quick else given.preset, *words]) + ".json")
+        return given
+
+    def run(self, options: Given) -> None:
+        """Measure, write record and page, print one screen.
+
+        Raises:
+            ApmError: something did not hold or did not run.
+        """
+        super().run(options)
+        if options.table is not None:
+            return
+        options.docs.mkdir(parents=True, exist_ok=True)
+        found = [{**read_record(one), "file": one.name} for one in options.out.glob("gpu-*.json")]
+        write_atomically(options.docs / "speed-gpu.md", page(found).encode())
+        if missed := failures(read_record(options.record)):
+            raise ApmError(f"{len(missed)} parts or checks failed; see {options.docs / 'speed-gpu.md'}.")
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[Row]) -> str:
     """The whole page, as markdown; the newest record first."""
     parts = [HEADER]
     for record in sorted(records, key=lambda one: str(one["date"]), reverse=True):
@@ -47,111 +73,92 @@ def page(records: Sequence[Record]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def screen(record: Record) -> str:
-    """What fits one screen: verdict, best figures, what failed."""
-    summary, rows = record["summary"], record["rows"]
+def screen(record: Row) -> str:
+    """What fits one screen: verdict, figures, what failed."""
+    summary = record["summary"]
     lines = [f"{record['environment']['device_name']}, {record['settings']['preset']} student"]
     lines.append(f"checks    {summary['checks_held']} of {summary['checks']} hold")
-    for row in rows:
-        if row["part"] == "tests":
-            lines.append(f"tests     {row.get('said') or 'failed'}")
-        elif "per_second" in row:
-            lines.append(f"rate      {row['name']}: {_rate(row)}")
-        elif row.get("sweep"):
-            lines.append("speed     " + _line(row))
-        elif row["part"] in ("classify", "bench") and "seconds" in row:
-            found = row["seconds"]
-            lines.append(
-                f"{row['part']:9} {row['name']}: {found if isinstance(found, float) else found['median']:.2f} s"
-            )
-    if summary["best"]:
-        best = summary["best"]
+    others = [row for row in record["rows"] if row["part"] != "check" and not row.get("error")]
+    lines += [f"{row['part']:9} {row['name']}: {_said(row)}" for row in others]
+    if best := summary["best"]:
         speed, ratio = best["images_per_second"]["median"], best["ratio"]["median"]
         verdict = "reached" if speed >= GOAL[0] and ratio <= GOAL[1] else "not reached"
         lines.append(
             f"best      {speed:.1f} images/s at {best['steps']} steps with {best['batch']} side by side, "
             f"{ratio:.2f} × the floor (goal of an H100: {GOAL[0]:.0f} and {GOAL[1]}: {verdict})"
         )
-    lines += [f"FAILED    {line}" for line in failures(record)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(f"FAILED    {line}" for line in failures(record))])
 
 
-def _sections(record: Record) -> Iterable[str]:
+def _sections(record: Row) -> Iterator[str]:
     rows = record["rows"]
-    checks = [row for row in rows if row["part"] == "check" and "held" in row]
-    lines = [
-        (
-            row["name"],
-            row["hidden"],
-            row["precision"],
-            "–" if row["distance"] is None else f"{row['distance']:.1e}",
-            "–" if row["limit"] is None else f"{row['limit']:.0e}",
-            "yes" if row["held"] else f"**no** {row['error'] or ''}",
-        )
-        for row in checks
-    ]
-    yield as_table(("check", "first hidden layer", "products in", "distance", "limit", "holds"), lines)
-    speed = [
-        (
-            row["batch"],
-            row["steps"],
-            f"{row['queries']:,}",
-            row["precision"],
-            time_text(row["step_seconds"]),
-            f"{row['floor']['compute'] * 1e6:,.0f} / {row['floor']['memory'] * 1e6:,.0f} µs",
-            ratio_text(row["ratio"]),
-            f"{row['images_per_second']['median']:,.1f}",
-            "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB",
-        )
-        for row in rows
-        if row.get("sweep")
-    ]
-    titles = (
-        "students side by side",
-        "steps",
-        "locations",
-        "products in",
-        "one step of one student",
-        "floor: compute / memory",
-        "× the larger",
-        "images/s",
-        "peak memory",
-    )
-    if speed:
-        yield as_table(titles, speed)
-    others = [
-        (row["name"], _rate(row) if "per_second" in row else _other(row))
-        for row in rows
-        if row["part"] != "check" and not row.get("sweep")
-    ]
-    if others:
-        yield as_table(("what", "result"), [(name, text) for name, text in others])
+    checks: Columns = {
+        "check": "name",
+        "first hidden layer": "hidden",
+        "products in": "precision",
+        "distance": lambda row: "–" if row["distance"] is None else f"{row['distance']:.1e}",
+        "limit": lambda row: "–" if row["limit"] is None else f"{row['limit']:.0e}",
+        "holds": lambda row: "yes" if row["held"] else f"**no** {row['error'] or ''}",
+    }
+    yield table(checks, [row for row in rows if row["part"] == "check" and "held" in row])
+    speed: Columns = {
+        "students side by side": "batch",
+        "steps": "steps",
+        "locations": "queries",
+        "products in": "precision",
+        "one step of one student": "step_seconds",
+        "floor: compute / memory": (
+            lambda row: f"{row['floor']['compute'] * 1e6:,.0f} / {row['floor']['memory'] * 1e6:,.0f} µs"
+        ),
+        "× the larger": lambda row: ratio_text(row["ratio"]),
+        "images/s": lambda row: f"{row['images_per_second']['median']:,.1f}",
+        "peak memory": lambda row: "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB",
+    }
+    yield table(speed, [row for row in rows if row.get("sweep")])
+    others = [row for row in rows if row["part"] != "check" and not row.get("sweep")]
+    yield table({"what": "name", "result": _said}, others)
     yield "Images a second are those of whole adaptations: reset, loading, steps, the last readout.\n"
-    missed = failures(record)
-    if missed:
+    if missed := failures(record):
         yield "Did not hold or did not run:\n\n" + "\n".join(f"- {line.splitlines()[0]}" for line in missed) + "\n"
 
 
-def _line(row: Record) -> str:
-    memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:6.1f} GiB"
-    return (
-        f"B {row['batch']:3d}  steps {row['steps']:3d}  locations {row['queries']:5d}  {row['precision']}  "
-        f"{row['step_seconds']['median'] * 1e6:8.0f} µs a step  {row['ratio']['median']:6.2f} × floor  "
-        f"{row['images_per_second']['median']:8.1f} images/s {memory}"
-    )
-
-
-def _rate(row: Record) -> str:
-    value = row["per_second"]["median"]
-    return f"{value / 1e9:,.0f} GB/s" if "memory" in row["name"] else f"{value / 1e12:,.1f} TFLOP/s"
-
-
-def _other(row: Record) -> str:
+def _said(row: Row) -> str:
+    """What a row says, in a few words."""
     if row.get("error"):
         return "failed"
+    if row.get("sweep"):
+        return (
+            f"{row['batch']} side by side, {row['steps']} steps, {row['queries']} locations, {row['precision']}: "
+            f"{row['step_seconds']['median'] * 1e6:,.0f} µs a step, {row['ratio']['median']:.2f} × floor, "
+            f"{row['images_per_second']['median']:,.1f} images/s"
+        )
+    if "per_second" in row:
+        value = row["per_second"]["median"]
+        return f"{value / 1e9:,.0f} GB/s" if "memory" in row["name"] else f"{value / 1e12:,.1f} TFLOP/s"
     if "images_per_second" in row:
         return f"{row['images_per_second']['median']:,.1f} images/s, {row['batch']} side by side"
-    if "seconds" in row:
+    if "seconds" in row and "said" not in row:
         found = row["seconds"]
         return f"{found:.1f} s" if isinstance(found, float) else time_text(found)
     return str(row.get("said", "–"))
+
+
+def _measure(given: Given) -> dict[str, Any]:
+    clone = ROOT if (ROOT / "tests").is_dir() and not given.quick else None
+    return measure_gpu(Options.of(given), photograph_of(given), clone=clone)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    photograph_argument(parser)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
+
+
+GPU = GPUKind(
+    name="gpu",
+    question="everything about a GPU in a few minutes: checks, speed, commands (`make gpu`)",
+    title="On a GPU",
+    arguments=_arguments,
+    measure=_measure,
+    table=screen,
+    rounds=3,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from apm.student.config import APMConfig
 from apm.student.matmul import product
@@ -20,19 +21,13 @@ def rate_probe(config: APMConfig, precision: str, batch: int, device: torch.devi
     Returns:
         What to time, and its number of floating-point operations.
     """
-    (h1, h2, h3), dtype = config.hidden, DTYPES[precision]
-    shapes = ((config.cells, h1, h2), (config.cells, h2, h3))
-    operands = [
-        (_random(batch, rows, inner, dtype, device), _random(batch, inner, cols, dtype, device), rows, cols)
-        for rows, inner, cols in shapes
-    ]
-    jobs = [(a, b, torch.empty(batch, rows, cols, dtype=dtype, device=device)) for a, b, rows, cols in operands]
+    (h1, h2, h3), n = config.hidden, config.cells
 
-    def run() -> None:
-        for a, b, out in jobs:
-            product(a, b, out=out)
+    def numbers(rows: int, cols: int) -> Tensor:
+        return _random(batch, rows, cols, DTYPES[precision], device)
 
-    return run, batch * sum(2 * rows * inner * cols for rows, inner, cols in shapes)
+    jobs = [(numbers(n, i), numbers(i, o), numbers(n, o)) for i, o in ((h1, h2), (h2, h3))]
+    return _products(jobs), batch * 2 * n * (h1 * h2 + h2 * h3)
 
 
 def six_products(
@@ -53,7 +48,10 @@ def six_products(
             (d.mT, x, torch.empty_like(weight)),
             (d, weight, torch.empty_like(x)),
         ]
+    return _products(jobs)
 
+
+def _products(jobs: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
     def run() -> None:
         for a, b, out in jobs:
             product(a, b, out=out)
@@ -90,7 +88,7 @@ def floor(config: APMConfig, *, rate: float, bandwidth: float, queries: int | No
     return {"compute": compute, "memory": memory, "seconds": max(compute, memory)}
 
 
-def _random(batch: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _random(batch: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as products of real layers meet them: neither zero nor denormal."""
     generator = torch.Generator(device=device).manual_seed(0)
     return torch.randn(batch, rows, cols, generator=generator, device=device).to(dtype)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.student.matmul import measured_precision
-from apm.student.model import draw_parameters
+from apm.student.model import APM, draw_parameters
 
 TINY = APMConfig(
     dim=32, image_size=32, patch_size=8, position_dim=16, hidden=(32, 16, 16), heads=4, rgb_hidden=8, init_std=0.1
@@ -50,15 +53,23 @@ class Options:
             return (self.precision,)
         return ("fp32", "bf16") if self.chosen_precision == "bf16" else ("fp32",)
 
-    def record(self, **more: Any) -> dict[str, Any]:
-        """Settings as they stand in a record."""
+    @classmethod
+    def of(cls, given: Namespace) -> Options:
+        """Those of a command line."""
+        return cls(**{one.name: getattr(given, one.name) for one in fields(cls)})
+
+    def found(
+        self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """What was measured under which settings (``more`` among them), as a record has it."""
         config = self.config
-        return {
+        settings = {
             "preset": "tiny" if self.quick else self.preset,
             "student": {**asdict(config), "hidden": list(config.hidden)},
             "rounds": self.rounds,
             **more,
         }
+        return {"settings": settings, "summary": dict(summary or {}), "rows": list(rows)}
 
 
 def images_and_targets(config: APMConfig, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -82,3 +93,19 @@ def loaded_engine(
     engine = Engine(config, initial, batch=batch, precision=precision, queries=queries, device=device)
     engine.load(*images_and_targets(config, batch, device))
     return engine
+
+
+def plain_step(
+    config: APMConfig, device: torch.device, rows: Tensor | None = None, cols: Tensor | None = None
+) -> Callable[[], object]:
+    """One step of the plain form with autograd and torch's Adam, at these locations or all."""
+    image, target = images_and_targets(config, 1, device)
+    model = APM(config).to(device)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        adam.zero_grad()
+        F.mse_loss(model(image, rows, cols), target).backward()
+        adam.step()
+
+    return step

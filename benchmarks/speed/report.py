@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from apm.images.files import write_atomically
 
-from ..studies.study import markdown
-from .plots import STEP_FORMS
-from .record import read_all
+from .kind import Kind, read_all
+from .kinds import KINDS
+from .tables import provenance
 
 Record = Mapping[str, Any]
-Spread = Mapping[str, float]
 
 HEADER = """# Speed
 
@@ -25,13 +24,7 @@ The *floor* of a step: the operations of its two middle layers (counted from the
 machine, in the same rounds, reached in the bare products of these layers, in the precision used; or Adam's traffic (28
 bytes a parameter) at the bandwidth it reached in scaling an array in place, if that is longer.
 """
-REST = """
-Beside its products and Adam's traffic, a step has the first layer (its weights are read twice and their gradient
-written, whatever the number of locations), in bf16 the weights' copies and the widening of their gradients, and the
-readout.
-"""
-NO_GPU = """
-## On a GPU
+NO_GPU = """## On a GPU
 
 Not measured: there is no record of a GPU here. The code is there (batched products, the step captured once as a CUDA
 graph and replayed), and has been checked as far as that can be done without a GPU. One command tests and measures it
@@ -48,13 +41,11 @@ def write_report(records: Path, docs: Path) -> list[Path]:
         The files written.
 
     Raises:
-        UsageError: there are no records, or matplotlib is not installed.
+        UsageError: there are no records.
     """
-    from .plots import plot
-
     found = read_all(records)
     docs.mkdir(parents=True, exist_ok=True)
-    written = [path for record in found if (path := plot(record, docs)) is not None]
+    written = [plot(record, docs) for record in found if KINDS[record["kind"]].plot is not None]
     page = docs / "speed.md"
     write_atomically(page, page_of(found).encode())
     return [*written, page]
@@ -62,21 +53,42 @@ def write_report(records: Path, docs: Path) -> list[Path]:
 
 def page_of(records: Sequence[Record]) -> str:
     """The whole page, as markdown."""
-    order = {kind: place for place, kind in enumerate(SECTIONS)}
+    order = {kind: place for place, kind in enumerate(KINDS)}
     parts = [HEADER]
     for record in sorted(records, key=lambda one: (order[one["kind"]], one["file"])):
-        parts.append(f"## {_title(record)}\n\n{as_markdown(record)}")
-        if record["kind"] in PLOTTED:
-            parts.append(f"![{_title(record)}]({plot_name(record)})\n")
+        kind = KINDS[record["kind"]]
+        title = _title(kind, record)
+        parts.append(f"## {title}\n\n{kind.table(record)}")
+        if kind.plot is not None:
+            parts.append(f"![{title}]({plot_name(record)})\n")
         parts.append(provenance(record))
     if not any(record["environment"]["device"].startswith("cuda") for record in records):
-        parts.append(NO_GPU.lstrip("\n"))
+        parts.append(NO_GPU)
     return "\n".join(parts).rstrip() + "\n"
 
 
-def as_markdown(record: Record) -> str:
-    """One record's table, and what its summary says."""
-    return SECTIONS[record["kind"]][1](record)
+def plot(record: Record, folder: Path) -> Path:
+    """Draw a record, whose kind has a plot, into ``folder``; returns the file. The same record gives the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "apm", "svg.fonttype": "none", "font.size": 9}):  # text stays text
+        figure = drawn(record)
+        path = folder / plot_name(record)
+        figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def drawn(record: Record) -> Any:
+    """The figure of a record whose kind has a plot."""
+    from matplotlib.figure import Figure
+
+    draw = KINDS[record["kind"]].plot
+    assert draw is not None
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    draw(figure, dict(record))
+    for axes in figure.axes:
+        axes.set_xmargin(0.06)
+    return figure
 
 
 def plot_name(record: Record) -> str:
@@ -84,264 +96,8 @@ def plot_name(record: Record) -> str:
     return str(Path(record["file"]).with_suffix(".svg"))
 
 
-def _title(record: Record) -> str:
+def _title(kind: Kind, record: Record) -> str:
     device = "GPU" if record["environment"]["device"].startswith("cuda") else "CPU"
     settings = record["settings"]
     what = settings["model"] if "model" in settings else f"{settings['preset']} student"
-    return f"{SECTIONS[record['kind']][0]} ({what}, {device})"
-
-
-def _step(record: Record) -> str:
-    summary, settings = record["summary"], record["settings"]
-    lines = [
-        (
-            STEP_FORMS[row["name"]],
-            row["precision"],
-            time_text(row["seconds"]),
-            f"{row['flops'] / 1e9:,.1f}" if row["flops"] else "–",
-            ratio_text(row["ratio_to_floor"]) if "ratio_to_floor" in row else "–",
-        )
-        for row in record["rows"]
-        if row["name"] in STEP_FORMS
-    ]
-    table = as_table(("one step of one student", "products in", "time", "GFLOP", "× floor"), lines)
-    machine = [
-        (
-            precision,
-            f"{values['rate']['median'] / 1e9:,.0f}",
-            f"{values['rate']['q1'] / 1e9:,.0f}–{values['rate']['q3'] / 1e9:,.0f}",
-            time_text(values["floor"]["compute"]),
-            time_text(values["floor"]["memory"]),
-            f"{values['optimiser_share']['median']:.0%}",
-            ratio_text(values["plain_over_engine"]),
-            ratio_text(values["published_ratio"]) if "published_ratio" in values else "–",
-        )
-        for precision in ("fp32", "bf16")
-        if (values := summary.get(precision))
-    ]
-    titles = (
-        "products in",
-        "machine's rate, GFLOP/s",
-        "its quartiles",
-        "floor by compute",
-        "floor by memory",
-        "optimiser's share of a step",
-        "plain form ÷ engine",
-        "published loop ÷ engine",
-    )
-    auto = summary["auto_precision"]
-    towers, texts = settings.get("published_towers"), settings.get("published_texts")
-    return (
-        f"{table}\n{as_table(titles, machine)}\n"
-        f"Middle layers: {summary['middle_flops'] / 1e9:.1f} GFLOP a step. "
-        f"Adam: {summary['adam_bytes'] / 1e6:,.0f} MB a step, at {summary['bandwidth']['median'] / 1e9:.1f} GB/s. "
-        + (f"`auto` chooses {auto} here. " if auto else "")
-        + f"Students side by side: {settings['batch']}. "
-        "*six products*: the bare products of the middle layers, forward and backward, with the engine's layouts.\n"
-        + (PUBLISHED.format(towers=towers, texts=texts) if towers else "")
-    )
-
-
-PUBLISHED = (
-    "\n*published loop*: the same step as the published experiments make it. 8 copies of the image × all locations "
-    "are laid out as rows, 16 rows at a time go through the network, the results are joined to the earlier ones after "
-    "every chunk, and the teacher's towers ({towers}, random weights, one image and {texts} texts) run again at every "
-    "step.\n"
-)
-
-
-def _steps(record: Record) -> str:
-    rows = [(row["steps"], time_text(row["seconds"]), time_text(row["per_step"])) for row in record["rows"]]
-    return as_table(("steps", "one image", "per step"), rows) + _precision(record)
-
-
-def _grid(record: Record) -> str:
-    words = {"step": "a step of a student with this grid", "features": "features read at so many points"}
-    rows = [
-        (words[row["what"]], f"{row['side']} × {row['side']}", f"{row['locations']:,}", time_text(row["seconds"]))
-        for row in record["rows"]
-    ]
-    return as_table(("what", "grid", "locations", "time"), rows) + _precision(record, " Features are read in fp32.")
-
-
-def _patches(record: Record) -> str:
-    rows = [
-        (f"{row['patches']:,}", time_text(row["engine"]), time_text(row["plain"]), time_text(row["features"]))
-        for row in record["rows"]
-    ]
-    titles = ("patches queried", "step, engine", "step, plain form", "features, one pass")
-    return as_table(titles, rows) + _precision(record, " The plain form and the features are fp32.")
-
-
-def _batch(record: Record) -> str:
-    rows = [
-        (
-            row["batch"],
-            time_text(row["seconds"]),
-            time_text(row["per_student"]),
-            f"{row['images_per_second_20_steps']['median']:.2f}",
-        )
-        for row in record["rows"]
-    ]
-    titles = ("students side by side", "a step of all", "per student", "images/s at 20 steps")
-    return as_table(titles, rows) + _precision(record)
-
-
-def _labels(record: Record) -> str:
-    rows = [
-        (
-            f"{row['labels']:,}",
-            time_text(row["seconds"]),
-            f"{row['text_seconds']:.2f} s",
-            f"{row['head_bytes'] / 1e6:.1f} MB",
-        )
-        for row in record["rows"]
-    ]
-    titles = ("labels", "one answer", "text features, once", "held")
-    return as_table(titles, rows) + f"\nAn answer: decoding, teacher, {record['settings']['steps']} steps, ranking.\n"
-
-
-def _images(record: Record) -> str:
-    rows = [
-        (
-            f"{row['images']:,}",
-            f"{row['seconds']:.1f} s",
-            f"{row['images_per_second']:.2f}",
-            "–" if row["resident_bytes"] is None else f"{row['resident_bytes'] / 1e6:,.0f} MB",
-        )
-        for row in record["rows"]
-    ]
-    titles = ("images so far", "time so far", "images/s since the row above", "memory of the process")
-    return as_table(titles, rows) + f"\nFiles to answers, {record['settings']['steps']} steps each, in one stream.\n"
-
-
-def _processes(record: Record) -> str:
-    rows = [
-        (row["processes"], row["threads"], time_text(row["seconds"]), f"{row['images_per_second']['median']:.2f}")
-        for row in record["rows"]
-    ]
-    settings = record["settings"]
-    text = f"\n{settings['images']} images of {settings['steps']} steps under `torchrun`; start-up is not counted.\n"
-    return as_table(("processes", "threads each", "time", "images/s"), rows) + text
-
-
-def _queries(record: Record) -> str:
-    rows = [
-        (
-            f"{row['queries']:,}",
-            f"{row['agreement']:.1%}",
-            f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}",
-            f"{row['lost']} / {row['won']} (p = {row['mcnemar_p']:.2g})",
-            f"{row['cosine']['median']:.4f}",
-            time_text(row["seconds"]),
-            f"{row['flops'] / 1e9:,.2f}",
-        )
-        for row in record["rows"]
-    ]
-    titles = (
-        "locations a step",
-        "agrees with the teacher",
-        "accuracy",
-        "lost / won against all",
-        "cosine to the teacher",
-        "one image",
-        "GFLOP a step",
-    )
-    steps = [
-        (
-            f"{row['queries']:,}",
-            *(time_text(row["step"][part]) for part in ("products", "adam", "whole")),
-            ratio_text(row["step"]["ratio"]),
-        )
-        for row in record["rows"]
-        if "step" in row  # earlier records have none
-    ]
-    settings, teachers_own = record["settings"], record["summary"]["teacher_accuracy"]
-    text = (
-        f"\n{settings['images']} images of {settings['classes']} classes, {settings['steps']} steps, "
-        f"{settings['precision']}; the teacher `{settings['teacher']}` itself: {teachers_own:.1%}.\n"
-    )
-    if steps:
-        text += (
-            "\n" + as_table(("locations", "six products", "Adam's traffic", "one step", "÷ their sum"), steps) + REST
-        )
-    return as_table(titles, rows) + text
-
-
-def _startup(record: Record) -> str:
-    rows = [(row["what"], time_text(row["seconds"])) for row in record["rows"] if not row["stage"]]
-    stages = [(row["what"], time_text(row["seconds"])) for row in record["rows"] if row["stage"]]
-    text = f"{as_table(('command', 'time'), rows)}\n{as_table(('its stages', 'time'), stages)}"
-    imports = record.get("summary", {}).get("imports")
-    if imports:
-        packages = [(f"`{name}`", f"{_digits(1e3 * seconds)} ms") for name, seconds in imports.items()]
-        text += f"\n{as_table(('imported (python -X importtime, which is slower)', 'its own modules'), packages)}"
-    return text
-
-
-def _tuning(record: Record) -> str:
-    settings, summary = record["settings"], record["summary"]
-    table = as_table(("one image", "time"), [(row["name"], time_text(row["seconds"])) for row in record["rows"]])
-    return (
-        f"{table}\n"
-        f"Test-time prompt tuning with {settings['labels']:,} class names, {settings['views']} views, 1 step. Published"
-        f" loop ÷ apm: {ratio_text(summary['published_over_apm'])}; without the views that both encode:"
-        f" {ratio_text(summary['published_over_apm_without_views'])}. Their logits differ by"
-        f" {summary['largest_difference_of_logits']:.1e} at most, where tuning moved them by"
-        f" {summary['largest_change_by_tuning']:.1e}.\n"
-    )
-
-
-SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
-    "step": ("One step beside the floor", _step),
-    "steps": ("Time against steps", _steps),
-    "grid": ("Time against the side of the grid", _grid),
-    "patches": ("Time against the number of patches", _patches),
-    "batch": ("Time against students side by side", _batch),
-    "labels": ("Time against the number of labels", _labels),
-    "images": ("A long stream of images", _images),
-    "processes": ("Processes", _processes),
-    "queries": ("Fewer queries a step", _queries),
-    "startup": ("A cold start", _startup),
-    "tuning": ("Test-time prompt tuning", _tuning),
-}
-PLOTTED = frozenset(SECTIONS) - {"startup", "tuning"}
-
-
-def provenance(record: Record) -> str:
-    """Command, date, commit, machine and versions, in small print."""
-    machine, load = record["environment"], record["environment"]["load_average"]
-    versions = machine["versions"]
-    before, after = ("–" if value is None else value[0] for value in (load["before"], load["after"]))
-    return (
-        f"<sub>`{record['command']}` · {record['date']} · commit {machine['git_commit'] or 'unknown'} · "
-        f"{machine['device_name']}, {machine['cores']} cores, {machine['threads']} threads · "
-        f"load {before} before, {after} after · torch {versions['torch']}, Python {versions['python']} · "
-        f"record `{record['file']}`</sub>\n"
-    )
-
-
-def _precision(record: Record, more: str = "") -> str:
-    return f"\nProducts in {record['settings']['precision']}.{more}\n"
-
-
-def as_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in markdown, and the end of its last line."""
-    return markdown(titles, rows, text=None) + "\n"
-
-
-def time_text(values: Spread) -> str:
-    """Median and quartiles in a common unit, three digits."""
-    factor, unit = (1.0, "s") if values["median"] >= 1 else (1e3, "ms") if values["median"] >= 1e-3 else (1e6, "µs")
-    median, q1, q3 = (_digits(values[name] * factor) for name in ("median", "q1", "q3"))
-    return f"{median} {unit} ({q1}–{q3}, {values['n']})"
-
-
-def ratio_text(values: Spread) -> str:
-    """Median, quartiles and number."""
-    return f"{_digits(values['median'])} ({_digits(values['q1'])}–{_digits(values['q3'])}, {values['n']})"
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, never an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{kind.title} ({what}, {device})"

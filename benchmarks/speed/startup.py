@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 
 from apm.errors import ApmError
 
+from .kind import Given, Kind
 from .options import Options
-from .record import Recorder
-from .timing import seconds, spread
+from .tables import digits, table
+from .timing import repeated, spread
 
 PACKAGES = 10
 """Packages whose imports are listed, those that take longest."""
@@ -72,31 +74,22 @@ def measure_startup(options: Options, photograph: Path, *, teacher: str = "embed
     Files are in the system's cache from the second repetition on: what is measured is work, not the disk.
     """
     cpu = torch.device("cpu")
-    recorder = Recorder("startup", options.record(teacher=teacher), cpu)
     preset = "small" if options.quick else options.preset
     classify = ("classify", str(photograph), "--teacher", teacher, "--preset", preset, "--device", "cpu")
     commands = {"apm --help": ("--help",), f"apm {classify[0]} (all of it, cold)": classify}
     rows: list[dict[str, Any]] = []
     for name, arguments in commands.items():
-        times = [_timed([sys.executable, "-m", "apm", *arguments], cpu) for _ in range(options.rounds + 1)]
-        rows.append({"what": name, "stage": False, "seconds": spread(times[1:])})
-    runs = [_run([sys.executable, "-c", _CHILD, teacher, str(photograph), preset]) for _ in range(options.rounds)]
-    spans = [json.loads(run.splitlines()[-1]) for run in runs]
+        command = [sys.executable, "-m", "apm", *arguments]
+        times = repeated(lambda command=command: _run(command), cpu, options.rounds)  # type: ignore[misc]
+        rows.append({"what": name, "stage": False, "seconds": spread(times)})
+    child = [sys.executable, "-c", _CHILD, teacher, str(photograph), preset]
+    spans = [json.loads(_run(child).stdout.splitlines()[-1]) for _ in range(options.rounds)]
     rows += [
         {"what": stage, "stage": True, "seconds": spread([span[number] for span in spans])}
         for number, stage in enumerate(STAGES)
     ]
-    imports = _import_seconds([sys.executable, "-X", "importtime", "-m", "apm", *classify, "--steps", "1"])
-    return recorder.finish(rows, {"imports": dict(imports[:PACKAGES])})
-
-
-def _timed(command: Sequence[str], device: torch.device) -> float:
-    return seconds(lambda: _run(command), device)
-
-
-def _import_seconds(command: Sequence[str]) -> list[tuple[str, float]]:
-    """Seconds that each package's own modules took to import, longest first."""
-    return by_package(_done(command).stderr)
+    listing = _run([sys.executable, "-X", "importtime", "-m", "apm", *classify, "--steps", "1"]).stderr
+    return options.found(rows, {"imports": dict(by_package(listing)[:PACKAGES])}, teacher=teacher)
 
 
 def by_package(listing: str) -> list[tuple[str, float]]:
@@ -107,15 +100,57 @@ def by_package(listing: str) -> list[tuple[str, float]]:
     return sorted(seconds.items(), key=lambda one: -one[1])
 
 
-def _run(command: Sequence[str]) -> str:
-    """Run a command with an empty cache of text features; return its stdout."""
-    return _done(command).stdout
-
-
-def _done(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "APM_CACHE": cache}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that must not fail."""
+    done = run_apart(command)
     if done.returncode:
         raise ApmError(f"{' '.join(command[:4])} … failed:\n{done.stderr[-2000:]}")
     return done
+
+
+def run_apart(command: Sequence[str], **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command with an empty cache of text features; ``how`` is what `subprocess.run` is told besides."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "APM_CACHE": cache}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **how)
+
+
+def photograph_of(given: Given) -> Path:
+    """The file that was named, or scikit-image's cat."""
+    if given.photograph is not None:
+        return Path(given.photograph)
+    import skimage
+
+    return Path(skimage.__file__).parent / "data" / "chelsea.png"
+
+
+def photograph_argument(parser: ArgumentParser) -> None:
+    """Add ``--photograph``."""
+    parser.add_argument("--photograph", type=Path, help="the file (default: scikit-image's cat)")
+
+
+def _table(record: dict[str, Any]) -> str:
+    def part(title: str, *, stage: bool) -> str:
+        return table({title: "what", "time": "seconds"}, [row for row in record["rows"] if row["stage"] is stage])
+
+    text = f"{part('command', stage=False)}\n{part('its stages', stage=True)}"
+    if "imports" not in record["summary"]:  # a record of before these were measured
+        return text
+    columns = {
+        "imported (python -X importtime, which is slower)": lambda row: f"`{row[0]}`",
+        "its own modules": lambda row: f"{digits(1e3 * row[1])} ms",
+    }
+    return f"{text}\n{table(columns, record['summary']['imports'].items())}"
+
+
+STARTUP = Kind(
+    name="startup",
+    question="where the seconds of a cold start go",
+    title="A cold start",
+    shared={"teacher": "embedded"},
+    arguments=photograph_argument,
+    measure=lambda given: measure_startup(Options.of(given), photograph_of(given), teacher=given.teacher),
+    table=_table,
+    rounds=3,
+    on_cpu=True,
+)

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
-from apm.student.model import APM
-
+from .kind import Kind
 from .machine import floor, rate_probe, six_products, stream_probe
-from .options import Options, images_and_targets, loaded_engine
+from .options import Options, images_and_targets, loaded_engine, plain_step
 from .profile import (
     ADAM_BYTES,
     measured_flops,
@@ -22,8 +18,11 @@ from .profile import (
     trained_parameters,
 )
 from .published_loop import TEXTS, TOWERS, PublishedLoop, random_towers
-from .record import Recorder
+from .tables import ratio_text, table, time_text
 from .timing import Work, interleaved, spread
+
+FORMS = {name: name for name in ("six products", "engine", "optimiser", "plain form")} | {"published": "published loop"}
+"""Of a step, as records and readers call them. Records of before may have others, which are not shown."""
 
 
 def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, Any]:
@@ -35,8 +34,11 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
         published_rounds: rounds that the published loop takes part in (0: none); it is slow.
     """
     config, device, batch = options.config, options.device, options.batch
-    settings = {"batch": batch, "published_rounds": published_rounds, "precisions": list(options.precisions)}
-    recorder = Recorder("step", options.record(**settings), device)
+    settings: dict[str, Any] = {
+        "batch": batch,
+        "published_rounds": published_rounds,
+        "precisions": list(options.precisions),
+    }
     works: dict[str, Work] = {}
     operations: dict[str, int] = {}
     flops = {
@@ -47,21 +49,22 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
     }
     for precision in options.precisions:
         run, operations[precision] = rate_probe(config, precision, batch, device)
-        works[f"rate {precision}"] = Work(run, options.rounds)
-        works[f"six products {precision}"] = Work(six_products(config, precision, batch, device), options.rounds)
+        works[f"rate {precision}"] = run
+        works[f"six products {precision}"] = six_products(config, precision, batch, device)
         engine = loaded_engine(config, precision, device, batch=batch)
-        works[f"engine {precision}"] = Work(engine.advance, options.rounds)
-        works[f"optimiser {precision}"] = Work(engine.update, options.rounds)
+        works[f"engine {precision}"] = engine.advance
+        works[f"optimiser {precision}"] = engine.update
     run, traffic = stream_probe(config, batch, device)
-    works["memory"] = Work(run, options.rounds)
-    works["plain form fp32"] = Work(_plain(options), options.rounds)
+    works["memory"] = run
+    works["plain form fp32"] = plain_step(config, device)
     if published_rounds:
         towers = None if options.quick else random_towers(device)
         published = PublishedLoop(config, *images_and_targets(config, 1, device), towers=towers)
-        works["published fp32"] = Work(published.step, published_rounds)
+        works["published fp32"] = published.step
         flops["published"] = published_flops(config) + (measured_flops(towers) if towers else 0)
-        recorder.settings |= {"published_towers": TOWERS, "published_texts": TEXTS} if towers else {}
-    times = interleaved(works, device)
+        if towers:
+            settings |= {"published_towers": TOWERS, "published_texts": TEXTS}
+    times = interleaved(works, device, options.rounds, fewer={"published fp32": published_rounds})
 
     floors: dict[str, list[dict[str, float]]] = {
         precision: [
@@ -70,9 +73,8 @@ def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, An
         ]
         for precision in options.precisions
     }
-    return recorder.finish(
-        list(_rows(times, flops, floors, batch)), _summary(options, times, operations, traffic, floors)
-    )
+    rows = list(_rows(times, flops, floors, batch))
+    return options.found(rows, _summary(options, times, operations, traffic, floors), **settings)
 
 
 def _rows(
@@ -130,15 +132,77 @@ def _summary(
     return result
 
 
-def _plain(options: Options) -> Any:
-    """One step of the plain form with autograd and torch's Adam."""
-    image, target = images_and_targets(options.config, 1, options.device)
-    model = APM(options.config).to(options.device)
-    adam = torch.optim.Adam(model.parameters(), lr=1e-4)
+def _table(record: Mapping[str, Any]) -> str:
+    summary, settings = record["summary"], record["settings"]
+    forms = table(
+        {
+            "one step of one student": lambda row: FORMS[row["name"]],
+            "products in": "precision",
+            "time": "seconds",
+            "GFLOP": lambda row: f"{row['flops'] / 1e9:,.1f}" if row["flops"] else "–",
+            "× floor": lambda row: ratio_text(row["ratio_to_floor"]) if "ratio_to_floor" in row else "–",
+        },
+        [row for row in record["rows"] if row["name"] in FORMS],
+    )
+    machine = table(
+        {
+            "products in": "precision",
+            "machine's rate, GFLOP/s": lambda row: f"{row['rate']['median'] / 1e9:,.0f}",
+            "its quartiles": lambda row: f"{row['rate']['q1'] / 1e9:,.0f}–{row['rate']['q3'] / 1e9:,.0f}",
+            "floor by compute": lambda row: time_text(row["floor"]["compute"]),
+            "floor by memory": lambda row: time_text(row["floor"]["memory"]),
+            "optimiser's share of a step": lambda row: f"{row['optimiser_share']['median']:.0%}",
+            "plain form ÷ engine": lambda row: ratio_text(row["plain_over_engine"]),
+            "published loop ÷ engine": (
+                lambda row: ratio_text(row["published_ratio"]) if "published_ratio" in row else "–"
+            ),
+        },
+        [{"precision": name, **summary[name]} for name in ("fp32", "bf16") if name in summary],
+    )
+    auto = f"`auto` chooses {summary['auto_precision']} here. " if summary["auto_precision"] else ""
+    published = PUBLISHED.format(**settings) if "published_towers" in settings else ""
+    return (
+        f"{forms}\n{machine}\n"
+        f"Middle layers: {summary['middle_flops'] / 1e9:.1f} GFLOP a step. "
+        f"Adam: {summary['adam_bytes'] / 1e6:,.0f} MB a step, at {summary['bandwidth']['median'] / 1e9:.1f} GB/s. "
+        f"{auto}Students side by side: {settings['batch']}. "
+        f"*six products*: the bare products of the middle layers, forward and backward, with the engine's layouts.\n"
+        f"{published}"
+    )
 
-    def step() -> None:
-        adam.zero_grad()
-        F.mse_loss(model(image), target).backward()
-        adam.step()
 
-    return step
+PUBLISHED = (
+    "\n*published loop*: the same step as the published experiments make it. 8 copies of the image × all locations "
+    "are laid out as rows, 16 rows at a time go through the network, the results are joined to the earlier ones after "
+    "every chunk, and the teacher's towers ({published_towers}, random weights, one image and {published_texts} texts) "
+    "run again at every step.\n"
+)
+
+
+def _plot(figure: Any, record: Mapping[str, Any]) -> None:
+    rows = [row for row in record["rows"][::-1] if row["name"] in FORMS]
+    axes = figure.subplots()
+    medians = [row["seconds"]["median"] for row in rows]
+    low = [row["seconds"]["median"] - row["seconds"]["q1"] for row in rows]
+    high = [row["seconds"]["q3"] - row["seconds"]["median"] for row in rows]
+    names = [f"{FORMS[row['name']]} {row['precision']}" for row in rows]
+    axes.barh(names, medians, xerr=(low, high), color="#4878a8", height=0.6)
+    for precision, style in (("fp32", "-"), ("bf16", "--")):
+        if precision in record["summary"]:
+            least = record["summary"][precision]["floor"]["seconds"]["median"]
+            axes.axvline(least, color="#c44e52", linestyle=style, linewidth=1, label=f"floor {precision}")
+    axes.set(xscale="log", xlabel="seconds per step of one student", xlim=(min(medians) / 2, 1.5 * max(medians)))
+    figure.legend(loc="outside lower center", ncols=2)
+
+
+STEP = Kind(
+    name="step",
+    question="one step: engine, plain form, published loop, optimiser, beside the machine's own floor (the default)",
+    title="One step beside the floor",
+    arguments=lambda parser: parser.add_argument(
+        "--published-rounds", type=int, default=2, help="rounds of the published loop; 0: leave it out"
+    ),
+    measure=lambda given: measure_step(Options.of(given), published_rounds=given.published_rounds),
+    table=_table,
+    plot=_plot,
+)

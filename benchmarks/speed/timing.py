@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,13 +14,8 @@ log = logging.getLogger(__name__)
 LONG = 3.0
 """A call that took so many seconds in the warm-up is announced in every round."""
 
-
-@dataclass(frozen=True)
-class Work:
-    """Something to be timed: called once a round, in the first ``rounds`` rounds."""
-
-    run: Callable[[], object]
-    rounds: int
+Work = Callable[[], object]
+"""Something to be timed."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
@@ -30,7 +24,7 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
     return {"median": float(median), "q1": float(q1), "q3": float(q3), "min": float(min(values)), "n": len(values)}
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(run: Work, device: torch.device) -> float:
     """Wall time of one call, the work that it left to the GPU included."""
     synchronize(device)
     begun = time.perf_counter()
@@ -39,7 +33,14 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def interleaved(works: Mapping[str, Work], device: torch.device, *, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    works: Mapping[str, Work],
+    device: torch.device,
+    rounds: int,
+    *,
+    fewer: Mapping[str, int] | None = None,
+    warmup: int = 1,
+) -> dict[str, list[float]]:
     """Time all works in turn, round by round, each round starting with another one.
 
     What slows the machine down for a while then slows all of them down, and ratios within a round stay right.
@@ -47,28 +48,35 @@ def interleaved(works: Mapping[str, Work], device: torch.device, *, warmup: int 
     Args:
         works: by name.
         device: whose queue to wait for.
+        rounds: how often each is timed.
+        fewer: rounds of those that take part in the first ones only.
         warmup: calls of each before the first round, not timed.
 
     Returns:
         Seconds of every call, by name; the i-th is of round i.
     """
-    names, rounds = list(works), max(work.rounds for work in works.values())
+    names, least = list(works), fewer or {}
     expected = dict.fromkeys(names, 0.0)
     for name in names:
         if warmup:
             log.info("warm-up: %s", name)
         for _ in range(warmup):
-            expected[name] = seconds(works[name].run, device)
+            expected[name] = seconds(works[name], device)
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds):
         log.info("round %d of %d", turn + 1, rounds)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            if turn < works[name].rounds:
+            if turn < least.get(name, rounds):
                 if expected[name] >= LONG:
                     log.info("round %d of %d: %s, about %.0f s", turn + 1, rounds, name, expected[name])
-                times[name].append(seconds(works[name].run, device))
+                times[name].append(seconds(works[name], device))
     return times
+
+
+def repeated(run: Work, device: torch.device, rounds: int) -> list[float]:
+    """Seconds of each of so many calls, after one that is not timed."""
+    return interleaved({"": run}, device, rounds)[""]
 
 
 def synchronize(device: torch.device) -> None:

@@ -22,9 +22,10 @@ from apm.text.zeroshot import ZeroShotHead
 
 from ..methods.base import Batch, MethodOptions
 from ..methods.tpt import PAPER_PROMPT, TPT, TPTSettings, marginal_entropy
+from .kind import Kind
 from .options import Options
-from .record import Recorder
-from .timing import Work, interleaved, spread
+from .tables import ratio_text, table
+from .timing import interleaved, spread
 
 MODEL = "ViT-B-16"
 _TINY = {
@@ -61,22 +62,16 @@ class PublishedTuning:
         return (scale * image @ self.prompt.features(context).T)[0]
 
 
-def measure_tuning(options: Options, *, rounds: int = 3, labels: int | None = None) -> dict[str, Any]:
+def measure_tuning(options: Options, *, labels: int | None = None) -> dict[str, Any]:
     """Record the seconds that TPT takes for one image: ours, the published loop, and the views that both encode.
 
     Args:
-        options: the device; with ``quick`` a tiny model and ten class names.
-        rounds: how often each is timed.
+        options: device and rounds; with ``quick`` a tiny model and ten class names.
         labels: how many of ImageNet's class names; None: all 1,000.
     """
     teacher = _random_teacher(options)
     names = label_set("imagenet")[: labels or (10 if options.quick else 1000)]
     settings = TPTSettings(views=8 if options.quick else 64)
-    recorder = Recorder(
-        "tuning",
-        {"model": "tiny" if options.quick else MODEL, "labels": len(names), "views": settings.views, "rounds": rounds},
-        options.device,
-    )
     head = ZeroShotHead.build(teacher, names, (PAPER_PROMPT,), cache=False)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
     method = TPT(MethodOptions(views=settings.views))
@@ -91,11 +86,11 @@ def measure_tuning(options: Options, *, rounds: int = 3, labels: int | None = No
 
     ours, theirs = method.predict(batch()).logits[0], published.answer(pixels)  # warms up, too
     works = {
-        "apm": Work(lambda: method.predict(batch()), rounds),
-        "published loop": Work(lambda: published.answer(pixels), rounds),
-        "views alone": Work(lambda: teacher.encode_image(pixels), rounds),
+        "apm": lambda: method.predict(batch()),
+        "published loop": lambda: published.answer(pixels),
+        "views alone": lambda: teacher.encode_image(pixels),
     }
-    times = interleaved(works, options.device, warmup=0)
+    times = interleaved(works, options.device, options.rounds, warmup=0)
     pairs = list(zip(times["published loop"], times["apm"], times["views alone"], strict=False))
     summary = {
         "published_over_apm": spread([loop / mine for loop, mine, _ in pairs]),
@@ -104,7 +99,9 @@ def measure_tuning(options: Options, *, rounds: int = 3, labels: int | None = No
         "largest_change_by_tuning": float((theirs - head.logits(batch().tokens())[0]).abs().max()),
         "same_first_label": bool(ours.argmax() == theirs.argmax()),
     }
-    return recorder.finish([{"name": name, "seconds": spread(values)} for name, values in times.items()], summary)
+    model = "tiny" if options.quick else MODEL
+    rows = [{"name": name, "seconds": spread(values)} for name, values in times.items()]
+    return options.found(rows, summary, model=model, labels=len(names), views=settings.views)
 
 
 def _views(teacher: OpenClipTeacher, image: Image.Image, settings: TPTSettings) -> Tensor:
@@ -124,3 +121,25 @@ def _random_teacher(options: Options) -> OpenClipTeacher:
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     source = Source(name=f"{MODEL}, random weights", model=MODEL, weights=Path("none"), config=config)
     return OpenClipTeacher(model.to(options.device), tokenizer, source=source, device=options.device)
+
+
+def _table(record: dict[str, Any]) -> str:
+    settings, summary = record["settings"], record["summary"]
+    return (
+        f"{table({'one image': 'name', 'time': 'seconds'}, record['rows'])}\n"
+        f"Test-time prompt tuning with {settings['labels']:,} class names, {settings['views']} views, 1 step. Published"
+        f" loop ÷ apm: {ratio_text(summary['published_over_apm'])}; without the views that both encode:"
+        f" {ratio_text(summary['published_over_apm_without_views'])}. Their logits differ by"
+        f" {summary['largest_difference_of_logits']:.1e} at most, where tuning moved them by"
+        f" {summary['largest_change_by_tuning']:.1e}.\n"
+    )
+
+
+TUNING = Kind(
+    name="tuning",
+    question="test-time prompt tuning with 1,000 class names, beside the published loop",
+    title="Test-time prompt tuning",
+    measure=lambda given: measure_tuning(Options.of(given)),
+    table=_table,
+    rounds=3,
+)

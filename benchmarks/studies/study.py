@@ -82,21 +82,31 @@ class Study:
         """Do what the command line says."""
         self.run(self.read(arguments))
 
+    @property
+    def module(self) -> str:
+        """What ``python -m`` is given."""
+        return f"{__package__}.{self.name}"
+
     def read(self, arguments: Sequence[str] | None = None) -> Options:
         """Read the command line; ``command`` is added to what it says."""
         parser = argument_parser(self.name, self.question)
+        parser.prog = f"python -m {self.module}"
         self.arguments(parser)
         for name, default in self.shared.items():
             flags, told = SHARED[name]
             parser.add_argument(*flags, dest=name, default=default, **told)
-        parser.add_argument("--record", "--out", type=Path, metavar="FILE", help="where to write the record")
+        self.outputs(parser)
         parser.add_argument("--table", type=Path, nargs="*", metavar="FILE", help="print these records (none: ours)")
         if self.document is not None:
             parser.add_argument("--document", action="store_true", help=f"fill {self.document.name}, in a clone")
         given = sys.argv[1:] if arguments is None else arguments
         options = parser.parse_args(given)
-        options.command = command(f"{__package__}.{self.name}", given)
+        options.command = command(self.module, given)
         return options
+
+    def outputs(self, parser: argparse.ArgumentParser) -> None:
+        """Add what says where the record goes: ``record``, a path or None."""
+        parser.add_argument("--record", "--out", type=Path, metavar="FILE", help="where to write the record")
 
     def run(self, options: Options) -> None:
         """Measure, or read what was measured; write record, table and document."""

@@ -232,10 +232,24 @@ def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return asked
 
 
+MEASURE = gpu.measure_gpu
+ON_A_CPU = ("--quick", "--device", "cpu", "--precision", "fp32")
+
+
 @pytest.mark.slow
-def test_all_parts_on_a_cpu(tmp_path: Path, quiet_commands: list[list[str]], picture: Path) -> None:
-    made = gpu.measure_gpu(Options(quick=True, rounds=2, precision="fp32"), picture, tests=tmp_path)
-    assert gpu.failures(made) == []
+def test_all_parts_on_a_cpu(
+    tmp_path: Path,
+    quiet_commands: list[list[str]],
+    picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu_report, "measure_gpu", lambda *given, clone: MEASURE(*given, clone=tmp_path))
+    where = ["--out", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
+    assert command.main(["gpu", *ON_A_CPU, "--rounds", "2", "--photograph", str(picture), *where]) == 0
+    (path,) = (tmp_path / "results").iterdir()
+    made = json.loads(path.read_text(encoding="utf-8"))
+    assert path.name.startswith("gpu-tiny-") and gpu.failures(made) == []
     parts = [row["part"] for row in made["rows"]]
     assert list(dict.fromkeys(parts)) == ["tests", "check", "speed", "classify", "bench"]
     assert made["summary"]["checks"] == made["summary"]["checks_held"] == 30
@@ -252,17 +266,15 @@ def test_all_parts_on_a_cpu(tmp_path: Path, quiet_commands: list[list[str]], pic
     assert rows[-2]["floor"]["compute"] == pytest.approx(rows[0]["floor"]["compute"] / 8)
     assert [row["precision"] for row in rows] == ["fp32"] * 5 + ["bf16"]
     assert [arguments[1] for arguments in quiet_commands] == ["pytest", "apm", *["torch.distributed.run"] * 2]
-    screen = gpu_report.screen(made)
+    screen = capsys.readouterr().out
     assert "30 of 30 hold" in screen and "not reached" in screen and len(screen.splitlines()) <= 40
-    paths = gpu_report.write_gpu(made, tmp_path / "results", tmp_path / "docs")
-    assert paths[0].name.startswith("gpu-tiny-") and json.loads(paths[0].read_text(encoding="utf-8")) == made
-    page = paths[1].read_text(encoding="utf-8")
-    assert page.count("| yes |") == 30 and "apm bench under torchrun" in page and paths[0].name in page
+    page = (tmp_path / "docs" / "speed-gpu.md").read_text(encoding="utf-8")
+    assert page.count("| yes |") == 30 and "apm bench under torchrun" in page and path.name in page
 
 
 @pytest.mark.slow
 def test_what_fails_is_told_and_hides_nothing(
-    tmp_path: Path, quiet_commands: list[list[str]], picture: Path, monkeypatch: pytest.MonkeyPatch
+    quiet_commands: list[list[str]], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: Options) -> Any:
         raise torch.OutOfMemoryError("no memory for this")
@@ -270,14 +282,15 @@ def test_what_fails_is_told_and_hides_nothing(
 
     monkeypatch.setattr(gpu, "_speed", broken)
     monkeypatch.setattr(gpu_checks, "LIMITS", {name: dict.fromkeys(of, 0.0) for name, of in gpu_checks.LIMITS.items()})
-    made = gpu.measure_gpu(Options(quick=True, rounds=1, precision="fp32"), picture)
+    given = gpu_report.GPU.read([*ON_A_CPU, "--rounds", "1", "--photograph", str(picture)])
+    made = gpu_report.GPU.measured(given)
     missed = gpu.failures(made)
     assert any("no memory for this" in line for line in missed) and any("exceeds 0.0" in line for line in missed)
     assert {"classify", "bench"} <= {row["part"] for row in made["rows"]}
     assert "FAILED    speed: OutOfMemoryError: no memory for this" in gpu_report.screen(made)
     assert "**no**" in gpu_report.page([{**made, "file": "x.json"}])
     monkeypatch.setattr(gpu, "BUDGET", 0.0)
-    made = gpu.measure_gpu(Options(quick=True, rounds=1, precision="fp32"), picture)
+    made = gpu.measure_gpu(Options(quick=True, rounds=1, precision="fp32"), picture, clone=None)
     assert all("no time left" in line for line in gpu.failures(made)) and len(gpu.failures(made)) == 5
 
 
@@ -288,9 +301,20 @@ def test_without_a_gpu_the_command_says_so(tmp_path: Path, capsys: pytest.Captur
     assert not list(tmp_path.iterdir())
 
 
+def test_a_check_that_does_not_hold_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"part": "check", "name": "token", "precision": "fp32", "distance": 1.0, "limit": 0.1, "held": False}
+    found = Options(quick=True).found(
+        [{**row, "hidden": 8, "error": None}], {"checks": 1, "checks_held": 0, "best": None}
+    )
+    monkeypatch.setattr(gpu_report, "measure_gpu", lambda *_, **__: found)
+    where = ["--out", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
+    assert command.main(["gpu", *ON_A_CPU, *where]) == 1
+    assert "**no**" in (tmp_path / "docs" / "speed-gpu.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_commands_of_make_gpu_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--out", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
-    assert command.main(["gpu", "--quick", "--device", "cpu", "--precision", "fp32", *where]) == 0
+    assert command.main(["gpu", *ON_A_CPU, *where]) == 0
     assert "30 of 30 hold" in capsys.readouterr().out
     assert (tmp_path / "docs" / "speed-gpu.md").is_file()

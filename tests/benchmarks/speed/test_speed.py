@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,10 +23,9 @@ from apm.benchmarks.datasets import Dataset, Sample
 from apm.benchmarks.speed import __main__ as command
 from apm.benchmarks.speed import (
     fewer_queries,
+    kind,
     options,
     pipeline,
-    plots,
-    record,
     report,
     scaling,
     startup,
@@ -36,6 +34,7 @@ from apm.benchmarks.speed import (
     tuning,
 )
 from apm.benchmarks.speed.fewer_queries import sweep_queries
+from apm.benchmarks.speed.kinds import KINDS
 from apm.benchmarks.speed.machine import floor, rate_probe, stream_probe
 from apm.benchmarks.speed.options import TINY, Options, images_and_targets
 from apm.benchmarks.speed.profile import ADAM_BYTES, middle_flops, trained_parameters
@@ -51,14 +50,12 @@ QUICK = Options(quick=True, rounds=2, precision="fp32")
 FOLDER = Path(apm.benchmarks.__file__).parent
 
 
-def check(made: dict[str, Any], kind: str, tmp_path: Path) -> list[dict[str, Any]]:
-    """See of a record that it survives its file and has a table with a line for each row; return its rows."""
-    assert made["kind"] == kind
-    path = record.write(made, tmp_path)
-    assert json.loads(path.read_text(encoding="utf-8")) == made
-    table = report.as_markdown(made)
-    assert sum(line.startswith("| ") for line in table.splitlines()) >= len(made["rows"])
-    rows: list[dict[str, Any]] = made["rows"]
+def check(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """See of what was found that it is plain JSON and has a table with a line for each row; return its rows."""
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    table = KINDS[name].table(found)
+    assert sum(line.startswith("| ") for line in table.splitlines()) >= len(found["rows"])
+    rows: list[dict[str, Any]] = found["rows"]
     return rows
 
 
@@ -71,11 +68,8 @@ def test_spread() -> None:
 
 def test_interleaved_gives_everybody_a_turn_in_every_round() -> None:
     calls: list[str] = []
-    works = {
-        name: timing.Work(lambda name=name: calls.append(name), rounds)  # type: ignore[misc]
-        for name, rounds in (("a", 3), ("b", 3), ("c", 1))
-    }
-    times = timing.interleaved(works, CPU, warmup=1)
+    works = {name: lambda name=name: calls.append(name) for name in "abc"}  # type: ignore[misc]
+    times = timing.interleaved(works, CPU, 3, fewer={"c": 1}, warmup=1)
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 1}
     assert calls == ["a", "b", "c", "a", "b", "c", "b", "a", "a", "b"]  # warm-up, then each round starts elsewhere
 
@@ -151,11 +145,11 @@ def test_the_published_loop_runs_with_either_readout() -> None:
 # -- records
 
 
-def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(options, "measured_precision", lambda _: "bf16")
     caplog.set_level("INFO")
     made = step.measure_step(replace(QUICK, rounds=3, batch=2, precision="auto"), published_rounds=1)
-    rows = {(row["name"], row["precision"]): row for row in check(made, "step", tmp_path)}
+    rows = {(row["name"], row["precision"]): row for row in check(made, "step")}
     assert set(rows) == {
         *((name, precision) for name in ("six products", "engine", "optimiser") for precision in ("fp32", "bf16")),
         ("plain form", "fp32"),
@@ -194,14 +188,13 @@ def test_a_step_in_float32_touches_no_bfloat16(
     with Types() as types:
         made = step.measure_step(replace(QUICK, precision=chosen), published_rounds=1)
     assert torch.float32 in types.seen and torch.bfloat16 not in types.seen
-    assert {row["precision"] for row in check(made, "step", tmp_path)} == {"fp32"}
-    made["file"] = record.file_name(made)
-    assert plots.plot(made, tmp_path) is not None
+    assert {row["precision"] for row in check(made, "step")} == {"fp32"}
+    assert report.plot({**made, "kind": "step", "file": "step.json"}, tmp_path).is_file()
 
 
-def test_bf16_alone_can_be_asked_for(tmp_path: Path) -> None:
+def test_bf16_alone_can_be_asked_for() -> None:
     made = step.measure_step(replace(QUICK, precision="bf16"), published_rounds=0)
-    rows = {(row["name"], row["precision"]): row for row in check(made, "step", tmp_path)}
+    rows = {(row["name"], row["precision"]): row for row in check(made, "step")}
     assert ("engine", "bf16") in rows and ("engine", "fp32") not in rows
     assert "ratio_to_floor" not in rows["plain form", "fp32"]  # its floor was not measured
 
@@ -223,7 +216,7 @@ def test_step_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
         "published fp32": 180.0,
     }
     monkeypatch.setattr(options, "measured_precision", lambda _: "bf16")
-    monkeypatch.setattr(step, "interleaved", lambda works, _: {name: [known[name]] * 2 for name in works})
+    monkeypatch.setattr(step, "interleaved", lambda works, *_, **__: {name: [known[name]] * 2 for name in works})
     made = step.measure_step(replace(QUICK, batch=batch, precision="auto"), published_rounds=1)
     rows = {(row["name"], row["precision"]): row for row in made["rows"]}
     # the probe is a third of a step of two students: the floor of one is 1.5 s in fp32 and 0.75 s in bf16
@@ -238,10 +231,10 @@ def test_step_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ratio_to_floor" not in rows["optimiser", "fp32"]
 
 
-def test_sweeps_of_the_student(tmp_path: Path) -> None:
-    rows = check(scaling.sweep_steps(QUICK, (1, 3)), "steps", tmp_path)
+def test_sweeps_of_the_student() -> None:
+    rows = check(scaling.sweep_steps(QUICK, (1, 3)), "steps")
     assert [row["steps"] for row in rows] == [1, 3]
-    rows = check(scaling.sweep_grid(QUICK, (3, 5), (2, 7)), "grid", tmp_path)
+    rows = check(scaling.sweep_grid(QUICK, (3, 5), (2, 7)), "grid")
     assert [(row["what"], row["side"], row["locations"]) for row in rows] == [
         ("step", 3, 9),
         ("step", 5, 25),
@@ -249,9 +242,9 @@ def test_sweeps_of_the_student(tmp_path: Path) -> None:
         ("features", 7, 49),
     ]
     assert rows[1]["flops"] > rows[0]["flops"]
-    rows = check(scaling.sweep_patches(QUICK), "patches", tmp_path)
+    rows = check(scaling.sweep_patches(QUICK), "patches")
     assert [row["patches"] for row in rows] == [1, 4, 16]
-    rows = check(scaling.sweep_batch(QUICK, (1, 3)), "batch", tmp_path)
+    rows = check(scaling.sweep_batch(QUICK, (1, 3)), "batch")
     assert rows[1]["per_student"]["median"] == pytest.approx(rows[1]["seconds"]["median"] / 3)
 
 
@@ -263,26 +256,27 @@ def test_points_of_a_finer_grid_lie_evenly_over_the_cells() -> None:
 
 
 @pytest.mark.slow
-def test_sweeps_of_whole_answers(tmp_path: Path) -> None:
+def test_sweeps_of_whole_answers() -> None:
     teacher = FakeTeacher(dim=32)
     options = replace(QUICK, preset="small")
-    rows = check(pipeline.sweep_labels(options, teacher, (3, 12), steps=1), "labels", tmp_path)
+    rows = check(pipeline.sweep_labels(options, teacher, (3, 12), steps=1), "labels")
     assert [(row["labels"], row["head_bytes"]) for row in rows] == [(3, 4 * 3 * 32), (12, 4 * 12 * 32)]
-    rows = check(pipeline.sweep_images(options, teacher, (1, 3), steps=1), "images", tmp_path)
+    rows = check(pipeline.sweep_images(options, teacher, (1, 3), steps=1), "images")
     assert [row["images"] for row in rows] == [1, 3]
     assert rows[0]["images_per_second"] == pytest.approx(1 / rows[0]["seconds"], rel=1e-6)
     assert rows[0]["seconds"] < rows[1]["seconds"]
 
 
 @pytest.mark.slow
-def test_processes_under_torchs_launcher(tmp_path: Path) -> None:
-    rows = check(pipeline.sweep_processes(replace(QUICK, rounds=1), (2,), images=3, steps=1), "processes", tmp_path)
+def test_processes_under_torchs_launcher() -> None:
+    rows = check(pipeline.sweep_processes(replace(QUICK, rounds=1), (2,), images=3, steps=1), "processes")
     assert rows[0]["processes"] == 2
     assert rows[0]["images_per_second"]["median"] == pytest.approx(3 / rows[0]["seconds"]["median"])
-    assert pipeline.work_as_one_of_many(QUICK, images=2, steps=1) is not None  # alone, it is the first process
+    alone = pipeline.PROCESSES.read(["--quick", "--device", "cpu", "--images", "2", "--steps", "1"])
+    assert pipeline.work_as_one_of_many(alone) is not None  # it is the first process
 
 
-def test_fewer_queries(tmp_path: Path) -> None:
+def test_fewer_queries() -> None:
     teacher = FakeTeacher(dim=32)
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)) for _ in range(6)]
@@ -301,7 +295,7 @@ def test_fewer_queries(tmp_path: Path) -> None:
         total=6,
     )
     made = sweep_queries(QUICK, teacher, dataset, (2, 8), steps=4)
-    rows = check(made, "queries", tmp_path)
+    rows = check(made, "queries")
     assert [row["queries"] for row in rows] == [2, 8, TINY.cells]
     assert rows[0]["flops"] < rows[1]["flops"] < rows[2]["flops"]
     whole = rows[-1]
@@ -324,21 +318,21 @@ def test_fewer_queries(tmp_path: Path) -> None:
     assert all(row["agreement"] == row["accuracy"] for row in made["rows"])
 
 
-def test_prompt_tuning_beside_the_published_loop(tmp_path: Path) -> None:
-    made = tuning.measure_tuning(QUICK, rounds=1)
-    rows = check(made, "tuning", tmp_path)
+def test_prompt_tuning_beside_the_published_loop() -> None:
+    made = tuning.measure_tuning(replace(QUICK, rounds=1))
+    rows = check(made, "tuning")
     assert [row["name"] for row in rows] == ["apm", "published loop", "views alone"]
     summary = made["summary"]
     assert summary["same_first_label"]
     assert summary["largest_difference_of_logits"] < 1e-4
     assert summary["largest_change_by_tuning"] > 1e-3  # there was something to agree on
-    assert "10 class names, 8 views" in report.as_markdown(made)
+    assert "10 class names, 8 views" in tuning.TUNING.table(made)
 
 
 def test_a_step_is_held_to_its_products_and_adams_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every time is known; so the ratio is. The probe of the memory moves 8 bytes a parameter, Adam 28."""
     known = {"products": [1.0, 2.0], "adam": [2.0, 2.0], "whole": [12.0, 18.0]}
-    monkeypatch.setattr(fewer_queries, "interleaved", lambda works, _: {name: known[name] for name in works})
+    monkeypatch.setattr(fewer_queries, "interleaved", lambda works, *_: {name: known[name] for name in works})
     parts = fewer_queries.parts_of_a_step(QUICK, TINY, 4)
     assert (parts["adam"]["min"], parts["ratio"]["min"], parts["whole"]["median"]) == (7.0, 1.5, 15.0)
     assert parts["ratio"]["median"] == pytest.approx((12 / 8 + 18 / 9) / 2)
@@ -346,7 +340,7 @@ def test_a_step_is_held_to_its_products_and_adams_traffic(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_startup_stages_are_those_of_the_script(
-    picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(apm.classifier, "load_teacher", lambda _: FakeTeacher(default_labels=("cat", "dog")))
     monkeypatch.setattr(sys, "argv", ["-c", "fake", str(picture), "small"])
@@ -357,13 +351,15 @@ def test_startup_stages_are_those_of_the_script(
 
     commands: list[list[str]] = []
 
-    def run(arguments: list[str]) -> str:
+    def run(arguments: list[str]) -> Any:
         commands.append(list(arguments[1:]))
-        return output
+        listing = "import time:   1250000 |    1250000 | torch\n"
+        return startup.subprocess.CompletedProcess(arguments, 0, output, listing)
 
     monkeypatch.setattr(startup, "_run", run)
-    monkeypatch.setattr(startup, "_import_seconds", lambda _: [("torch", 1.25), ("numpy", 0.5)])
-    rows = check(startup.measure_startup(replace(QUICK, rounds=1), picture, teacher="fake"), "startup", tmp_path)
+    made = startup.measure_startup(replace(QUICK, rounds=1), picture, teacher="fake")
+    rows = check(made, "startup")
+    assert made["summary"]["imports"] == {"torch": 1.25}
     assert [row["what"] for row in rows if row["stage"]] == list(startup.STAGES)
     assert [row["seconds"]["median"] for row in rows if row["stage"]] == spans
     assert commands[0] == ["-m", "apm", "--help"] and commands[2][:3] == ["-m", "apm", "classify"]
@@ -396,8 +392,8 @@ def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     where = ["--out", str(results), "--docs", str(docs)]
     assert command.main(["report", *where]) == 2
     assert "There are no records" in capsys.readouterr().err
-    for kind in ("steps", "step"):
-        assert command.main([kind, "--quick", "--precision", "fp32", "--device", "cpu", *where]) == 0
+    for name in ("steps", "step"):
+        assert command.main([name, "--quick", "--precision", "fp32", "--device", "cpu", "--out", str(results)]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("| steps |") and captured.err.endswith("speed-step-tiny-cpu.json\n")
     assert command.main(["report", *where]) == 0
@@ -407,7 +403,7 @@ def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "speed-steps-tiny-cpu.svg",
     }
     page = (docs / "speed.md").read_text(encoding="utf-8")
-    assert page == report.page_of(record.read_all(results))
+    assert page == report.page_of(kind.read_all(results))
     assert page.index("One step beside the floor") < page.index("Time against steps") < page.index("On a GPU")
     first = {path.name: path.read_bytes() for path in docs.iterdir()}
     assert command.main(["report", *where]) == 0
@@ -415,9 +411,11 @@ def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_page_says_nothing_of_missing_gpus_once_one_was_measured() -> None:
-    made = {**scaling.sweep_steps(QUICK, (1,)), "file": "speed-steps-tiny-cuda.json"}
+    given = scaling.STEPS.read(["--quick", "--device", "cpu", "--precision", "fp32"])
+    assert given.record.name == "speed-steps-tiny-cpu.json"
+    made = {**scaling.STEPS.measured(given), "file": "speed-steps-tiny-cuda.json"}
+    assert made["kind"] == "steps" and made["environment"]["load_average"].keys() == {"before", "after"}
     made["environment"] = {**made["environment"], "device": "cuda"}
-    assert record.file_name(made) == made["file"]
     page = report.page_of([made])
     assert "tiny student, GPU" in page and "Not measured" not in page
 
@@ -426,10 +424,9 @@ def test_the_page_says_nothing_of_missing_gpus_once_one_was_measured() -> None:
 def test_plots_are_legible(path: Path) -> None:
     """Labels along the axes stand apart, sizes that cannot be halved are not, and no curve lies on the frame."""
     made = json.loads(path.read_text(encoding="utf-8"))
-    if made["kind"] not in report.PLOTTED:
+    if KINDS[made["kind"]].plot is None:
         pytest.skip("this kind is a table only")
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    plots.DRAWN[made["kind"]](figure, made)
+    figure = report.drawn(made)
     figure.draw_without_rendering()
     for axes in figure.axes:
         shown = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
@@ -452,8 +449,8 @@ def test_plots_are_legible(path: Path) -> None:
     ("arguments", "text"),
     [
         (["--rounds", "0"], "--rounds must be 1 or more"),
-        (["--preset", "papre"], 'Did you mean "paper"'),
         (["--device", "gpu"], "device"),
+        (["stpes"], 'Did you mean "steps"'),
         (["labels", "--teacher", "embeded"], "embeded"),
     ],
 )
@@ -468,23 +465,23 @@ def test_a_record_of_another_schema_is_refused(tmp_path: Path) -> None:
 
     (tmp_path / "speed-step-tiny-cpu.json").write_text('{"schema": 0}', encoding="utf-8")
     with pytest.raises(UsageError, match="schema 0"):
-        record.read_all(tmp_path)
+        kind.read_all(tmp_path)
 
 
 def test_the_records_in_the_repository_and_the_page_made_of_them() -> None:
     folder = ROOT / "benchmarks" / "results"
     if not list(folder.glob("speed-*.json")):
         pytest.skip("no speed records in benchmarks/results yet")
-    records = record.read_all(folder)
+    records = kind.read_all(folder)
     for one in records:
         assert one["settings"]["preset"] in ("paper", "small")
-        assert one["file"] == record.file_name(one)
+        assert one["file"] == kind.file_name(one["kind"], one["settings"]["preset"], one["environment"]["device"])
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == report.page_of(records)
     for one in records:
-        if one["kind"] in report.PLOTTED:
+        if KINDS[one["kind"]].plot is not None:
             assert (ROOT / "docs" / report.plot_name(one)).is_file()
 
 
 def test_presets_reach_the_student() -> None:
     assert Options(preset="small", dim=64).config == APMConfig.preset("small", dim=64)
-    assert Options(quick=True).record()["preset"] == "tiny"
+    assert Options(quick=True).found([])["settings"]["preset"] == "tiny"

@@ -1,0 +1,23 @@
+"""All kinds of measurements, in the order of the page."""
+
+from __future__ import annotations
+
+from . import fewer_queries, pipeline, scaling, startup, step, tuning
+from .kind import Kind
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        step.STEP,
+        scaling.STEPS,
+        scaling.GRID,
+        scaling.PATCHES,
+        scaling.BATCH,
+        pipeline.LABELS,
+        pipeline.IMAGES,
+        pipeline.PROCESSES,
+        fewer_queries.QUERIES,
+        startup.STARTUP,
+        tuning.TUNING,
+    )
+}

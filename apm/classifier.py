@@ -58,15 +58,14 @@ DECODERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """A decoded image as both models want it, or the reason why there is none."""
+    """A decoded image as both models want it."""
 
     path: Path | None
-    image: Image.Image | None = None  # kept where the teacher's grid is wanted
-    grid: Tensor | None = None  # that grid (h', w', D), if it is there already
-    teacher_pixels: Tensor | None = None  # (3, H, W)
-    student_pixels: Tensor | None = None  # (3, S, S)
-    notes: tuple[str, ...] = ()
-    error: str | None = None
+    teacher_pixels: Tensor  # (3, H, W)
+    student_pixels: Tensor  # (3, S, S)
+    notes: tuple[str, ...]
+    image: Image.Image | None  # kept where the target is made from it: from its grid, or from views of it
+    grid: Tensor | None = None  # the teacher's (h', w', D), if it is there already
 
 
 class Classifier:
@@ -194,9 +193,10 @@ class Classifier:
             TeacherError: the teacher has a grid, but not at this size.
         """
         prepared = self._prepare_any(image, keep_image=True)
-        whole = prepared.image
-        if prepared.error is not None or whole is None:
+        if isinstance(prepared, Answer):
             raise ImageError(prepared.error)
+        whole = prepared.image
+        assert whole is not None
         grid = None
         try:
             if hasattr(self.teacher, "encode_grid"):
@@ -221,12 +221,12 @@ class Classifier:
         prepared = in_order(
             map(Path, paths), self._prepare_file, ahead=2 * self.batch_size + workers, workers=workers, size=_bytes
         )
-        batch: list[_Prepared] = []
+        batch: list[_Prepared | Answer] = []
         try:
             for one in prepared:
                 batch.append(one)
                 # A failure at the head of a batch has nothing to wait for.
-                if sum(other.error is None for other in batch) in (0, self.batch_size):
+                if sum(isinstance(other, _Prepared) for other in batch) in (0, self.batch_size):
                     yield from self._answer(batch)
                     batch = []
             yield from self._answer(batch)
@@ -238,19 +238,22 @@ class Classifier:
         """Whether a target is made from the image itself: from its grid, or from views of it."""
         return self.adapt_config.distil != "cls" or self._policy.kind != "cls"
 
-    def _prepare_any(self, image: str | os.PathLike[str] | Image.Image, *, keep_image: bool = False) -> _Prepared:
+    def _prepare_any(
+        self, image: str | os.PathLike[str] | Image.Image, *, keep_image: bool = False
+    ) -> _Prepared | Answer:
         if isinstance(image, Image.Image):
             return self._prepare(None, from_pixels(image), keep_image=keep_image)
         return self._prepare_file(Path(image), keep_image=keep_image)
 
-    def _prepare_file(self, path: Path, *, keep_image: bool = False) -> _Prepared:
+    def _prepare_file(self, path: Path, *, keep_image: bool = False) -> _Prepared | Answer:
+        """Decode a file; what cannot be read is answered with its error."""
         try:
             if keep_image or self._wants_image:
                 return self._prepare(path, load_image(path, max_pixels=self.max_pixels), keep_image=True)
             with opened_image(path, max_pixels=self.max_pixels) as loaded:
                 return self._prepare(path, loaded, keep_image=False)
         except ImageError as error:
-            return _Prepared(path=path, error=str(error))
+            return Answer(path=path, error=str(error))
 
     def _prepare(self, path: Path | None, loaded: LoadedImage, *, keep_image: bool) -> _Prepared:
         keep_image = keep_image or self._wants_image
@@ -262,21 +265,21 @@ class Classifier:
             notes=loaded.notes,
         )
 
-    def _answer(self, batch: Sequence[_Prepared]) -> Iterator[Answer]:
+    def _answer(self, batch: Sequence[_Prepared | Answer]) -> Iterator[Answer]:
         """Yield the answers of one batch, failed files in their places."""
-        good = [one for one in batch if one.error is None]
+        good = [one for one in batch if isinstance(one, _Prepared)]
         answers = iter(self._adapt(good)[0] if good else ())
         for one in batch:
-            yield next(answers) if one.error is None else Answer(path=one.path, error=one.error)
+            yield next(answers) if isinstance(one, _Prepared) else one
 
     def _adapt(
         self, batch: Sequence[_Prepared], *, keep_field: bool = False, snapshots: Sequence[int] = ()
     ) -> tuple[list[Answer], AdaptResult, Tensor]:
         """Return the answers, what they were read from, and the teacher's tokens (B, D)."""
-        seen = torch.stack([one.teacher_pixels for one in batch if one.teacher_pixels is not None])  # (B, 3, H, W)
+        seen = torch.stack([one.teacher_pixels for one in batch])  # (B, 3, H, W)
         tokens = teacher_tokens(self.teacher, seen)  # (B, D)
         targets = torch.stack([self._target(one, token) for one, token in zip(batch, tokens, strict=True)])  # (B, D)
-        images = torch.stack([one.student_pixels for one in batch if one.student_pixels is not None])  # (B, 3, S, S)
+        images = torch.stack([one.student_pixels for one in batch])  # (B, 3, S, S)
         grids = self._target_grids(batch) if self.adapt_config.distil != "cls" else None
         result = self.trainer.adapt(images, targets, grids=grids, keep_field=keep_field, snapshots=snapshots)
         answers = [self._one_answer(one, result, row, tokens[row]) for row, one in enumerate(batch)]
@@ -338,9 +341,11 @@ class Classifier:
         return tuple(Prediction(label=self.head.labels[index], probability=value) for index, value in pairs)
 
 
-def _bytes(one: _Prepared) -> int:
+def _bytes(one: _Prepared | Answer) -> int:
+    if isinstance(one, Answer):
+        return 0
     image = 4 * one.image.width * one.image.height if one.image is not None else 0
-    return image + sum(pixels.nbytes for pixels in (one.teacher_pixels, one.student_pixels) if pixels is not None)
+    return image + one.teacher_pixels.nbytes + one.student_pixels.nbytes
 
 
 def check_grid(teacher: Teacher) -> None:

@@ -13,7 +13,8 @@ import typer
 from apm.benchmarks.protocols import PROTOCOLS
 from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
-from apm.test_time.options import StudentOptions, settings_of
+from apm.settings import settings_of
+from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 
 from .data import (

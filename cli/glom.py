@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from apm.errors import UsageError, unknown
+from apm.errors import UsageError
+from apm.glom.config import GLOMConfig, GLOMTraining
 from apm.images.paths import printable
 
-from . import training as shared
 from .groups import Group
-from .options import Debug, MaxPixelsOfImage
+from .options import Debug, MaxPixelsOfImage, options_of
 from .progress import counted
-from .render import failure, notice, notice_if_slow, say
-from .training import FILES, TRAINING, TrainingProgress, check_training, train
+from .render import notice, notice_if_slow, say
+from .training import TRAINING, Out, Session, check_checkpoint, images_of, say_result, session_options, train
 
 NETWORK = "The network"
 
@@ -29,67 +29,18 @@ app = typer.Typer(
 
 
 @app.command("train")
+@options_of(GLOMConfig, "sizes", NETWORK)
+@options_of(GLOMTraining, "config", TRAINING)
+@session_options
 def train_(
     data: Annotated[
         Path,
         typer.Argument(help="Images in and below a folder, or Parquet files with a column image.", metavar="DATA"),
     ],
-    out: shared.Out,
-    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.", rich_help_panel=NETWORK)] = 64,
-    patch_size: Annotated[int, typer.Option(help="Side of a place in pixels.", rich_help_panel=NETWORK)] = 8,
-    dim: Annotated[int, typer.Option(help="Numbers of an embedding.", rich_help_panel=NETWORK)] = 128,
-    levels: Annotated[int, typer.Option(help="Levels of a column.", rich_help_panel=NETWORK)] = 5,
-    expansion: Annotated[
-        int, typer.Option(help="Hidden width of the nets, in units of --dim.", rich_help_panel=NETWORK)
-    ] = 4,
-    consensus: Annotated[
-        str,
-        typer.Option(help="Whom a place hears: all, others (hardly itself) or none.", rich_help_panel=NETWORK),
-    ] = "all",
-    radius: Annotated[
-        float | None,
-        typer.Option(help="Places farther apart do not hear each other. Default: all do.", rich_help_panel=NETWORK),
-    ] = None,
-    top_down: Annotated[
-        bool, typer.Option(help="Whether the level above is heard at all.", rich_help_panel=NETWORK)
-    ] = True,
-    steps: shared.Steps = 3000,
-    batch_size: Annotated[int, typer.Option(help="Images a step.", rich_help_panel=TRAINING)] = 32,
-    lr: shared.LearningRate = 1e-3,
-    warmup: shared.Warmup = 100,
-    weight_decay: shared.WeightDecay = 0.01,
-    settling: Annotated[
-        int | None,
-        typer.Option(help="Steps in which the columns settle. Default: twice the levels.", rich_help_panel=TRAINING),
-    ] = None,
-    hidden: Annotated[float, typer.Option(help="Share of the places that is hidden.", rich_help_panel=TRAINING)] = 0.5,
-    read_level: Annotated[
-        int, typer.Option(help="Level that pixels are read from; -1 the highest.", rich_help_panel=TRAINING)
-    ] = 0,
-    contrast_weight: Annotated[float, typer.Option(help="Weight of the contrast.", rich_help_panel=TRAINING)] = 0.1,
-    contrast_columns: Annotated[
-        int, typer.Option(help="Columns that are contrasted in a step.", rich_help_panel=TRAINING)
-    ] = 256,
-    temperature: Annotated[float, typer.Option(help="Temperature of the contrast.", rich_help_panel=TRAINING)] = 0.1,
-    agree: Annotated[
-        float,
-        typer.Option(help="Cosine from which on two places agree and do not repel.", rich_help_panel=TRAINING),
-    ] = 0.7,
-    held_out: shared.HeldOut = 0.05,
-    seed: Annotated[
-        int, typer.Option(help="Seed of weights, split, order, hidden places.", rich_help_panel=TRAINING)
-    ] = 0,
-    precision: Annotated[
-        str, typer.Option(help="Number format of the matrix products: auto, fp32 or bf16.", rich_help_panel=TRAINING)
-    ] = "auto",
-    device: shared.Device = "auto",
-    evaluate_every: shared.EvaluateEvery = 100,
-    save_every: shared.SaveEvery = 200,
-    cache: Annotated[
-        Path | None, typer.Option(help="Where the images are kept. Default: CKPT.cache.", rich_help_panel=FILES)
-    ] = None,
-    max_pixels: shared.MaxPixels = None,
-    quiet: shared.Quiet = False,
+    out: Out,
+    sizes: GLOMConfig,
+    config: GLOMTraining,
+    session: Session,
     debug: Debug = False,
 ) -> None:
     """Train GLOM: fill in hidden places of images, and tell each place from others by what is said of it. No labels.
@@ -99,81 +50,27 @@ def train_(
 
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
-    check_training(out, evaluate_every, save_every, max_pixels)
-    from typing import get_args
-
+    check_checkpoint(out)
+    config.check_level(sizes)
     from apm.classifier import pick_device
-    from apm.glom.model import GLOMConfig
     from apm.glom.training import NETWORK as KIND
-    from apm.glom.training import GLOMTrainer, GLOMTraining
-    from apm.images.load import MAX_PIXELS
-    from apm.pretrain.cache import build_cache
+    from apm.glom.training import GLOMTrainer
     from apm.pretrain.checkpoint import check_settings, read_network
     from apm.pretrain.images import open_images
-    from apm.student.config import Precision
 
-    if precision not in get_args(Precision):
-        raise unknown("precision", precision, get_args(Precision))
-    sizes = GLOMConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        dim=dim,
-        levels=levels,
-        expansion=expansion,
-        consensus=consensus,  # type: ignore[arg-type]
-        radius=radius,
-        top_down=top_down,
-    )
-    config = GLOMTraining(
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        settling=settling,
-        hidden=hidden,
-        read_level=read_level,
-        contrast_weight=contrast_weight,
-        contrast_columns=contrast_columns,
-        temperature=temperature,
-        agree=agree,
-        held_out=held_out,
-        seed=seed,
-    )
-    config.check_level(sizes)
-    place = pick_device(device)
+    place = pick_device(session.device)
     source = open_images(data)
+    known = {"data": source.fingerprint}
     if out.exists():  # told now, and not after many images are read
-        check_settings(out, read_network(out, KIND), sizes, {"data": source.fingerprint})
-    notice_if_slow(precision, place)
-    with TrainingProgress(len(source), "images", wanted=not quiet) as progress:
-        images = build_cache(
-            source,
-            None,
-            cache or out.with_name(out.name + ".cache"),
-            size=image_size,
-            max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
-            on_image=progress.image,
-        )
-    trainer = GLOMTrainer(
-        out,
-        images,
-        sizes,
-        config,
-        data={"data": source.fingerprint},
-        precision=precision,  # type: ignore[arg-type]
-        device=place,
+        check_settings(out, read_network(out, KIND), sizes, known)
+    notice_if_slow(session.precision, place)
+    images = images_of(source, out, session, size=sizes.image_size, wanted=not session.quiet)
+    trainer = GLOMTrainer(out, images, sizes, config, data=known, precision=session.precision, device=place)
+    train(trainer, {"denoising": "hidden places", "contrast": "contrast"}, session, wanted=not session.quiet)
+    say_result(
+        trainer,
+        "held out on {held_out:,}: mean squared error of hidden places {denoising:.5f}, contrast {contrast:.5f}",
     )
-    train(trainer, {"denoising": "hidden places", "contrast": "contrast"}, evaluate_every, save_every, wanted=not quiet)
-    for _, error in images.skipped:
-        failure(f"{error}: skipped")
-    errors, contrast = trainer.held_out_losses()
-    say(
-        f"{out}: {trainer.step:,} steps on {len(trainer.train):,} images; held out on {len(trainer.held_out):,}: mean "
-        f"squared error of hidden places {errors:.5f}, contrast {contrast:.5f}"
-    )
-    if images.skipped:
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from apm.test_time.options import StudentOptions, settings_of, text_type
+from apm.settings import settings_of, text_type
+from apm.test_time.options import StudentOptions
 
 DEBUG_KEY = "apm.debug"
 
@@ -47,38 +48,81 @@ def student_options(
         notes: what else is to be said of a setting's default.
     """
     other = defaults or {}
+    hints = typing.get_type_hints(StudentOptions)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        settings = {
-            name: one
-            for name, one in settings_of(StudentOptions).items()
-            if one.option and name not in signature.parameters
-        }
-        hints = typing.get_type_hints(StudentOptions)
+        taken = inspect.signature(command).parameters
+        settings = {n: one for n, one in settings_of(StudentOptions).items() if one.option and n not in taken}
         made = []
         for name, one in settings.items():
             default = other.get(name, one.default_words or getattr(StudentOptions, name))
             text = f"{prefix}{one.help} Default: {default}{(notes or {}).get(name, '')}."
             kind = text_type(hints[name]) if one.parse is None else str
-            annotation: Any = Annotated[kind | None, typer.Option(help=text, rich_help_panel=panel)]
-            made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+            made.append(_parameter(name, kind | None, None, text, panel))
 
-        @functools.wraps(command)
-        def run(**values: Any) -> None:
-            given = dict(other)
+        def given(values: dict[str, Any]) -> dict[str, Any]:
+            found = dict(other)
             for name, one in settings.items():
                 value = values.pop(name)
                 if value is not None:
-                    given[name] = value if one.parse is None else one.parse(value)
-            command(**values, student=given)
+                    found[name] = value if one.parse is None else one.parse(value)
+            return found
 
-        parameters = []
-        for parameter in signature.parameters.values():
-            new = made if parameter.name == "student" else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-            parameters.extend(new)
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return run
+        return _replaced(command, "student", made, given)
 
     return decorate
+
+
+def options_of(
+    kind: type, parameter: str, panel: str, *, spelled: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each setting of a dataclass in place of one of its parameters.
+
+    The command gets an instance of the dataclass.
+
+    Args:
+        kind: of the dataclass.
+        parameter: which one.
+        panel: of the help, for these options.
+        spelled: the option's text, by field, where it is not made of the field's name.
+    """
+    hints = typing.get_type_hints(kind)
+    settings = {name: one for name, one in settings_of(kind).items() if one.option}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        made = []
+        for name, one in settings.items():
+            default, hint = getattr(kind, name), text_type(hints[name])
+            text = f"{one.help} Default: {one.default_words}." if one.default_words else one.help
+            names = (spelled or {}).get(name, "").split()
+            made.append(_parameter(name, hint | None if default is None else hint, default, text, panel, *names))
+        return _replaced(command, parameter, made, lambda values: kind(**{name: values.pop(name) for name in settings}))
+
+    return decorate
+
+
+def _parameter(name: str, kind: Any, default: Any, text: str, panel: str, *spelled: str) -> inspect.Parameter:
+    option = typer.Option(*spelled, help=text, rich_help_panel=panel)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _replaced(
+    command: Callable[..., None],
+    parameter: str,
+    made: Sequence[inspect.Parameter],
+    gather: Callable[[dict[str, Any]], Any],
+) -> Callable[..., None]:
+    """Put parameters in the place of one of a command's; it is given what `gather` takes out of their values."""
+    signature = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        gathered = gather(values)
+        command(**values, **{parameter: gathered})
+
+    parameters: list[inspect.Parameter] = []
+    for one in signature.parameters.values():
+        parameters += made if one.name == parameter else [one.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run

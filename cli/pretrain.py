@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from apm.errors import unknown
+from apm.pretrain.config import PretrainConfig
+from apm.student.config import PRESETS
 
-from . import training as shared
-from .options import Debug
-from .render import failure, notice, notice_if_slow, say
-from .training import FILES, TRAINING, TrainingProgress, check_training, train
+from .options import Debug, options_of
+from .render import notice, notice_if_slow
+from .training import TRAINING, Out, Session, check_checkpoint, images_of, say_result, session_options, train
+
+if TYPE_CHECKING:
+    import torch
+
+    from apm.pretrain.cache import GridCache
+    from apm.student.config import APMConfig
 
 STUDENT = "The student"
 
 
+@options_of(PretrainConfig, "config", TRAINING)
+@session_options
 def pretrain(
     folder: Annotated[
         Path,
@@ -26,7 +37,9 @@ def pretrain(
     teacher_grid: Annotated[
         str, typer.Option(help="Teacher that gives the grids: any of `apm teachers`, or timm:NAME.", metavar="NAME")
     ],
-    out: shared.Out,
+    out: Out,
+    config: PretrainConfig,
+    session: Session,
     preset: Annotated[str, typer.Option(help="The student's size: paper or small.", rich_help_panel=STUDENT)] = "small",
     grid_size: Annotated[
         int | None,
@@ -36,30 +49,6 @@ def pretrain(
             show_default=False,
         ),
     ] = None,
-    steps: shared.Steps = 3000,
-    batch_size: Annotated[int, typer.Option(help="Images a step, over all processes.", rich_help_panel=TRAINING)] = 32,
-    lr: shared.LearningRate = 2e-3,
-    warmup: shared.Warmup = 100,
-    weight_decay: shared.WeightDecay = 0.01,
-    locations: Annotated[
-        int | None,
-        typer.Option(help="Random locations to train at in each step. Default: all.", rich_help_panel=TRAINING),
-    ] = None,
-    rgb_weight: Annotated[float, typer.Option(help="Weight of the colours' loss.", rich_help_panel=TRAINING)] = 1.0,
-    held_out: shared.HeldOut = 0.05,
-    seed: Annotated[int, typer.Option(help="Seed of weights, split and order.", rich_help_panel=TRAINING)] = 0,
-    precision: Annotated[
-        str, typer.Option(help="Number format of the middle layers: auto, fp32 or bf16.", rich_help_panel=TRAINING)
-    ] = "auto",
-    device: shared.Device = "auto",
-    evaluate_every: shared.EvaluateEvery = 100,
-    save_every: shared.SaveEvery = 200,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Where inputs and grids are kept. Default: CKPT.cache.", rich_help_panel=FILES),
-    ] = None,
-    max_pixels: shared.MaxPixels = None,
-    quiet: shared.Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train one student on a folder of images: its field against a teacher's grid, its colours against the image.
@@ -69,96 +58,68 @@ def pretrain(
 
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
-    check_training(out, evaluate_every, save_every, max_pixels)
-    from dataclasses import asdict
-    from typing import get_args
-
-    from apm.student.config import PRESETS, Precision
-
-    for kind, name, known in (("preset", preset, PRESETS), ("precision", precision, get_args(Precision))):
-        if name not in known:
-            raise unknown(kind, name, known)
-    from apm.pretrain.config import PretrainConfig
-    from apm.pretrain.images import open_images
-    from apm.processes import join, local_rank
-
-    config = PretrainConfig(
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        locations=locations,
-        rgb_weight=rgb_weight,
-        held_out=held_out,
-        seed=seed,
-    )
-    source = open_images(folder)
-    from apm.classifier import pick_device
-    from apm.images.load import MAX_PIXELS
-    from apm.pretrain.cache import build_cache
+    check_checkpoint(out)
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
     from apm.pretrain.checkpoint import check_settings, read_checkpoint
-    from apm.pretrain.trainer import Pretrainer
+    from apm.pretrain.images import open_images
     from apm.student.config import APMConfig
     from apm.teachers import load_grid_teacher
 
-    place = pick_device(device)
-    if place.type == "cuda" and place.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        place = pick_device(f"cuda:{local_rank()}")  # under torchrun: a GPU for each process
+    source = open_images(folder)
+    place = _place(session.device)
     teacher = load_grid_teacher(teacher_grid, device=place)
     student = APMConfig.preset(preset, dim=teacher.dim, readout="mean")
-    size = teacher.grid_size if grid_size is None else grid_size
-    data = {"data": source.fingerprint, "teacher": teacher.identity, "grid_size": size}
+    side = teacher.grid_size if grid_size is None else grid_size
+    data = {"data": source.fingerprint, "teacher": teacher.identity, "grid_size": side}
     if out.exists():  # told now, and not after the grids of many images
         check_settings(out, read_checkpoint(out), student, {**data, **asdict(config)})
+
+    def images(wanted: bool) -> GridCache:
+        size = student.image_size
+        return images_of(source, out, session, size=size, teacher=teacher, grid_size=side, wanted=wanted)
+
+    _train(images, out, student, config, session, data=data, place=place, notes=teacher.notes)
+
+
+def _train(
+    images: Callable[[bool], GridCache],
+    out: Path,
+    student: APMConfig,
+    config: PretrainConfig,
+    session: Session,
+    *,
+    data: dict[str, Any],
+    place: torch.device,
+    notes: Sequence[str],
+) -> None:
+    """Train in one process, or in each of several; the first of them talks."""
+    from apm.pretrain.trainer import Pretrainer
+    from apm.processes import join
+
     with join() as group:
-        talks = group.first and not quiet
+        talks = group.first and not session.quiet
         if group.first:
-            for note in teacher.notes:
+            for note in notes:
                 notice(note)
-            notice_if_slow(precision, place)
-
-        def cached(count: int, wanted: bool) -> Any:
-            with TrainingProgress(count, "grids", wanted=wanted) as progress:
-                return build_cache(
-                    source,
-                    teacher,
-                    cache or out.with_name(out.name + ".cache"),
-                    size=student.image_size,
-                    grid_size=size,
-                    max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
-                    on_image=progress.image,
-                )
-
-        # the first process computes the grids; the others find them there
-        if group.first:
-            images = cached(len(source), talks)
+            notice_if_slow(session.precision, place)
+            cache = images(talks)  # the first process computes the grids; the others find them there
         group.barrier()
         if not group.first:
-            images = cached(len(source), False)
-        trainer = Pretrainer(
-            out,
-            images,
-            student,
-            config,
-            data=data,
-            precision=precision,  # type: ignore[arg-type]
-            device=place,
-            processes=group,
-        )
-        names = {"grid": "grid", "rgb": "colours"}
-        train(trainer, names, evaluate_every, save_every, wanted=talks, speaks=group.first)
+            cache = images(False)
+        precision = session.precision
+        trainer = Pretrainer(out, cache, student, config, data=data, precision=precision, device=place, processes=group)
+        train(trainer, {"grid": "grid", "rgb": "colours"}, session, wanted=talks, speaks=group.first)
         if group.first:
-            for _, error in images.skipped:
-                failure(f"{error}: skipped")
-            _summary(trainer, out)
-        if images.skipped and group.first:
-            raise typer.Exit(1)
+            say_result(trainer, "held-out mean squared error on {held_out:,}: grid {grid:.5f}, colours {rgb:.5f}")
 
 
-def _summary(trainer: Any, out: Path) -> None:
-    grid, rgb = trainer.held_out_losses()
-    say(
-        f"{out}: {trainer.step:,} steps on {len(trainer.train):,} images; held-out mean squared error on "
-        f"{len(trainer.held_out):,}: grid {grid:.5f}, colours {rgb:.5f}"
-    )
+def _place(device: str) -> torch.device:
+    """Where to train; under torchrun a GPU for each process."""
+    from apm.classifier import pick_device
+    from apm.processes import local_rank
+
+    place = pick_device(device)
+    if place.type == "cuda" and place.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return pick_device(f"cuda:{local_rank()}")
+    return place

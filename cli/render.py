@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from apm.images.paths import printable
-from apm.test_time.options import StudentOptions, settings_of
+from apm.settings import settings_of
+from apm.test_time.options import StudentOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

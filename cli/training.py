@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,40 +13,65 @@ import typer
 
 from apm.errors import UsageError
 from apm.images.paths import printable
+from apm.settings import at_least, check_values, setting
+from apm.student.config import Precision
 
-from .render import notice, progress_line, progress_on_terminal
+from .options import options_of
+from .render import failure, notice, progress_line, progress_on_terminal, say
 
 if TYPE_CHECKING:
+    from apm.pretrain.cache import GridCache
+    from apm.pretrain.images import ImageSource
     from apm.pretrain.loop import Trainer
+    from apm.teachers.base import GridTeacher
 
 TRAINING, FILES = "Training", "Files"  # panels of the help
 
 Out = Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")]
-Steps = Annotated[int, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)]
-LearningRate = Annotated[float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=TRAINING)]
-Warmup = Annotated[int, typer.Option(help="Steps until the highest learning rate.", rich_help_panel=TRAINING)]
-WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=TRAINING)]
-HeldOut = Annotated[
-    float, typer.Option(help="Share of the images to measure on, never trained on.", rich_help_panel=TRAINING)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)]
-EvaluateEvery = Annotated[
-    int, typer.Option(help="Steps between measurements on held-out images.", rich_help_panel=FILES)
-]
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=FILES)]
-MaxPixels = Annotated[
-    int | None, typer.Option(help="Skip larger images (width × height). Default: 89478485.", rich_help_panel=FILES)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=FILES)]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """How a training goes about its work: none of it decides the weights, but for the precision.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    precision: Precision = setting(
+        "auto", "Number format of the large matrix products: auto, fp32 or bf16.", choices=typing.get_args(Precision)
+    )
+    device: str = setting("auto", "auto, cpu or cuda.")
+    evaluate_every: int = setting(100, "Steps between measurements on held-out images.", check=at_least(1))
+    save_every: int = setting(200, "Steps between checkpoints.", check=at_least(1))
+    cache: Path | None = setting(
+        None, "Where the images, and what is learned of them, are kept.", default_words="CKPT.cache"
+    )
+    max_pixels: int | None = setting(
+        None, "Skip larger images (width × height).", default_words="89478485", check=at_least(1)
+    )
+    quiet: bool = setting(False, "Show no progress.")
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        check_values(self, _flag)
+
+
+session_options = options_of(Session, "session", FILES, spelled={"quiet": "--quiet -q"})
+"""Gives a command the options of a `Session`, in place of its parameter ``session``."""
 
 _SAY_EVERY = 20.0  # seconds between lines where stderr is no terminal
 
 
-def check_training(out: Path, evaluate_every: int, save_every: int, max_pixels: int | None) -> None:
-    """Refuse, before anything is computed, what cannot work.
+def check_checkpoint(out: Path) -> None:
+    """Refuse, before anything is computed, what can be no checkpoint.
 
     Raises:
-        UsageError: `out` can be no checkpoint, or a number is too small.
+        UsageError: it is a folder, or its name says that it is something else.
     """
     if out.is_dir():
         raise UsageError(
@@ -52,44 +79,73 @@ def check_training(out: Path, evaluate_every: int, save_every: int, max_pixels: 
         )
     if out.suffix != ".safetensors":
         raise UsageError(f"{printable(out)}: a checkpoint's name ends in .safetensors.")
-    for name, value in (("--evaluate-every", evaluate_every), ("--save-every", save_every)):
-        if value < 1:
-            raise UsageError(f"{name} must be 1 or more, not {value}.")
-    if max_pixels is not None and max_pixels < 1:
-        raise UsageError(f"--max-pixels must be 1 or more, not {max_pixels}.")
+
+
+def images_of(
+    source: ImageSource,
+    out: Path,
+    session: Session,
+    *,
+    size: int,
+    teacher: GridTeacher | None = None,
+    grid_size: int | None = None,
+    wanted: bool,
+) -> GridCache:
+    """Compute what training needs of every image, or find it there; see `build_cache`. Says how far it is."""
+    from apm.images.load import MAX_PIXELS
+    from apm.pretrain.cache import build_cache
+
+    with TrainingProgress(len(source), "images" if teacher is None else "grids", wanted=wanted) as progress:
+        return build_cache(
+            source,
+            teacher,
+            session.cache or out.with_name(out.name + ".cache"),
+            size=size,
+            grid_size=grid_size,
+            max_pixels=session.max_pixels or MAX_PIXELS,
+            on_image=progress.image,
+        )
 
 
 def train(
-    trainer: Trainer,
-    names: Mapping[str, str],
-    evaluate_every: int,
-    save_every: int,
-    *,
-    wanted: bool = True,
-    speaks: bool = True,
+    trainer: Trainer, names: Mapping[str, str], session: Session, *, wanted: bool = True, speaks: bool = True
 ) -> None:
     """Train to the end, and say how far it is.
 
     Args:
         trainer: goes on from where its checkpoint is.
         names: its losses → what they are called; the first one is shown at every step.
-        evaluate_every: steps between measurements.
-        save_every: steps between checkpoints.
+        session: how often it measures and saves.
         wanted: False shows no progress.
         speaks: False says nothing of Ctrl-C: another process does.
     """
     if wanted and trainer.step > 0:
         state = "finished: nothing left to train" if trainer.finished else f"goes on from step {trainer.step:,}"
         notice(f"{printable(trainer.path)} {state}.")
+    steps, every = trainer.config.steps, session.evaluate_every
     try:
-        with TrainingProgress(
-            trainer.schedule.steps, "train", wanted=wanted, done=trainer.step, names=names
-        ) as progress:
-            trainer.run(evaluate_every=evaluate_every, save_every=save_every, on_step=progress.step)
+        with TrainingProgress(steps, "train", wanted=wanted, done=trainer.step, names=names) as progress:
+            trainer.run(evaluate_every=every, save_every=session.save_every, on_step=progress.step)
     except KeyboardInterrupt:
         if speaks:
             progress_line("interrupted; the same command goes on from the last checkpoint")
         raise typer.Exit(130) from None
+
+
+def say_result(trainer: Trainer, text: str) -> None:
+    """Say what was reached, and which images were skipped: exit code 1, then.
+
+    Args:
+        trainer: has made all its steps.
+        text: with the names of its held-out losses in braces, and ``held_out`` for the number of those images.
+    """
+    skipped = trainer.cache.skipped
+    for _, error in skipped:
+        failure(f"{error}: skipped")
+    reached = f"{trainer.path}: {trainer.step:,} steps on {len(trainer.train):,} images; "
+    say(reached + text.format(held_out=len(trainer.held_out), **trainer.held_out_losses()))
+    if skipped:
+        raise typer.Exit(1)
 
 
 class TrainingProgress:

@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -130,19 +130,8 @@ def write_field(
                 where = asked[part].numpy()
                 seen[where] = _bytes(colours[0].numpy())
                 shown[where] = palette(features[0].numpy())
-        shapes = {"features": (len(rows), student.config.dim), "colours": (len(rows), 3)}
-
-        def write(file: BinaryIO) -> None:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, values in (("rows", rows), ("cols", cols)):
-                    with archive.open(f"{name}.npy", "w") as member:
-                        np.lib.format.write_array(member, values.double().numpy())
-                for name, path in parts.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member, path.open("rb") as source:
-                        _header(member, shapes[name])
-                        shutil.copyfileobj(source, member, 1 << 20)
-
-        arrays = write_atomically(stem.with_name(stem.name + ".npz"), write)
+        wide = {"features": student.config.dim, "colours": 3}
+        arrays = _write_arrays(stem.with_name(stem.name + ".npz"), rows, cols, parts, wide)
     picture = stem.with_name(stem.name + ".png")
     if locations is None:
         _draw_field(student, image, seen.reshape(size, size, 3), shown.reshape(size, size, 3), picture, settings)
@@ -150,6 +139,23 @@ def write_field(
         back = np.argsort(asked.numpy())
         _draw_points(student, image, rows.numpy()[back], cols.numpy()[back], seen, shown, picture, settings)
     return arrays, picture
+
+
+def _write_arrays(path: Path, rows: Tensor, cols: Tensor, parts: dict[str, Path], wide: dict[str, int]) -> Path:
+    """Write an npz of locations (Q,), and of files that hold the float32 numbers (Q, ``wide``) of an array each."""
+
+    def write(file: BinaryIO) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, values in (("rows", rows), ("cols", cols)):
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, values.double().numpy())
+            for name, part in parts.items():
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), wide[name])}
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member, part.open("rb") as source:
+                    np.lib.format.write_array_header_1_0(member, header)
+                    shutil.copyfileobj(source, member, 1 << 20)
+
+    return write_atomically(path, write)
 
 
 def write_walk(
@@ -268,7 +274,3 @@ def _bytes(colours: NDArray[Any]) -> NDArray[np.uint8]:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _header(file: IO[bytes], shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})

@@ -51,22 +51,7 @@ def write_explanation(
     attention = None
     if classifier.student_config.readout == "query":
         attention = result.attention(*dense_locations(cells, size))[0].unflatten(-1, (size, size)).cpu()  # (heads, …)
-    config = classifier.adapt_config
-    settings = {
-        "image": printable(answer.path) if answer.path is not None else None,
-        "teacher": classifier.teacher.identity,
-        "labels": f"{len(head.labels)} ({classifier.label_source})",
-        "templates": len(head.templates),
-        "student": f"{classifier.student.preset}, {cells} × {cells} locations",
-        "distil": config.distil,
-        "rgb_weight": config.rgb_weight,
-        "steps": int(result.steps[0]),
-        "lr": config.lr,
-        "precision": result.precision,
-        "seed": config.seed,
-        "loss": float(f"{float(result.final_losses[0]):.4g}"),
-        "map": "softmax over all labels of logit scale × cosine of the feature at a place with each label's text",
-    }
+    settings = _settings(perception, classifier)
     stem = output_stem(answer.path) if answer.path is not None else "image"
     order = student.topk(min(classifier.top_k, len(student))).indices.tolist()
     picture = draw(
@@ -95,6 +80,27 @@ def write_explanation(
     if attention is not None:
         arrays["attention"] = attention.numpy()
     return picture, save_arrays(folder / f"{stem}.npz", **arrays)
+
+
+def _settings(perception: Perception, classifier: Classifier) -> dict[str, Any]:
+    """What was explained, with what; plain JSON values."""
+    head, result, path = classifier.head, perception.result, perception.answer.path
+    cells, config = classifier.student_config.grid, classifier.adapt_config
+    return {
+        "image": None if path is None else printable(path),
+        "teacher": classifier.teacher.identity,
+        "labels": f"{len(head.labels)} ({classifier.label_source})",
+        "templates": len(head.templates),
+        "student": f"{classifier.student.preset}, {cells} × {cells} locations",
+        "distil": config.distil,
+        "rgb_weight": config.rgb_weight,
+        "steps": int(result.steps[0]),
+        "lr": config.lr,
+        "precision": result.precision,
+        "seed": config.seed,
+        "loss": float(f"{float(result.final_losses[0]):.4g}"),
+        "map": "softmax over all labels of logit scale × cosine of the feature at a place with each label's text",
+    }
 
 
 def draw(
@@ -144,21 +150,25 @@ def draw(
     bar = figure.colorbar(shown, ax=drawn, location="bottom", shrink=0.4, aspect=40, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("probability of the label at the place", fontsize=7)
-    if attention is None:
-        cells["attention"].axis("off")
-    else:
-        values = np.asarray(attention)
-        _overlay(cells["attention"], square, values, float(values.max()), "viridis")
-        even = values * values.size  # an own scale alone would make much of nearly even attention
-        cells["attention"].set_title(
-            f"attention of the object query, mean of\nheads: {even.min():.2f} to {even.max():.2f} of an even share",
-            fontsize=8,
-        )
+    _attention(cells["attention"], square, attention)
     for cell in drawn:
         cell.set_xticks([])
         cell.set_yticks([])
     _bars(cells["answer"], ranking)
     return save(figure, path, settings=settings)
+
+
+def _attention(cell: Any, square: Image.Image, attention: ArrayLike | None) -> None:
+    if attention is None:
+        cell.axis("off")
+        return
+    values = np.asarray(attention)
+    _overlay(cell, square, values, float(values.max()), "viridis")
+    even = values * values.size  # an own scale alone would make much of nearly even attention
+    cell.set_title(
+        f"attention of the object query, mean of\nheads: {even.min():.2f} to {even.max():.2f} of an even share",
+        fontsize=8,
+    )
 
 
 def _overlay(cell: Any, square: Image.Image, values: NDArray[Any], top: float, colours: str) -> Any:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,54 +18,10 @@ from einops import rearrange
 from torch import Tensor, einsum, nn
 from torch.nn import functional as F
 
-from apm.errors import UsageError, unknown
+from apm.errors import UsageError
+from apm.glom.config import GLOMConfig
 
-Consensus = Literal["all", "others", "none"]
 OWN_PLACE = -0.0005  # likeness of a place with itself where consensus is of "others"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GLOMConfig:
-    """Sizes of GLOM, and which of its parts are there.
-
-    Raises:
-        UsageError: sizes that cannot go together; the message holds the values.
-    """
-
-    image_size: int = 64  # S, side of the square image, pixels
-    patch_size: int = 8  # P, side of a place, pixels
-    dim: int = 128  # D, numbers of an embedding
-    levels: int = 5  # L
-    expansion: int = 4  # hidden width of bottom-up and top-down nets, in units of D
-    consensus: Consensus = "all"  # "others": the own place hardly counts; "none": columns know nothing of each other
-    radius: float | None = None  # places farther apart than this, in places, do not hear each other; None: all do
-    top_down: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the sizes against one another."""
-        if min(self.image_size, self.patch_size, self.dim, self.levels, self.expansion) < 1:
-            raise UsageError(f"All sizes of GLOM must be 1 or more: {self}.")
-        if self.image_size % self.patch_size:
-            raise UsageError(f"Patches of {self.patch_size} pixels do not tile an image of {self.image_size} pixels.")
-        if self.consensus not in get_args(Consensus):
-            raise unknown("consensus", self.consensus, get_args(Consensus))
-        if self.radius is not None and not self.radius > 0:
-            raise UsageError(f"The radius of consensus must be above 0, or None for all places, not {self.radius}.")
-
-    @property
-    def grid(self) -> int:
-        """Places along one side of the image."""
-        return self.image_size // self.patch_size
-
-    @property
-    def places(self) -> int:
-        """N, the number of places and so of columns."""
-        return self.grid**2
-
-    @property
-    def steps(self) -> int:
-        """Steps in which what the lowest level sees goes up to the highest and comes back."""
-        return 2 * self.levels
 
 
 class Opinions(NamedTuple):

@@ -18,13 +18,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from apm.errors import UsageError
 from apm.images.files import write_atomically
 from apm.images.paths import printable
 from apm.student.config import APMConfig
-from apm.student.model import parameter_shapes
+from apm.student.model import APM, parameter_shapes
 
 _FORMAT = 1
 _NAMES = ("student", "glom")  # of all networks
@@ -43,15 +43,17 @@ class Network(Generic[Sizes]):
         command: what makes such checkpoints.
         sizes: the dataclass of its sizes, all of which have defaults.
         shapes: sizes → shape of every parameter by name.
+        draw: sizes and seed → the network, its first weights drawn.
     """
 
     name: str
     command: str
     sizes: type[Sizes]
     shapes: Callable[[Sizes], Mapping[str, tuple[int, ...]]]
+    draw: Callable[[Sizes, int], nn.Module]
 
 
-STUDENT = Network("student", "apm pretrain", APMConfig, parameter_shapes)
+STUDENT = Network("student", "apm pretrain", APMConfig, parameter_shapes, lambda sizes, seed: APM(sizes, seed=seed))
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+from apm.settings import at_least, check_values, not_negative, positive, setting, share_of
 
-from apm.errors import UsageError
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,22 +21,20 @@ class Schedule:
         UsageError: a value that cannot work.
     """
 
-    steps: int = 3000  # optimiser steps
-    batch_size: int = 32  # images a step, over all processes
-    lr: float = 2e-3  # of AdamW at its highest: it rises over `warmup` steps and falls along a cosine to zero
-    warmup: int = 100  # steps
-    weight_decay: float = 0.01  # of AdamW, on weights but not on biases
-    clip: float = 1.0  # largest norm of the gradient
-    held_out: float = 0.05  # share of the images that is never trained on
-    seed: int = 0  # of weights, split and order
+    steps: int = setting(3000, "Optimiser steps.", check=at_least(1))
+    batch_size: int = setting(32, "Images a step, over all processes.", check=at_least(1))
+    lr: float = setting(2e-3, "Highest learning rate of AdamW.", check=positive)
+    warmup: int = setting(100, "Steps until the highest learning rate.", check=at_least(0))
+    weight_decay: float = setting(0.01, "AdamW's weight decay, on weights but not on biases.", check=not_negative)
+    clip: float = setting(1.0, "Largest norm of the gradient.", check=positive, option=False)
+    held_out: float = setting(
+        0.05, "Share of the images to measure on, never trained on.", check=share_of("the images")
+    )
+    seed: int = setting(0, "Seed of weights, split and order.")
 
     def __post_init__(self) -> None:
         """Check each value."""
-        if self.steps < 1 or self.batch_size < 1 or self.warmup < 0:
-            raise UsageError(f"Steps and batch size must be 1 or more, warm-up 0 or more: {self}.")
-        self._check_numbers(positive=("lr", "clip"), not_negative=("weight_decay",))
-        if not 0 < self.held_out < 1:
-            raise UsageError(f"held_out is a share of the images, above 0 and below 1, not {self.held_out}.")
+        check_values(self)
 
     def learning_rate(self, step: int) -> float:
         """Rate of step 0, 1, ...: linear warm-up, then a cosine that would reach zero at step `steps`."""
@@ -45,12 +45,16 @@ class Schedule:
 
     def split(self, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the images to train on and of the held-out ones; at least one of each."""
+        import numpy as np
+
         order = np.random.default_rng([self.seed, 1]).permutation(images)
         count = min(max(1, round(self.held_out * images)), images - 1)
         return np.sort(order[count:]), np.sort(order[:count])
 
     def batch(self, train: NDArray[np.int64], step: int) -> NDArray[np.int64]:
         """Numbers of the images of one step: each pass over `train` in its own order, passes joined without gaps."""
+        import numpy as np
+
         size = min(self.batch_size, len(train))
         places = np.arange(step * size, (step + 1) * size)
         orders = {
@@ -58,14 +62,6 @@ class Schedule:
             for epoch in map(int, np.unique(places // len(train)))
         }
         return np.array([orders[int(place // len(train))][place % len(train)] for place in places])
-
-    def _check_numbers(self, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
-        for name in positive:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} must be a positive number, not {getattr(self, name)}.")
-        for name in not_negative:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} must be 0 or a positive number, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +72,15 @@ class PretrainConfig(Schedule):
         UsageError: a value that cannot work.
     """
 
-    locations: int | None = None  # drawn anew for each step and trained at; None: all of them
-    rgb_weight: float = 1.0  # of the colours' loss, beside 1 for the grid's
-
-    def __post_init__(self) -> None:
-        """Check each value."""
-        super().__post_init__()
-        if self.locations is not None and self.locations < 1:
-            raise UsageError(f"locations must be 1 or more, or None for all of them, not {self.locations}.")
-        self._check_numbers(not_negative=("rgb_weight",))
+    locations: int | None = setting(
+        None, "Random locations to train at in each step.", default_words="all", check=at_least(1)
+    )
+    rgb_weight: float = setting(1.0, "Weight of the colours' loss, beside 1 for the grid's.", check=not_negative)
 
     def places(self, cells: int, step: int) -> NDArray[np.int64]:
         """Numbers of the grid's cells that one step trains at, the same for all its images; in reading order."""
+        import numpy as np
+
         if self.locations is None or self.locations >= cells:
             return np.arange(cells)
         return np.sort(np.random.default_rng([self.seed, 3, step]).choice(cells, self.locations, replace=False))

@@ -7,22 +7,26 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, get_args
 
 import filelock
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
-from apm.errors import ApmError, UsageError
+from apm.errors import ApmError, UsageError, unknown
 from apm.images.files import write_atomically
 from apm.images.paths import printable
-from apm.pretrain.checkpoint import Checkpoint
+from apm.pretrain.cache import GridCache
+from apm.pretrain.checkpoint import Checkpoint, Network, check_settings, read_network, write_checkpoint
 from apm.pretrain.config import Schedule
+from apm.student.config import Precision
+from apm.student.matmul import measured_precision
 
 
 class Processes(Protocol):
@@ -53,60 +57,105 @@ ALONE = _Alone()
 
 
 class Trainer(ABC):
-    """A network, its optimiser and its checkpoint. What it learns from, a subclass says.
+    """A network, its optimiser, and the images in a cache; trains from wherever the checkpoint at `path` is.
+
+    A subclass says which network, what it learns from the images, and what is measured on those held out.
 
     Attributes:
         path: the checkpoint.
-        model: the network.
+        log: file beside it with one JSON line a measurement: the curves.
+        model: the network; its ``config`` holds its sizes.
+        config: how it is trained.
+        settings: all that decides the weights, beside the sizes: plain JSON values.
+        precision: ``fp32`` or ``bf16``, what ``auto`` chose.
+        train, held_out: numbers of the images in the cache.
         step: optimiser steps made.
-        log: file beside the checkpoint with one JSON line a measurement: the curves.
     """
 
-    model: nn.Module
+    network: ClassVar[Network[Any]]
+    model: Any
 
     def __init__(
-        self, path: str | os.PathLike[str], model: nn.Module, config: Schedule, *, processes: Processes = ALONE
+        self,
+        path: str | os.PathLike[str],
+        cache: GridCache,
+        sizes: Any,
+        config: Any,
+        *,
+        data: Mapping[str, Any],
+        precision: Precision = "auto",
+        device: str | torch.device = "cpu",
+        processes: Processes = ALONE,
     ) -> None:
-        self.path, self.model, self.schedule, self.processes = Path(path), model, config, processes
+        """Draw the network, or take it up from the checkpoint.
+
+        Args:
+            path: checkpoint file; need not exist.
+            cache: the images, and what is to be learned of them.
+            sizes: of the network.
+            config: how to train.
+            data: what identifies the images and what is learned, plain JSON values; part of the settings.
+            precision: of the large matrix products; ``auto``: the checkpoint's, else what is faster here.
+            device: where to train.
+            processes: those that share each batch.
+
+        Raises:
+            UsageError: the checkpoint is damaged, or was made with other settings (each is named); sizes, images and
+                settings do not go together.
+        """
+        if precision not in get_args(Precision):
+            raise unknown("precision", precision, get_args(Precision))
+        self.path, self.cache, self.config, self.processes = Path(path), cache, config, processes
         self.log = self.path.with_name(self.path.name + ".log.jsonl")
+        self.device = torch.device(device)
+        self.check(sizes)
+        self.model = self.network.draw(sizes, config.seed).to(self.device)
+        self.optimiser = _optimiser(self.model, config)
         self.step = 0
-        named = list(model.named_parameters())
-        decayed = [p for name, p in named if p.ndim > 1 and "bias" not in name]
-        others = [p for name, p in named if p.ndim <= 1 or "bias" in name]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.lr,
-        )
+        self.train, self.held_out = config.split(len(cache.names))
+        checkpoint = read_network(self.path, self.network) if self.path.exists() else None
+        chosen: Any = precision
+        if precision == "auto":  # as it was begun, if it was: a busy machine may measure otherwise the next time
+            chosen = checkpoint.settings.get("precision") if checkpoint else measured_precision(self.device)
+        self.precision = str(processes.broadcast(chosen))
+        self.settings = {**data, **asdict(config), "precision": self.precision, "images": len(cache.names)}
+        if checkpoint is None:
+            self.begin()
+        else:
+            check_settings(self.path, checkpoint, sizes, self.settings)
+            self._restore(checkpoint)
+
+    def check(self, sizes: Any) -> None:  # noqa: B027  (some have nothing to refuse)
+        """Refuse sizes that do not go with the images or the settings, by a `UsageError`."""
+
+    def begin(self) -> None:  # noqa: B027  (most stay as drawn)
+        """Change the first weights, where they are not to stay as drawn."""
 
     @abstractmethod
-    def _gradients(self) -> dict[str, float]:
+    def gradients(self) -> dict[str, float]:
         """Set the gradients of the next step; returns the losses before it."""
 
     @abstractmethod
-    def _held_out(self) -> dict[str, float]:
-        """Measure the held-out images."""
-
-    @abstractmethod
-    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Write the checkpoint."""
+    def held_out_losses(self) -> dict[str, float]:
+        """Measure the held-out images, in float32: the same losses."""
 
     @property
     def finished(self) -> bool:
         """Whether all steps are made."""
-        return self.step >= self.schedule.steps
+        return self.step >= self.config.steps
 
     def advance(self) -> dict[str, float]:
         """Make one step; returns what it measured: losses before the update, gradient norm, learning rate."""
         self.optimiser.zero_grad()
-        losses = self._gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
-        rate = self.schedule.learning_rate(self.step)
+        losses = self.gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        rate = self.config.learning_rate(self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         if not math.isfinite(sum(losses.values()) + norm.item()):
             raise ApmError(
                 f"Step {self.step + 1}: the loss or its gradient is not finite. Try a learning rate below "
-                f"{self.schedule.lr:g}."
+                f"{self.config.lr:g}."
             )
         self.optimiser.step()
         self.step += 1
@@ -157,7 +206,9 @@ class Trainer(ABC):
             for name, parameter in self.model.named_parameters()
             for kind in (() if self.finished else ("exp_avg", "exp_avg_sq"))
         }
-        self._write(dict(self.model.state_dict()), moments)
+        weights = dict(self.model.state_dict())
+        checkpoint = Checkpoint(self.model.config, self.settings, self.step, weights, moments, self.network.name)
+        write_checkpoint(self.path, checkpoint)
 
     def _measure(
         self, recent: list[dict[str, float]], seconds: float, on_step: Callable[[int, dict[str, float]], None]
@@ -165,7 +216,7 @@ class Trainer(ABC):
         if self.processes.rank:
             return
         means = {key: float(np.mean([one[key] for one in recent])) for key in (recent[0] if recent else ())}
-        row = {**means, **self._held_out()}
+        row = {**means, **{f"held_out_{name}": loss for name, loss in self.held_out_losses().items()}}
         line = json.dumps({"step": self.step, **row, "seconds": round(seconds, 3)}) + "\n"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:
@@ -206,6 +257,23 @@ class Trainer(ABC):
                 yield
         except filelock.Timeout:
             raise UsageError(f"Another process is training {printable(self.path)}.") from None
+
+
+def _optimiser(model: nn.Module, config: Schedule) -> torch.optim.AdamW:
+    """AdamW, whose weight decay leaves biases and other vectors alone."""
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.ndim > 1 and "bias" not in name]
+    others = [p for name, p in named if p.ndim <= 1 or "bias" in name]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr,
+    )
+
+
+def parts(numbers: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    """Cut into parts of `size`; the last one may be smaller."""
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:

@@ -7,10 +7,7 @@ the student's own locations; G is the teacher's grid resampled to them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, get_args
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,77 +15,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from apm.errors import UsageError, unknown
+from apm.errors import UsageError
 from apm.images.load import IMAGENET_MEAN, IMAGENET_STD
-from apm.pretrain.cache import GridCache
-from apm.pretrain.checkpoint import Checkpoint, check_settings, read_checkpoint, write_checkpoint
+from apm.pretrain.checkpoint import STUDENT
 from apm.pretrain.config import PretrainConfig
-from apm.pretrain.loop import ALONE, Processes, Trainer
+from apm.pretrain.loop import Trainer, parts
 from apm.pretrain.student import answer
-from apm.student.config import APMConfig, Precision
+from apm.student.config import APMConfig
 from apm.student.field import resample
-from apm.student.matmul import measured_precision
 from apm.student.model import APM
 from apm.student.position import grid_locations, position_code
 
 
 class Pretrainer(Trainer):
-    """One student, its optimiser, and the images in a cache; trains from wherever the checkpoint at `path` is.
+    """One student, trained against the grids in a cache."""
 
-    Attributes, beside those of `Trainer`:
-        train, held_out: numbers of the images in the cache.
-        precision: ``fp32`` or ``bf16``, what ``auto`` chose.
-    """
-
+    network = STUDENT
     model: APM
+    config: PretrainConfig
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        cache: GridCache,
-        student: APMConfig,
-        config: PretrainConfig,
-        *,
-        data: Mapping[str, Any],
-        precision: Precision = "auto",
-        device: str | torch.device = "cpu",
-        processes: Processes = ALONE,
-    ) -> None:
-        """Draw the student, or take it up from the checkpoint.
+    def check(self, sizes: APMConfig) -> None:
+        """Refuse a student that is not as wide as the teacher's grid."""
+        width = self.cache.grids.shape[-1]
+        if width != sizes.dim:
+            raise UsageError(f"The teacher's grid is {width} wide and the student's dim {sizes.dim}.")
 
-        Args:
-            path: checkpoint file; need not exist.
-            cache: inputs and targets of all images.
-            student: sizes.
-            config: how to train.
-            data: what identifies images and teacher, plain JSON values; part of the settings.
-            precision: of the two middle layers; ``auto``: the checkpoint's, else what is faster here.
-            device: where to train.
-            processes: those that share each batch.
-
-        Raises:
-            UsageError: the checkpoint is damaged, or was made with other settings (each is named).
-        """
-        if precision not in get_args(Precision):
-            raise unknown("precision", precision, get_args(Precision))
-        if cache.grids.shape[-1] != student.dim:
-            raise UsageError(f"The teacher's grid is {cache.grids.shape[-1]} wide and the student's dim {student.dim}.")
-        self.device = torch.device(device)
-        super().__init__(path, APM(student, seed=config.seed).to(self.device), config, processes=processes)
-        self.cache, self.config = cache, config
-        checkpoint = read_checkpoint(self.path) if self.path.exists() else None
-        chosen: Any = precision
-        if precision == "auto":  # as it was begun, if it was: a busy machine may measure otherwise the next time
-            chosen = checkpoint.settings.get("precision") if checkpoint else measured_precision(self.device)
-        self.precision = str(processes.broadcast(chosen))
-        self.train, self.held_out = config.split(len(cache.names))
-        self.settings = {**data, **asdict(config), "precision": self.precision, "images": len(cache.names)}
-        self._positions = position_code(*grid_locations(student.grid), student.position_dim).to(self.device)
-        if checkpoint is not None:
-            check_settings(self.path, checkpoint, student, self.settings)
-            self._restore(checkpoint)
-        else:
-            self._start_from_means()
+    @cached_property
+    def _positions(self) -> Tensor:
+        """Position codes (N, P) of the student's own locations."""
+        sizes = self.model.config
+        return position_code(*grid_locations(sizes.grid), sizes.position_dim).to(self.device)
 
     def losses(
         self, numbers: NDArray[np.int64], places: NDArray[np.int64] | None = None, *, precision: str = "fp32"
@@ -105,13 +61,14 @@ class Pretrainer(Trainer):
         return (features - grids).square().mean((1, 2)), (seen - colours).square().mean((1, 2))
 
     @torch.no_grad()
-    def held_out_losses(self) -> tuple[float, float]:
+    def held_out_losses(self) -> dict[str, float]:
         """Mean squared errors of grid and colours over the held-out images, in float32."""
-        parts = [self.losses(part) for part in _parts(self.held_out, self.config.batch_size)]
-        grid, rgb = (torch.cat(kind).mean().item() for kind in zip(*parts, strict=True))
-        return grid, rgb
+        found = [self.losses(part) for part in parts(self.held_out, self.config.batch_size)]
+        grid, rgb = (torch.cat(kind).mean().item() for kind in zip(*found, strict=True))
+        return {"grid": grid, "rgb": rgb}
 
-    def _gradients(self) -> dict[str, float]:
+    def gradients(self) -> dict[str, float]:
+        """Of this process's part of the batch, summed over the processes; see `Trainer`."""
         numbers = self.config.batch(self.train, self.step)
         mine = numbers[self.processes.rank :: self.processes.world]
         sums = torch.zeros(2, device=self.device)
@@ -125,20 +82,13 @@ class Pretrainer(Trainer):
         grid_loss, rgb_loss = (sums / len(numbers)).tolist()
         return {"grid": grid_loss, "rgb": rgb_loss}
 
-    def _held_out(self) -> dict[str, float]:
-        grid, rgb = self.held_out_losses()
-        return {"held_out_grid": grid, "held_out_rgb": rgb}
-
-    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        write_checkpoint(self.path, Checkpoint(self.model.config, self.settings, self.step, weights, moments))
-
-    def _start_from_means(self) -> None:
+    def begin(self) -> None:
         """Let the outputs begin at the training images' mean feature and colour.
 
         The colours end in a ReLU: one whose drawn bias is negative, which is one in two, would be dead for ever.
         """
         features, colours = np.zeros(self.model.config.dim), np.zeros(3)
-        for part in _parts(self.train, 256):
+        for part in parts(self.train, 256):
             features += self.cache.grids[part].mean((1, 2), dtype=np.float64).sum(0)
             colours += self.cache.images[part].mean((1, 2), dtype=np.float64).sum(0) / 255
         with torch.no_grad():
@@ -168,8 +118,3 @@ def pooled_colours(images: Tensor, patch_size: int) -> Tensor:
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pooled = functional.avg_pool2d(images, patch_size) * std + mean
     return pooled.flatten(2).mT.clamp(0, 1)
-
-
-def _parts(numbers: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]

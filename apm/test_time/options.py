@@ -7,14 +7,12 @@ A field of `StudentOptions` with a `setting` is an option of ``apm classify`` an
 # No `from __future__ import annotations`: the options of commands are made from the fields' types.
 
 import dataclasses
-import math
-import types
 import typing
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from apm.errors import UsageError, unknown
+from apm.errors import UsageError
+from apm.settings import at_least, check_values, not_negative, positive, setting, settings_of
 from apm.student.config import PRESETS, APMConfig, Distil, Loss, Precision, Readout
 from apm.test_time.queries import AUTO, check_queries, locations_a_step, parse_queries
 
@@ -22,62 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from apm.test_time.targets import TargetPolicy
-
-Check = Callable[[str, Any], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is to be known of a field beside its type and default."""
-
-    help: str
-    default_words: str | None = None
-    """The default in words, where the field's own says too little."""
-    choices: Sequence[str] = ()
-    """The words allowed; none: any value that `check` lets pass."""
-    check: Check | None = None
-    """Raises a `UsageError` for the field's name and a value that cannot work. None is never checked."""
-    parse: Callable[[str], Any] | None = None
-    """Reads the value from text, where its type does not say how."""
-    option: bool = True
-    """Whether commands have an option of it; else it is set by ``apm:name=value`` or in Python only."""
-
-
-def setting(default: Any, text: str, **details: Any) -> Any:
-    """Make a field with a default and a help text; `details` are the other attributes of `Setting`."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(help=text, **details)})
-
-
-def settings_of(kind: type) -> dict[str, Setting]:
-    """The settings that a dataclass declares, by field, in order."""
-    return {field.name: field.metadata["setting"] for field in dataclasses.fields(kind)}
-
-
-def text_type(hint: Any) -> Any:
-    """The type that a value of a field is read from text as: a Literal's words are str, and None is left out."""
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    first = next(kind for kind in kinds if kind is not type(None))
-    return str if typing.get_origin(first) is typing.Literal else first
-
-
-def at_least(minimum: int, because: str = "") -> Check:
-    """Refuse smaller numbers."""
-
-    def check(name: str, value: int) -> None:
-        if value < minimum:
-            raise UsageError(f"{name} must be {minimum} or more, not {value}{because}.")
-
-    return check
-
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"{name} must be a positive number, not {value}.")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise UsageError(f"{name} must be 0 or a positive number, not {value}.")
 
 
 def _queries(_: str, value: int | str) -> None:
@@ -97,7 +39,7 @@ class TrainingOptions:
         "Optimisation steps for each image.",
         check=at_least(1, ": an untrained student is useless"),
     )
-    lr: float = setting(1e-4, "Adam's learning rate.", check=_positive)
+    lr: float = setting(1e-4, "Adam's learning rate.", check=positive)
     distil: Distil = setting(
         "cls",
         "What the loss compares: cls (the --target token), grid (the teacher's patch features) or both.",
@@ -105,7 +47,7 @@ class TrainingOptions:
     )
     # Modi & Rawat 2024: 0 in test-time training. The colour head ends in a ReLU, which the first draw may shut for a
     # channel: that channel then stays black, without a gradient.
-    rgb_weight: float = setting(0.0, "Weight of an added loss towards the image's own colours.", check=_not_negative)
+    rgb_weight: float = setting(0.0, "Weight of an added loss towards the image's own colours.", check=not_negative)
     precision: Precision = setting(
         "auto",  # bf16 where it is measured to be clearly faster
         "Number format of the matrix products: auto, fp32 or bf16.",
@@ -116,20 +58,13 @@ class TrainingOptions:
     tolerance: float | None = setting(
         None,
         "Stop an image early, once its loss (no label is involved) is at or below this.",
-        check=_positive,
+        check=positive,
         option=False,
     )
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name, one in settings_of(type(self)).items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if one.choices and value not in one.choices:
-                raise unknown(name, value, one.choices)
-            if one.check is not None:
-                one.check(name, value)
+        check_values(self)
         if self.distil == "grid" and self.loss != "mse":
             raise UsageError(
                 f'loss="{self.loss}" is of the token, which has no loss with distil="grid": use distil="both".'
@@ -143,6 +78,40 @@ class AdaptConfig(TrainingOptions):
     queries: int | None = setting(
         None, "Locations read at each step, drawn afresh: an approximation; None: all.", check=at_least(1), option=False
     )
+
+
+def _cosine(name: str, value: float) -> None:
+    if not -1 <= value <= 1:
+        raise UsageError(f"{name} is a cosine, from -1 to 1, not {value}.")
+
+
+def _parts(name: str, value: int) -> None:
+    if not 2 <= value <= 20:
+        raise UsageError(f"{name} must be from 2 to 20, not {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IslandOptions:
+    """How a student's field is watched while it forms, and its islands measured.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    steps: int = setting(150, "Optimisation steps.", check=at_least(1))
+    preset: str = setting("small", "Size of the student: small (16 × 16) or paper (32 × 32).", choices=PRESETS)
+    lr: float = setting(1e-4, "Learning rate for the token.", check=positive)
+    grid_lr: float = setting(1e-3, "Learning rate for the grid, which is harder to fit.", check=positive)
+    grid_size: int | None = setting(
+        None, "Side, in pixels, at which the teacher's grid is made.", default_words="the teacher's", check=at_least(1)
+    )
+    threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=_cosine)
+    parts: int = setting(12, "Number of clusters and of superpixels.", check=_parts)
+    seed: int = setting(0, "Seed of first weights, random targets, order of patches, t-SNE.", check=at_least(0))
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,9 @@
 No function here takes a label, and nothing learned on one image is there when the next one comes.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import logging
 import math
 import time
@@ -53,6 +56,25 @@ class AdaptResult:
     def attention(self, rows: Tensor | Sequence[float], cols: Tensor | Sequence[float]) -> Tensor:
         """Attention (B, heads, Q) that the object query pays to Q locations, in grid cells; sums to 1 over these."""
         return self._kept().attention(*_coordinates(rows, cols)).to(self.tokens.device)
+
+    @classmethod
+    def join(cls, parts: Sequence[AdaptResult], device: torch.device) -> AdaptResult:
+        """Make one result, on a device, of those of several batches."""
+        first = parts[0]
+        values = {one.name: getattr(first, one.name) for one in dataclasses.fields(cls)}
+        tensors = {
+            name: torch.cat([getattr(part, name) for part in parts]).to(device)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(
+            first,
+            **tensors,
+            fields={step: torch.cat([part.fields[step] for part in parts]).to(device) for step in first.fields},
+            folded=SavedField.join([part.folded for part in parts if part.folded is not None])
+            if first.folded
+            else None,
+        )
 
     def _kept(self) -> SavedField:
         if self.folded is None:
@@ -150,7 +172,7 @@ class TestTimeTrainer:
         """
         self._check(images, targets, grids, snapshots)
         began = time.perf_counter()
-        parts: list[BatchResult] = []
+        parts: list[AdaptResult] = []
         start = 0
         while start < len(images):
             size = min(self._batch_size(), len(images) - start)
@@ -167,7 +189,11 @@ class TestTimeTrainer:
                     raise
             # outside of the except block: the error's traceback would keep alive what did not fit
             self._halve_batch(size)
-        return self._result(parts, targets.device, began)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that `seconds` holds the work and not only its launch
+        joined = AdaptResult.join(parts, targets.device)
+        joined.seconds = time.perf_counter() - began
+        return joined
 
     def _check(self, images: Tensor, targets: Tensor, grids: Tensor | None, snapshots: Sequence[int]) -> None:
         side = self.model.image_size
@@ -250,7 +276,7 @@ class TestTimeTrainer:
         keep_field: bool,
         record_tokens: bool,
         snapshots: Sequence[int],
-    ) -> "BatchResult":
+    ) -> AdaptResult:
         size = len(images)
         engine = self._engine_for(size)
         spare = engine.batch - size
@@ -266,7 +292,7 @@ class TestTimeTrainer:
         fields = {step: history.fields[step][:size] for step in sorted(history.fields)}
         for values in (tokens, losses, cosines, *fields.values(), *([folded.columns] if folded else [])):
             values[~finite] = math.nan  # what is flagged cannot be mistaken for an answer
-        return BatchResult(
+        return AdaptResult(
             tokens=tokens,
             losses=history.losses[:size],
             cosines=history.cosines[:size],
@@ -277,45 +303,9 @@ class TestTimeTrainer:
             step_tokens=None if history.tokens is None else history.tokens[:size],
             fields=fields,
             folded=folded,
-        )
-
-    def _result(self, parts: "list[BatchResult]", device: torch.device, began: float) -> AdaptResult:
-        def join(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in parts]).to(device)
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # so that `seconds` holds the work and not only its launch
-        kept = [part.folded for part in parts if part.folded is not None]
-        return AdaptResult(
-            tokens=join("tokens"),
-            losses=join("losses"),
-            cosines=join("cosines"),
-            final_losses=join("final_losses"),
-            final_cosines=join("final_cosines"),
-            steps=join("steps"),
-            finite=join("finite"),
-            step_tokens=join("step_tokens") if parts[0].step_tokens is not None else None,
-            fields={step: torch.cat([part.fields[step] for part in parts]).to(device) for step in parts[0].fields},
-            folded=SavedField.join(kept) if kept else None,
+            seconds=0.0,  # of all batches, once they are joined
             precision=self.precision,
-            seconds=time.perf_counter() - began,
         )
-
-
-@dataclass
-class BatchResult:
-    """What came of one batch of the engine; named and shaped as in `AdaptResult`."""
-
-    tokens: Tensor
-    losses: Tensor
-    cosines: Tensor
-    final_losses: Tensor
-    final_cosines: Tensor
-    steps: Tensor
-    finite: Tensor
-    step_tokens: Tensor | None
-    fields: dict[int, Tensor]
-    folded: SavedField | None
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from apm.classifier import check_grid
+from apm.settings import settings_of
 from apm.student.field import resample
-from apm.test_time.options import StudentOptions, settings_of
+from apm.test_time.options import StudentOptions
 from apm.test_time.targets import aggregate
 from apm.test_time.trainer import TestTimeTrainer
 

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from apm.errors import UsageError, unknown
+from apm.settings import Setting, text_type
 from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
-from apm.test_time.options import Setting, StudentOptions, text_type
+from apm.test_time.options import StudentOptions
 from apm.test_time.views import MIN_AREA, check, view_tokens
 from apm.test_time.views import views as make_views
 

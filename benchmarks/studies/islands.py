@@ -26,12 +26,12 @@ from apm.student import islands
 from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
+from apm.test_time.island_fields import PATCHES, Subject, measures, prepare, root_mean_square, trainers, watch_all
 from apm.test_time.label_maps import LR, STEPS
 from apm.test_time.options import AdaptConfig
 from apm.test_time.trainer import TestTimeTrainer
 
 from ..datasets import open_dataset
-from .island_fields import PATCHES, Subject, measures, prepare, root_mean_square, trainers, watch_all
 from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
 
 TARGETS = ("cls", "grid")

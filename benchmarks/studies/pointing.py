@@ -23,6 +23,7 @@ from apm.images.load import load_image
 from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
+from apm.test_time.island_fields import square_of
 from apm.test_time.label_maps import LR, STEPS, peak
 from apm.test_time.options import AdaptConfig
 from apm.text.zeroshot import ZeroShotHead
@@ -30,7 +31,6 @@ from apm.text.zeroshot import ZeroShotHead
 from ..datasets import open_dataset
 from ..tables.stats import mcnemar, standard_error
 from .composites import Composite, Mapper, composites, paste
-from .island_fields import square_of
 from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
 
 SOURCES = {

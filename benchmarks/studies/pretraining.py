@@ -30,7 +30,7 @@ from apm.images.load import central_square, load_image
 from apm.pretrain.cache import GridCache, build_cache
 from apm.pretrain.config import PretrainConfig
 from apm.pretrain.images import open_images
-from apm.pretrain.loop import read_log
+from apm.pretrain.loop import parts, read_log
 from apm.pretrain.student import Student
 from apm.pretrain.trainer import pooled_colours
 from apm.student.field import resample
@@ -68,7 +68,7 @@ def compare(student: Student, cache: GridCache, config: PretrainConfig) -> dict[
     rows: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     cosines: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     colours: dict[str, list[Tensor]] = {"mean": [], "nearest_column": [], "student": []}
-    for part in _parts(held_out):
+    for part in parts(held_out, _BATCH):
         wanted, found, seen, guessed = predict(part)
         for name, guess in found.items():
             rows[name].append((guess - wanted).square().mean((1, 2)))
@@ -111,9 +111,9 @@ def _predictors(
         return student.columns(images), pooled.flatten(1), pooled
 
     train_columns, train_pixels, train_colours = (
-        torch.cat(parts) for parts in zip(*(described(part) for part in _parts(train)), strict=True)
+        torch.cat(found) for found in zip(*(described(part) for part in parts(train, _BATCH)), strict=True)
     )
-    per_location = sum(targets(part).sum(0) for part in _parts(train)) / len(train)  # (N, D)
+    per_location = sum(targets(part).sum(0) for part in parts(train, _BATCH)) / len(train)  # (N, D)
     assert isinstance(per_location, Tensor)
     from_pixels, from_column = _linear(train_pixels, cache, train), _linear(train_columns, cache, train)
 
@@ -174,10 +174,6 @@ def _linear(inputs: Tensor, cache: GridCache, train: NDArray[np.int64]) -> Calla
 
 def _summary(errors: Tensor) -> dict[str, float]:
     return {"mse": errors.mean().item(), "stderr": errors.std().item() / math.sqrt(len(errors))}
-
-
-def _parts(numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    return [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
 
 
 def table(record: Record) -> str:

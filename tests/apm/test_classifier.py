@@ -17,9 +17,10 @@ import apm
 from apm import classifier as module
 from apm.errors import ImageError, TeacherError, UsageError
 from apm.images.load import load_image
+from apm.settings import settings_of
 from apm.student.field import resample
 from apm.student.position import grid_locations
-from apm.test_time.options import StudentOptions, settings_of
+from apm.test_time.options import StudentOptions
 from apm.test_time.queries import FEWER, locations_a_step
 from apm.test_time.targets import TARGETS, aggregate
 from apm.test_time.views import pixels_id, views

@@ -81,9 +81,9 @@ def test_one_image_alone_without_controls_as_svg(picture: Path, tmp_path: Path) 
     [
         (["--snapshots", "0,x"], '"0,x"'),
         (["--snapshots", "0,999"], "from 0 to --steps, which is 150"),
-        (["--steps", "0"], "--steps is 0"),
-        (["--threshold", "2"], "--threshold is 2"),
-        (["--parts", "1"], "--parts is 1"),
+        (["--steps", "0"], "steps must be 1 or more, not 0"),
+        (["--threshold", "2"], "threshold is a cosine, from -1 to 1, not 2"),
+        (["--parts", "1"], "parts must be from 2 to 20, not 1"),
         (["--format", "bmp"], '"bmp"'),
     ],
 )

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from apm.figures.glom import _laid_out, level_colours, watch, write_show
+from apm.glom.config import GLOMConfig
 from apm.glom.islands import island_labels, parse_tree
-from apm.glom.model import GLOM, GLOMConfig
+from apm.glom.model import GLOM
 from apm.images.load import student_input
 from tests.apm.glom.test_islands import FACE
 from tests.pretraining import picture

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from apm.errors import UsageError
-from apm.glom.model import GLOM, GLOMConfig
+from apm.glom.config import GLOMConfig
+from apm.glom.model import GLOM
 from tests.places import GOLDEN
 
 PATH = Path(os.environ.get("APM_GLOM_GOLDEN") or GOLDEN / "glom_seed0.npz")

@@ -16,11 +16,11 @@ import torch
 from torch.nn import functional as F
 
 from apm.errors import UsageError
-from apm.glom.model import GLOM, GLOMConfig
+from apm.glom.config import GLOMConfig, GLOMTraining
+from apm.glom.model import GLOM
 from apm.glom.training import (
     NETWORK,
     GLOMTrainer,
-    GLOMTraining,
     contrast,
     denoising_errors,
     hide,
@@ -164,7 +164,8 @@ def test_it_learns_to_fill_in_hidden_places(cache: GridCache, tmp_path: Path) ->
     grey = [np.square(cache.inputs(np.array([n])).numpy()).mean() for n in mine.train]
     assert rows[-1]["denoising"] < 0.5 * np.mean(grey)  # better than to leave them grey
     assert rows[-1]["held_out_denoising"] < rows[0]["held_out_denoising"]
-    assert (rows[-1]["held_out_denoising"], rows[-1]["held_out_contrast"]) == mine.held_out_losses()
+    last = {name: rows[-1][f"held_out_{name}"] for name in ("denoising", "contrast")}
+    assert last == mine.held_out_losses()
 
 
 @pytest.mark.slow

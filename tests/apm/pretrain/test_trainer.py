@@ -85,7 +85,7 @@ def test_held_out_errors_are_measured_in_float32(cache: GridCache, tmp_path: Pat
         exact = [one.mean().item() for one in mine.losses(mine.held_out, precision="fp32")]
         rounded = [one.mean().item() for one in mine.losses(mine.held_out, precision="bf16")]
     assert mine.precision == "bf16" and rounded[0] != exact[0]
-    assert mine.held_out_losses() == pytest.approx(tuple(exact), rel=1e-6)
+    assert mine.held_out_losses() == pytest.approx(dict(zip(("grid", "rgb"), exact, strict=True)), rel=1e-6)
 
 
 def test_it_starts_from_the_means_and_learns(cache: GridCache, tmp_path: Path) -> None:
@@ -99,7 +99,8 @@ def test_it_starts_from_the_means_and_learns(cache: GridCache, tmp_path: Path) -
     assert rows[-1]["grid"] < 0.3 * np.square(grids - grids.mean((0, 1, 2))).mean()
     assert rows[-1]["held_out_grid"] < rows[0]["held_out_grid"]
     assert rows[-1]["held_out_rgb"] < rows[0]["held_out_rgb"]
-    assert (rows[-1]["held_out_grid"], rows[-1]["held_out_rgb"]) == mine.held_out_losses()
+    last = {name: rows[-1][f"held_out_{name}"] for name in ("grid", "rgb")}
+    assert last == mine.held_out_losses()
 
 
 def test_order_split_and_rate_are_functions_of_the_settings() -> None:
@@ -268,11 +269,11 @@ def test_other_settings_are_refused_by_name(cache: GridCache, tmp_path: Path) ->
 def test_auto_goes_on_in_the_precision_it_began_with(
     cache: GridCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apm.pretrain.trainer.measured_precision", lambda device: "bf16")
+    monkeypatch.setattr("apm.pretrain.loop.measured_precision", lambda device: "bf16")
     first = trainer(tmp_path / "c.safetensors", cache, precision="auto")
     first.advance()
     first.save()
-    monkeypatch.setattr("apm.pretrain.trainer.measured_precision", lambda device: "fp32")
+    monkeypatch.setattr("apm.pretrain.loop.measured_precision", lambda device: "fp32")
     again = trainer(tmp_path / "c.safetensors", cache, precision="auto")
     assert (first.precision, again.precision, again.step) == ("bf16", "bf16", 1)
 

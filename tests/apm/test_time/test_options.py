@@ -15,7 +15,8 @@ from PIL import Image
 import apm
 from apm.cli.main import load_command
 from apm.errors import UsageError
-from apm.test_time.options import AdaptConfig, StudentOptions, settings_of
+from apm.settings import settings_of
+from apm.test_time.options import AdaptConfig, StudentOptions
 from apm.test_time.queries import FEWER
 from apm.test_time.targets import TARGETS, TargetPolicy
 

@@ -9,7 +9,8 @@ import torch
 
 from apm.benchmarks.studies.glom_probe import describe_levels
 from apm.benchmarks.studies.linear_probe import read_table
-from apm.glom.model import GLOM, GLOMConfig
+from apm.glom.config import GLOMConfig
+from apm.glom.model import GLOM
 from apm.images.load import student_input
 from tests.pretraining import make_parquet, picture
 

@@ -91,7 +91,7 @@ def test_the_page_names_the_command_of_its_pictures() -> None:
     for name in study.PICTURES.values():
         assert f"]({name})" in text and (page.parent / name).is_file()
     said = CliRunner().invoke(app, [*study.COMMAND[:-2], "--out", ".", "--steps", "0"])
-    assert said.exit_code == 2 and "--steps is 0" in said.stderr  # every option is known: only this value is not
+    assert said.exit_code == 2 and "steps must be 1" in said.stderr  # every option is known: only this value is not
 
 
 def test_fields_are_fitted_and_read_in_float32_whatever_is_asked_for(subject: island_fields.Subject) -> None:

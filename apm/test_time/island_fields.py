@@ -1,11 +1,11 @@
-"""One image's fields, for the study of islands and `apm islands`: fitted under every condition, kept, and measured.
+"""One image's fields: fitted under every condition, kept, and their islands measured.
 
 Steps and readings are in float32: bfloat16 rounds a nearly constant field into stripes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from apm.images.load import central_square
 from apm.student import islands
 from apm.student.config import APMConfig
 from apm.student.position import grid_locations
 from apm.teachers.base import Teacher
 from apm.test_time.inputs import student_inputs
 from apm.test_time.label_maps import LR
-from apm.test_time.options import AdaptConfig
+from apm.test_time.options import AdaptConfig, IslandOptions
 from apm.test_time.trainer import TestTimeTrainer
 
 Field = NDArray[np.float32]
@@ -158,6 +159,70 @@ def watch_all(
     first = runs["image"]
     untrained = {0: first.fields[0]}
     return {**runs, "no steps": Watched(untrained, {0: first.losses[0]})} if controls else runs
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One image watched with both targets under every condition, or without the controls, and measured."""
+
+    square: Image.Image
+    """What the student sees."""
+    subject: Subject
+    runs: dict[str, dict[str, Watched]]
+    """By target and condition."""
+    measured: dict[str, dict[str, dict[int, dict[str, float]]]]
+    """By target, condition and step: see `measures`."""
+    clusters: dict[str, dict[str, islands.Labels]]
+    """By target and condition: the parts of the last field."""
+
+    @property
+    def of_image(self) -> dict[str, Watched]:
+        """By target, without the controls."""
+        return {target: of["image"] for target, of in self.runs.items()}
+
+
+def observe(
+    image: Image.Image,
+    other: Image.Image,
+    teacher: Teacher,
+    by_target: Mapping[str, TestTimeTrainer],
+    options: IslandOptions,
+    *,
+    shown: Sequence[int],
+    kept: Sequence[int] = (),
+    controls: bool = True,
+) -> Observation:
+    """Watch and measure one image.
+
+    Args:
+        image: the image watched.
+        other: another one, for the control with its target.
+        teacher: gives tokens and grids.
+        by_target: of `trainers`.
+        options: how to measure.
+        shown: steps after which the field is measured; the last must be the trainers'.
+        kept: further steps after which it is kept.
+        controls: whether the controls are fitted.
+    """
+    config, seed, parts = by_target["cls"].model, options.seed, options.parts
+    subject = prepare(image, other, teacher, config, parts=parts, seed=seed, grid_size=options.grid_size)
+    steps = sorted({*shown, *kept})
+    runs = {target: watch_all(trainer, subject, steps, controls=controls) for target, trainer in by_target.items()}
+
+    def measured(run: Watched) -> dict[int, dict[str, float]]:
+        how = {"threshold": options.threshold, "parts": parts, "seed": seed}
+        return {step: measures(field, subject, **how) for step, field in run.fields.items() if step in shown}
+
+    return Observation(
+        square=central_square(image, config.image_size),
+        subject=subject,
+        runs=runs,
+        measured={target: {name: measured(run) for name, run in of.items()} for target, of in runs.items()},
+        clusters={
+            target: {name: islands.clusters(run.last, parts, seed=seed) for name, run in of.items()}
+            for target, of in runs.items()
+        },
+    )
 
 
 def measures(field: Field, subject: Subject, *, threshold: float, parts: int, seed: int = 0) -> dict[str, float]:

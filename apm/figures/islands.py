@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from apm.figures.base import component_colours, new_figure, save, save_animation
+from apm.figures.base import component_colours, new_figure, save, save_animation, save_arrays
+from apm.images.files import write_atomically
 from apm.student import islands
 
 if TYPE_CHECKING:
-    from .island_fields import Watched
+    from apm.test_time.island_fields import Observation, Watched
 
 NAMES = {"cls": "target: the token", "grid": "target: the grid"}
 COLOURS = {
@@ -31,6 +33,52 @@ PANELS = {
     "AMI image": "AMI with superpixels",
     "contrast image": "contrast at superpixels' edges",
 }
+
+
+def write_islands(
+    found: Observation, stem: Path, *, shown: Sequence[int], settings: Mapping[str, Any], kind: str = "png"
+) -> list[Path]:
+    """Write pictures, animation, arrays (npz) and measures (json) of one image.
+
+    Args:
+        found: of the image.
+        stem: path of all the files, without endings.
+        shown: steps that the pictures show.
+        settings: for the small print and the record; plain JSON values, ``seed`` among them.
+        kind: ``png`` or ``svg``, of the pictures.
+
+    Returns:
+        The files.
+    """
+    runs, square = found.of_image, found.square
+    words = " · ".join(f"{name} {value}" for name, value in settings.items())
+
+    def path(ending: str) -> Path:
+        return stem.with_name(f"{stem.name}{ending}")
+
+    kept = list(next(iter(runs.values())).fields)
+    record = {
+        "settings": settings,
+        "losses": {target: run.losses for target, run in runs.items()},
+        "measures": found.measured,
+    }
+    return [
+        strip(path(f"-strip.{kind}"), square, runs, shown=shown, seed=settings["seed"], settings=words),
+        curves(path(f"-curves.{kind}"), found.measured, settings=words),
+        parts(path(f"-parts.{kind}"), square, found.subject.superpixels, found.clusters, settings=words),
+        animate(path("-field.gif"), square, runs),
+        save_arrays(
+            path(".npz"),
+            settings=json.dumps(settings),
+            superpixels=found.subject.superpixels,
+            **{f"fields/{target}": [run.fields[step] for step in kept] for target, run in runs.items()},
+            **{f"losses/{target}": [run.losses[step] for step in kept] for target, run in runs.items()},
+            **{f"last/{t}/{c}": run.last for t, of in found.runs.items() for c, run in of.items()},
+            **{f"clusters/{t}/{c}": labels for t, of in found.clusters.items() for c, labels in of.items()},
+            steps=kept,
+        ),
+        write_atomically(path(".json"), (json.dumps(record, indent=1) + "\n").encode()),
+    ]
 
 
 def strip(

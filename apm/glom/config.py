@@ -1,0 +1,116 @@
+"""Settings of GLOM: its sizes, and how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from apm.errors import UsageError
+from apm.pretrain.config import Schedule
+from apm.settings import at_least, check_values, not_negative, positive, setting, share_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Consensus = Literal["all", "others", "none"]
+"""Whom a place hears: every place; others (the own one hardly counts); none: columns know nothing of each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLOMConfig:
+    """Sizes of GLOM, and which of its parts are there.
+
+    Raises:
+        UsageError: sizes that cannot go together; the message holds the values.
+    """
+
+    image_size: int = setting(64, "Side of the images in pixels.", check=at_least(1))  # S
+    patch_size: int = setting(8, "Side of a place in pixels.", check=at_least(1))  # P
+    dim: int = setting(128, "Numbers of an embedding.", check=at_least(1))  # D
+    levels: int = setting(5, "Levels of a column.", check=at_least(1))  # L
+    expansion: int = setting(
+        4, "Hidden width of the bottom-up and top-down nets, in units of --dim.", check=at_least(1)
+    )
+    consensus: Consensus = setting(
+        "all", "Whom a place hears: all, others (hardly itself) or none.", choices=get_args(Consensus)
+    )
+    radius: float | None = setting(
+        None, "Places farther apart do not hear each other, in places.", default_words="all do", check=positive
+    )
+    top_down: bool = setting(True, "Whether the level above is heard at all.")
+
+    def __post_init__(self) -> None:
+        """Check the sizes, and two of them against one another."""
+        check_values(self)
+        if self.image_size % self.patch_size:
+            raise UsageError(f"Patches of {self.patch_size} pixels do not tile an image of {self.image_size} pixels.")
+
+    @property
+    def grid(self) -> int:
+        """Places along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def places(self) -> int:
+        """N, the number of places and so of columns."""
+
+        return self.grid**2
+
+    @property
+    def steps(self) -> int:
+        """Steps in which what the lowest level sees goes up to the highest and comes back."""
+        return 2 * self.levels
+
+
+def _cosine(name: str, value: float) -> None:
+    if not -1 <= value <= 1:
+        raise UsageError(f"{name} is a cosine, from -1 to 1, not {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLOMTraining(Schedule):
+    """How to train GLOM. Every value decides the weights.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    lr: float = setting(1e-3, "Highest learning rate of AdamW.", check=positive)
+    seed: int = setting(0, "Seed of weights, split, order, hidden places.")
+    settling: int | None = setting(
+        None, "Steps in which the columns settle.", default_words="twice the levels", check=at_least(1)
+    )
+    hidden: float = setting(0.5, "Share of the places that is hidden.", check=share_of("the places"))
+    read_level: int = setting(0, "Level that pixels are read from; 0 the lowest, -1 the highest.")
+    contrast_weight: float = setting(0.1, "Weight of the contrast, beside 1 for denoising.", check=not_negative)
+    contrast_columns: int = setting(256, "Columns that are contrasted in a step.", check=at_least(2))
+    temperature: float = setting(0.1, "Temperature of the contrast, which cosines are divided by.", check=positive)
+    agree: float = setting(
+        0.7, "Cosine, the level's mean taken out, from which on two places agree and do not repel.", check=_cosine
+    )
+
+    def check_level(self, model: GLOMConfig) -> None:
+        """Refuse a level to read from that the network does not have, by a `UsageError`."""
+        if not -model.levels <= self.read_level < model.levels:
+            raise UsageError(f"read_level must be below {model.levels}, the number of levels, not {self.read_level}.")
+
+    def settling_steps(self, step: int, model: GLOMConfig) -> int:
+        """After how many steps of the columns one step of the optimiser looks: from half of them to all, drawn."""
+        import numpy as np
+
+        most = self.settling or model.steps
+        return int(np.random.default_rng([self.seed, 4, step]).integers((most + 1) // 2, most + 1))
+
+    def hidden_places(self, count: int, places: int, *, draw: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Which places are hidden, (count, places): the same number in each image, at least one, never all.
+
+        Args:
+            count: images.
+            places: of each.
+            draw: numbers that, with the seed, decide which; the same ones give the same.
+        """
+        import numpy as np
+
+        ranks = np.random.default_rng([self.seed, 5, *draw]).random((count, places)).argsort(1).argsort(1)
+        return ranks < min(max(1, round(self.hidden * places)), max(1, places - 1))

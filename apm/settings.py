@@ -1,0 +1,101 @@
+"""Settings that are declared once, as fields of a dataclass: commands, methods and records read them from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apm.errors import UsageError, unknown
+
+Check = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is to be known of a field beside its type and default."""
+
+    help: str
+    default_words: str | None = None
+    """The default in words, where the field's own says too little."""
+    choices: Sequence[str] = ()
+    """The words allowed; none: any value that `check` lets pass."""
+    check: Check | None = None
+    """Raises a `UsageError` for the field's name and a value that cannot work. None is never checked."""
+    parse: Callable[[str], Any] | None = None
+    """Reads the value from text, where its type does not say how."""
+    option: bool = True
+    """Whether commands have an option of it."""
+
+
+def setting(default: Any, text: str, **details: Any) -> Any:
+    """Make a field with a default and a help text; `details` are the other attributes of `Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(help=text, **details)})
+
+
+def settings_of(kind: type) -> dict[str, Setting]:
+    """The settings that a dataclass declares, by field, in order."""
+    return {field.name: field.metadata["setting"] for field in dataclasses.fields(kind)}
+
+
+def text_type(hint: Any) -> Any:
+    """The type that a value of a field is read from text as: a Literal's words are str, and None is left out."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    first = next(kind for kind in kinds if kind is not type(None))
+    return str if typing.get_origin(first) is typing.Literal else first
+
+
+def at_least(minimum: int, because: str = "") -> Check:
+    """Refuse smaller numbers."""
+
+    def check(name: str, value: int) -> None:
+        if value < minimum:
+            raise UsageError(f"{name} must be {minimum} or more, not {value}{because}.")
+
+    return check
+
+
+def positive(name: str, value: float) -> None:
+    """Refuse anything but a number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{name} must be a positive number, not {value}.")
+
+
+def not_negative(name: str, value: float) -> None:
+    """Refuse anything but 0 and numbers above it."""
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"{name} must be 0 or a positive number, not {value}.")
+
+
+def share_of(what: str) -> Check:
+    """Refuse anything but a number between 0 and 1, neither of them."""
+
+    def check(name: str, value: float) -> None:
+        if not 0 < value < 1:
+            raise UsageError(f"{name} is a share of {what}, above 0 and below 1, not {value}.")
+
+    return check
+
+
+def check_values(settings: Any, shown: Callable[[str], str] = str) -> None:
+    """Check every value of a dataclass of settings; None is always right.
+
+    Args:
+        settings: an instance.
+        shown: how its fields are called in messages.
+
+    Raises:
+        UsageError: a value that cannot work; the message holds it.
+    """
+    for name, one in settings_of(type(settings)).items():
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if one.choices and value not in one.choices:
+            raise unknown(name, value, one.choices)
+        if one.check is not None:
+            one.check(shown(name), value)

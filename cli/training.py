@@ -1,5 +1,6 @@
 """What the commands that train a network on images share: options and their checks, progress, Ctrl-C."""
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 import time
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from apm.pretrain.loop import Trainer
     from apm.teachers.base import GridTeacher
 
-TRAINING, FILES = "Training", "Files"  # panels of the help
+TRAINING, RUN = "Training", "The run"  # panels of the help
 
 Out = Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")]
 
@@ -61,7 +62,7 @@ class Session:
         check_values(self, _flag)
 
 
-session_options = options_of(Session, "session", FILES, spelled={"quiet": "--quiet -q"})
+session_options = options_of(Session, "session", RUN, spelled={"quiet": "--quiet -q"})
 """Gives a command the options of a `Session`, in place of its parameter ``session``."""
 
 _SAY_EVERY = 20.0  # seconds between lines where stderr is no terminal

@@ -10,7 +10,7 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,12 @@ def component_colours(
         padded[..., : len(axes)] = components
         coloured.append(padded.clip(0, 1))
     return coloured
+
+
+def bare(pictures: Iterable[Any]) -> None:
+    """Leave some axes without numbers along their sides."""
+    for axes in pictures:
+        axes.set(xticks=[], yticks=[])
 
 
 def output_stem(path: str | os.PathLike[str]) -> str:

@@ -21,8 +21,8 @@ from apm.figures import base as figures
 from apm.images.files import write_atomically
 from apm.images.load import central_square
 from apm.images.paths import printable
-from apm.pretrain.student import CHUNK, Student, picture_locations, walk
-from apm.student.position import grid_locations
+from apm.pretrain.student import CHUNK, Student, walk
+from apm.student.position import dense_locations, grid_locations
 
 LIMIT = 8192
 """Largest side of a picture that is asked for: 67 million queries."""
@@ -114,7 +114,7 @@ def write_field(
     Returns:
         The two files.
     """
-    rows, cols = picture_locations(student.config.grid, size) if locations is None else locations
+    rows, cols = dense_locations(student.config.grid, size) if locations is None else locations
     asked = torch.from_numpy(ordered(len(rows), order, seed))
     rows, cols = rows[asked], cols[asked]
     column = student.column(image)
@@ -180,7 +180,7 @@ def write_walk(
     columns = walk(first, last, frames)
     grid = student.config.grid
     own = np.stack([student.field(column[None], *grid_locations(grid))[0][0].numpy() for column in columns])
-    places, palette = picture_locations(grid, size), _Palette(own.reshape(-1, student.config.dim))
+    places, palette = dense_locations(grid, size), _Palette(own.reshape(-1, student.config.dim))
     colours = np.empty((frames, size, size, 3), np.float32)
     shown = np.empty((frames, size, size, 3), np.uint8)
     for number, column in enumerate(columns):

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from apm.figures.base import component_colours, new_figure, save, save_animation, save_arrays
+from apm.figures.base import bare, component_colours, new_figure, save, save_animation, save_arrays
 from apm.glom.islands import Island, island_labels, parse_tree
 from apm.glom.model import GLOM
 from apm.images.files import write_atomically
-from apm.images.load import central_square, student_input
+from apm.images.load import central_square
 from apm.student.islands import Labels
+from apm.test_time.inputs import student_pixels
 
 SHOWN = 9  # steps in the picture at most; the animation has all
 _PANEL = 160  # side of an image in a frame of the animation, pixels
@@ -27,7 +28,7 @@ _PANEL = 160  # side of an image in a frame of the animation, pixels
 def watch(model: GLOM, image: Image.Image, steps: int | None = None) -> NDArray[np.float32]:
     """Embeddings (steps + 1, G, G, L, D) of one RGB image, before the first step and after each; in float32."""
     config = model.config
-    pixels = student_input(image, config.image_size)[None].to(next(model.parameters()).device)
+    pixels = student_pixels([image], config.image_size).to(next(model.parameters()).device)
     states = torch.cat([state.float().cpu() for state in model.states(pixels, steps=steps)])  # (T, N, L, D)
     return states.unflatten(1, (config.grid, config.grid)).numpy()
 
@@ -66,7 +67,7 @@ def draw_levels(path: Path, square: Image.Image, states: NDArray[np.float32], *,
             axes[row][column].imshow(colours[step, level], interpolation="nearest", vmin=0, vmax=1)
             if row == 0:
                 axes[row][column].set_title(f"step {step}", fontsize=8)
-    _bare(axes)
+    bare(axes.flat)
     told = "each step's mean taken out; principal components of each level's last step"
     return save(figure, path, settings=f"{settings} · {told}")
 
@@ -90,7 +91,7 @@ def draw_tree(path: Path, square: Image.Image, labels: Labels, *, settings: str)
     for panel, level in zip(panels[0][1:], reversed(range(levels)), strict=True):
         panel.imshow(_painted(cells, labels[level]), interpolation="nearest")
         panel.set_title(f"level {level}: {labels[level].max() + 1} islands", fontsize=7)
-    _bare(panels)
+    bare(panels.flat)
     axes = below.subplots()
     for island, x, under in _laid_out(tree):
         for end in under:
@@ -200,9 +201,3 @@ def _laid_out(tree: tuple[Island, ...]) -> Iterator[tuple[Island, float, list[fl
 
     for island in tree:
         yield from place(island)
-
-
-def _bare(axes: NDArray[Any]) -> None:
-    for one in axes.flat:
-        one.set_xticks([])
-        one.set_yticks([])

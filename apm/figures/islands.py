@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from apm.figures.base import component_colours, new_figure, save, save_animation, save_arrays
+from apm.figures.base import bare, component_colours, new_figure, save, save_animation, save_arrays
 from apm.images.files import write_atomically
 from apm.student import islands
 
@@ -114,8 +114,7 @@ def strip(
             laid = islands.embed(fields[column - 1], seed=seed)
             rows[2][column].scatter(laid[:, 0], laid[:, 1], c=cells, s=4, linewidths=0)
             rows[2][column].set_facecolor("0.85")
-    for one in axes.flat:
-        _bare(one)
+    bare(axes.flat)
     return save(figure, path, settings=settings)
 
 
@@ -185,8 +184,7 @@ def parts(
         for one, (condition, labels) in zip(row[1:], by_condition.items(), strict=False):
             one.imshow(labels, cmap="tab20", interpolation="nearest", vmin=0, vmax=19, extent=(0, side, side, 0))
             one.set_title(f"{condition}\nAMI {islands.agreement(labels, superpixels):.2f}", fontsize=8)
-    for one in axes.flat:
-        _bare(one)
+    bare(axes.flat)
     return save(figure, path, settings=settings)
 
 
@@ -212,8 +210,7 @@ def animate(path: Path, square: Image.Image, runs: Mapping[str, Watched], *, sid
             one.imshow(coloured[target][number], interpolation="nearest")
             one.set_title(f"{NAMES[target]}, loss {run.losses[step]:.1e}", fontsize=8)
             one.set_xlabel("mean taken out, components of the last step", fontsize=6)
-        for one in axes:
-            _bare(one)
+        bare(axes)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
@@ -233,8 +230,3 @@ def _outlined(square: Image.Image, labels: islands.Labels) -> NDArray[np.float64
     pixels = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))
     drawn: NDArray[np.float64] = mark_boundaries(pixels, large, color=(1, 1, 0))
     return drawn
-
-
-def _bare(axes: Any) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])

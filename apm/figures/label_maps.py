@@ -12,10 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from apm.errors import UsageError
-from apm.figures.base import new_figure, output_stem, save, save_arrays
+from apm.figures.base import bare, new_figure, output_stem, save, save_arrays
 from apm.images.load import central_square
 from apm.images.paths import printable
-from apm.test_time.label_maps import LabelMaps, dense_locations, field_maps, label_maps
+from apm.student.position import dense_locations
+from apm.test_time.label_maps import LabelMaps, field_maps, label_maps
 
 if TYPE_CHECKING:
     from apm.classifier import Classifier, Perception
@@ -151,9 +152,7 @@ def draw(
     bar.ax.tick_params(labelsize=7)
     bar.set_label("probability of the label at the place", fontsize=7)
     _attention(cells["attention"], square, attention)
-    for cell in drawn:
-        cell.set_xticks([])
-        cell.set_yticks([])
+    bare(drawn)
     _bars(cells["answer"], ranking)
     return save(figure, path, settings=settings)
 

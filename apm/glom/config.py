@@ -1,5 +1,6 @@
 """Settings of GLOM: its sizes, and how it is trained."""
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 from dataclasses import dataclass

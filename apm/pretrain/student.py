@@ -145,16 +145,6 @@ class Student:
         return features, colours
 
 
-def picture_locations(grid: int, side: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns, in grid cells, each (side * side,), of a picture's pixel centres in reading order.
-
-    A picture of `side` pixels lies over the same square as `grid` cells, whose centres are at 0 ... grid - 1.
-    """
-    centres = (torch.arange(side, dtype=torch.float64) + 0.5) * (grid / side) - 0.5
-    rows, cols = torch.meshgrid(centres, centres, indexing="ij")
-    return rows.flatten(), cols.flatten()
-
-
 def walk(first: Tensor, last: Tensor, frames: int) -> Tensor:
     """Go from one trigger column (1, N) to another in equal steps along a line: (frames, N), both ends included.
 

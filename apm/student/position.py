@@ -55,3 +55,20 @@ def grid_locations(grid: int) -> tuple[Tensor, Tensor]:
     """Rows and columns, each (grid * grid,) int64, of all cells of a square grid in reading order."""
     rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     return rows.flatten(), cols.flatten()
+
+
+def dense_locations(grid: int, size: int) -> tuple[Tensor, Tensor]:
+    """Centres of size × size equal cells laid over a student's whole square, in its own coordinates.
+
+    Args:
+        grid: the student's cells a side; its coordinates are these cells, their centres at 0 … grid - 1.
+        size: locations a side, any number from 1 on: finer than the grid, or coarser.
+
+    Returns:
+        rows and columns, each (size²,) float64 in [-0.5, grid - 0.5], in reading order.
+    """
+    if size < 1:
+        raise UsageError(f"At least one location a side is needed, not {size}.")
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (grid / size) - 0.5
+    rows, cols = torch.meshgrid(axis, axis, indexing="ij")
+    return rows.flatten(), cols.flatten()

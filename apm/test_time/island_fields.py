@@ -210,8 +210,11 @@ def observe(
     runs = {target: watch_all(trainer, subject, steps, controls=controls) for target, trainer in by_target.items()}
 
     def measured(run: Watched) -> dict[int, dict[str, float]]:
-        how = {"threshold": options.threshold, "parts": parts, "seed": seed}
-        return {step: measures(field, subject, **how) for step, field in run.fields.items() if step in shown}
+        return {
+            step: measures(run.fields[step], subject, threshold=options.threshold, parts=parts, seed=seed)
+            for step in run.fields
+            if step in shown
+        }
 
     return Observation(
         square=central_square(image, config.image_size),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from apm.errors import UsageError
+from apm.student.position import dense_locations
 from apm.text.zeroshot import ZeroShotHead
 
 STEPS, LR = 150, 1e-3
@@ -40,23 +40,6 @@ class LabelMaps:
     def probabilities(self) -> Tensor:
         """(K, H, W) float32 in [0, 1]."""
         return self.log_odds.sigmoid()
-
-
-def dense_locations(grid: int, size: int) -> tuple[Tensor, Tensor]:
-    """Centres of size × size equal cells laid over a student's whole square, in its own coordinates.
-
-    Args:
-        grid: the student's cells a side; its coordinates are these cells, their centres at 0 … grid - 1.
-        size: locations a side, any number from 1 on: finer than the grid, or coarser.
-
-    Returns:
-        rows and columns, each (size²,) float64 in [-0.5, grid - 0.5], in reading order.
-    """
-    if size < 1:
-        raise UsageError(f"A map needs at least one location a side, not {size}.")
-    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (grid / size) - 0.5
-    rows, cols = torch.meshgrid(axis, axis, indexing="ij")
-    return rows.flatten(), cols.flatten()
 
 
 def label_maps(features: Tensor, head: ZeroShotHead, chosen: Sequence[int]) -> LabelMaps:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,19 +62,14 @@ class AdaptResult:
         """Make one result, on a device, of those of several batches."""
         first = parts[0]
         values = {one.name: getattr(first, one.name) for one in dataclasses.fields(cls)}
-        tensors = {
+        tensors: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts]).to(device)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
-        return dataclasses.replace(
-            first,
-            **tensors,
-            fields={step: torch.cat([part.fields[step] for part in parts]).to(device) for step in first.fields},
-            folded=SavedField.join([part.folded for part in parts if part.folded is not None])
-            if first.folded
-            else None,
-        )
+        fields = {step: torch.cat([part.fields[step] for part in parts]).to(device) for step in first.fields}
+        kept = [part.folded for part in parts if part.folded is not None]
+        return dataclasses.replace(first, **tensors, fields=fields, folded=SavedField.join(kept) if kept else None)
 
     def _kept(self) -> SavedField:
         if self.folded is None:

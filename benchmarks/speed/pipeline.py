@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def sweep_labels(options: Options, teacher: Teacher, counts: Sequence[int], *, s
         works, text_seconds = {}, {}
         for count in counts:
             labels = [f"object number {index}" for index in range(count)]
-            text_seconds[count] = seconds(_build_head(teacher, labels), options.device)
-            works[str(count)] = _answer(_classifier(options, teacher, labels, steps), path)
+            encode = partial(ZeroShotHead.build, teacher, labels, prompt_templates("single"))
+            text_seconds[count] = seconds(encode, options.device)
+            works[str(count)] = partial(_classifier(options, teacher, labels, steps), path)
         times = interleaved(works, options.device, options.rounds)
     rows = [
         {
@@ -151,14 +153,6 @@ def _classifier(options: Options, teacher: Teacher, labels: Sequence[str], steps
         ),
         device=str(options.device),
     )
-
-
-def _build_head(teacher: Teacher, labels: Sequence[str]) -> Callable[[], object]:
-    return lambda: ZeroShotHead.build(teacher, labels, prompt_templates("single"))
-
-
-def _answer(classifier: Classifier, path: Path) -> Callable[[], object]:
-    return lambda: classifier(path)
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from apm.student.config import APMConfig
 from apm.student.field import SavedField
-from apm.student.position import grid_locations
+from apm.student.position import dense_locations, grid_locations
 
 from ..studies.study import numbers
 from .kind import Kind, some
@@ -28,15 +28,12 @@ def sweep_steps(options: Options, steps: Sequence[int]) -> dict[str, Any]:
     """Seconds of one image against the number of steps: reset, K steps, the last readout."""
     engine = loaded_engine(options.config, options.chosen_precision, options.device)
 
-    def adapt(count: int) -> Callable[[], object]:
-        def run() -> None:
-            engine.reset()
-            engine.run(count)
-
-        return run
+    def adapt(count: int) -> None:
+        engine.reset()
+        engine.run(count)
 
     engine.run(1)
-    works = {str(count): adapt(count) for count in steps}
+    works = {str(count): partial(adapt, count) for count in steps}
     times = interleaved(works, options.device, options.rounds, warmup=0)
     rows = [
         {"steps": count, "seconds": spread(found), "per_step": spread([value / count for value in found])}
@@ -60,7 +57,7 @@ def sweep_grid(options: Options, grids: Sequence[int], readouts: Sequence[int]) 
         rows.append({"what": "step", "side": side, "locations": side**2, "seconds": times, "flops": step_flops(other)})
         del engine
     field = _field(options)
-    works = {str(side): _read(field, *_points(config, side)) for side in readouts}
+    works = {str(side): partial(field.features, *dense_locations(config.grid, side)) for side in readouts}
     times_of = interleaved(works, options.device, options.rounds, warmup=0)
     rows += [
         {"what": "features", "side": side, "locations": side**2, "seconds": spread(times_of[str(side)])}
@@ -85,7 +82,7 @@ def sweep_patches(options: Options) -> dict[str, Any]:
         works = {
             "engine": engine.advance,
             "plain": plain_step(config, options.device, *places),
-            "features": _read(field, *places),
+            "features": partial(field.features, *places),
         }
         times = interleaved(works, options.device, options.rounds)
         rows.append({"patches": count, **{name: spread(values) for name, values in times.items()}})
@@ -115,17 +112,6 @@ def _field(options: Options) -> SavedField:
     engine = loaded_engine(options.config, "fp32", options.device)
     engine.run(1)
     return engine.fold(1)
-
-
-def _points(config: APMConfig, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A regular grid of side × side points over the student's own grid, in its cells."""
-    rows, cols = grid_locations(side)
-    scale = config.grid / side
-    return (rows + 0.5) * scale - 0.5, (cols + 0.5) * scale - 0.5
-
-
-def _read(field: SavedField, rows: torch.Tensor, cols: torch.Tensor) -> Callable[[], object]:
-    return lambda: field.features(rows, cols)
 
 
 def _plot_steps(figure: Any, record: Mapping[str, Any]) -> None:

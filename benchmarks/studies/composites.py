@@ -13,10 +13,11 @@ from torch import Tensor
 
 from apm.student.config import APMConfig
 from apm.student.field import resample
+from apm.student.position import dense_locations
 from apm.teachers.base import Teacher
 from apm.test_time.inputs import student_inputs, teacher_grids
 from apm.test_time.island_fields import square_of
-from apm.test_time.label_maps import dense_locations, field_maps, label_maps
+from apm.test_time.label_maps import field_maps, label_maps
 from apm.test_time.options import AdaptConfig
 from apm.test_time.trainer import AdaptResult, TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead

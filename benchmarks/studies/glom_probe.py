@@ -18,7 +18,8 @@ from torch import Tensor
 
 from apm.errors import UsageError
 from apm.glom.model import GLOM
-from apm.images.load import central_square, decode_image, student_input
+from apm.images.load import central_square, decode_image
+from apm.test_time.inputs import student_pixels
 
 from ..runs.environment import describe
 from .linear_probe import probe, read_table
@@ -37,7 +38,7 @@ def describe_levels(
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(images), batch):
         opened = [decode_image(data, "a row", as_published=True).image for data in images[start : start + batch]]
-        inputs = torch.stack([student_input(image, model.config.image_size) for image in opened]).to(place)
+        inputs = student_pixels(opened, model.config.image_size).to(place)
         small = np.stack([np.asarray(central_square(image, SIDE)) for image in opened])
         parts.setdefault("pixels", []).append(torch.from_numpy(small).flatten(1) / 255)
         for kind, network in (("", model), ("untrained ", untrained)):

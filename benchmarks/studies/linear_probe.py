@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apm.errors import UsageError
-from apm.images.load import central_square, decode_image, student_input
+from apm.images.load import central_square, decode_image
 from apm.pretrain.student import Student
 from apm.pretrain.trainer import pooled_colours
 from apm.student.model import APM
 from apm.student.position import grid_locations, position_code
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
+from apm.test_time.inputs import student_pixels
 
 from ..tables.stats import standard_error
 from .study import ROOT, USUAL, Options, Record, Study, each, markdown, run
@@ -69,7 +70,7 @@ def describe_images(
     parts: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     for start in range(0, len(images), batch):
         opened = [decode_image(data, "a row", as_published=True).image for data in images[start : start + batch]]
-        inputs = torch.stack([student_input(image, student.config.image_size) for image in opened])
+        inputs = student_pixels(opened, student.config.image_size)
         squares = np.stack([np.asarray(central_square(image, side)) for image in opened])
         parts["pixels"].append(torch.from_numpy(squares).flatten(1) / 255)
         parts["pooled"].append(pooled_colours(inputs, student.config.patch_size).flatten(1))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from apm.errors import UsageError
-from apm.figures.base import new_figure, save
+from apm.figures.base import bare, new_figure, save
 from apm.images.load import load_image
 from apm.student.config import APMConfig
 from apm.teachers import load_teacher
@@ -220,9 +220,8 @@ def draw(path: Path, shown: Sequence[Composite], mapper: Mapper) -> Path:
             cell.set_xlabel(f"{top}{told}".strip(" ·"), fontsize=6, labelpad=1)
             if number == 0:
                 cell.set_title(source, fontsize=8)
+        bare(row)
         for cell in row:
-            cell.set_xticks([])
-            cell.set_yticks([])
             if one.box != WHOLE:
                 top_, left, bottom, right = (edge * one.image.width for edge in one.box)
                 cell.plot([left, right, right, left, left], [top_, top_, bottom, bottom, top_], color="white", lw=1)

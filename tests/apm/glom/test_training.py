@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from apm.pretrain.checkpoint import read_checkpoint, read_network
 from apm.pretrain.images import open_images
 from apm.pretrain.loop import read_log
 from apm.pretrain.student import Student
-from tests.places import ROOT
+from tests.launch import finish
 from tests.pretraining import make_folder
 
 SIZES = GLOMConfig(image_size=16, patch_size=4, dim=6, levels=3, expansion=2)
@@ -219,13 +216,7 @@ trainer(folder / "c.safetensors", make_images(folder)).run(evaluate_every=1, sav
 
 
 def work(folder: Path, kill_after: int = -1) -> int:
-    folder.mkdir(exist_ok=True)
-    (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, str(folder / "worker.py"), str(folder), str(kill_after)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+    return finish(WORKER, folder, folder, kill_after)
 
 
 @pytest.mark.slow

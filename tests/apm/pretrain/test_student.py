@@ -18,10 +18,10 @@ from apm.errors import UsageError
 from apm.figures.field import read_locations
 from apm.images.load import load_image
 from apm.pretrain.checkpoint import Checkpoint, write_checkpoint
-from apm.pretrain.student import Student, picture_locations, walk
+from apm.pretrain.student import Student, walk
 from apm.student.config import APMConfig
 from apm.student.model import APM
-from apm.student.position import grid_locations
+from apm.student.position import dense_locations, grid_locations
 from tests.places import ROOT
 from tests.pretraining import STUDENT, picture
 
@@ -58,7 +58,7 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
 
 def test_order_and_chunks_change_no_answer(student: Student) -> None:
     columns = torch.cat([student.column(picture(number)) for number in (1, 2)])
-    rows, cols = picture_locations(STUDENT.grid, 9)
+    rows, cols = dense_locations(STUDENT.grid, 9)
     features, colours = student.field(columns, rows, cols)
     assert features.shape == (2, 81, 4) and colours.shape == (2, 81, 3)
     torch.testing.assert_close(features, student.field(columns, rows, cols, chunk=81)[0], rtol=0, atol=0)
@@ -71,13 +71,6 @@ def test_order_and_chunks_change_no_answer(student: Student) -> None:
     assert parts == [(slice(0, 50), 50), (slice(50, 81), 31)]
     assert (features[0] - features[1]).abs().max() > 1e-3  # the columns do matter
     assert features[0].std(0).max() > 1e-3  # and so do the locations
-
-
-def test_a_picture_of_the_grids_own_side_asks_at_the_cells() -> None:
-    for mine, cell in zip(picture_locations(4, 4), grid_locations(4), strict=True):
-        torch.testing.assert_close(mine, cell.double())
-    rows, cols = picture_locations(4, 8)
-    assert rows[0] == cols[0] == -0.25 and rows[-1] == 3.25 and rows[8] == 0.25 and cols[1] == 0.25
 
 
 @pytest.mark.parametrize("frames", [2, 3, 10])
@@ -102,7 +95,7 @@ def test_interpolate_ends_in_the_direct_reconstructions(student: Student, files:
         column = student.column(load_image(file).image)
         assert np.array_equal(arrays["columns"][frame], column[0])
         assert np.array_equal(arrays["features"][frame], student.field(column, *grid_locations(4))[0][0])
-        direct = student.field(column, *picture_locations(4, 11))[1][0]
+        direct = student.field(column, *dense_locations(4, 11))[1][0]
         assert np.array_equal(arrays["colours"][frame], direct.view(11, 11, 3))
     assert not np.allclose(arrays["features"][1], arrays["features"][0])
     with Image.open(tmp_path / "out" / "walk.gif") as film:
@@ -126,7 +119,7 @@ def test_field_writes_what_the_student_answers(student: Student, files: list[str
             pixels = np.asarray(opened.convert("RGB"))
         assert pixels.std() > 1
         stored[order]["picture"] = pixels[: int(0.8 * len(pixels))]  # above the small print, which names the order
-    rows, cols = picture_locations(4, 13)
+    rows, cols = dense_locations(4, 13)
     features, colours = student.field(student.column(load_image(files[0]).image), rows, cols)
     one, two = stored["reading"], stored["random"]
     assert np.array_equal(one["rows"], rows) and np.array_equal(one["cols"], cols)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from apm.pretrain.trainer import Pretrainer, pooled_colours
 from apm.student.field import resample
 from apm.student.model import APM
 from apm.student.position import grid_locations, position_code
-from tests.places import ROOT
+from tests.launch import TORCHRUN, finish
 from tests.pretraining import DATA, STUDENT, TRAINING, make_cache, picture
 
 
@@ -144,25 +141,7 @@ with join() as group:
 
 
 def work(folder: Path, *launcher: str, kill_after: int = -1) -> int:
-    folder.mkdir(exist_ok=True)
-    (folder / "worker.py").write_text(WORKER)
-    process = subprocess.Popen(
-        [sys.executable, *launcher, str(folder / "worker.py"), str(folder), str(kill_after)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=900)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    assert process.returncode in (0, -signal.SIGKILL), output
-    return process.returncode
+    return finish(WORKER, folder, folder, kill_after, launcher=launcher)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +168,7 @@ def test_after_a_kill_the_weights_are_those_of_a_run_without_one(whole: Path, tm
 
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(whole: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    assert work(tmp_path, *launcher) == 0
+    assert work(tmp_path, *TORCHRUN, "--nproc-per-node=2") == 0
     one, two = (load_file(folder / "c.safetensors") for folder in (whole, tmp_path))
     assert one.keys() == two.keys()
     for name in one:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apm.errors import UsageError
-from apm.student.position import axis_code, grid_locations, position_code
+from apm.student.position import axis_code, dense_locations, grid_locations, position_code
 
 
 @pytest.mark.parametrize(("row", "col", "width"), [(0, 0, 8), (5, 9, 16), (31, 17, 1024), (2.5, -3.25, 12)])
@@ -50,3 +50,18 @@ def test_unequal_lists_are_refused() -> None:
         position_code([1, 2], [1], 8)
     with pytest.raises(UsageError, match=r"\(1, 1\)"):
         axis_code(torch.zeros(1, 1), 8)
+
+
+def test_locations_at_the_grids_own_size_are_the_cells() -> None:
+    rows, cols = dense_locations(4, 4)
+    assert rows.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert cols.tolist() == [0, 1, 2, 3] * 4
+
+
+def test_finer_locations_cover_the_square_evenly() -> None:
+    rows, cols = dense_locations(4, 8)
+    assert len(rows) == len(cols) == 64
+    assert cols[:8].tolist() == [-0.25, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25]  # two in each cell, none on its edge
+    assert rows[::8].tolist() == cols[:8].tolist()
+    with pytest.raises(UsageError, match="not 0"):
+        dense_locations(4, 0)

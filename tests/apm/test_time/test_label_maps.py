@@ -5,26 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apm.errors import UsageError
-from apm.test_time.label_maps import CHUNK, dense_locations, field_maps, label_maps, peak
+from apm.test_time.label_maps import CHUNK, field_maps, label_maps, peak
 from apm.text.zeroshot import ZeroShotHead
 
 HEAD = ZeroShotHead(("left", "right", "below"), torch.eye(3), 10.0)
-
-
-def test_locations_at_the_grids_own_size_are_the_cells() -> None:
-    rows, cols = dense_locations(4, 4)
-    assert rows.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
-    assert cols.tolist() == [0, 1, 2, 3] * 4
-
-
-def test_finer_locations_cover_the_square_evenly() -> None:
-    rows, cols = dense_locations(4, 8)
-    assert len(rows) == len(cols) == 64
-    assert cols[:8].tolist() == [-0.25, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25]  # two in each cell, none on its edge
-    assert rows[::8].tolist() == cols[:8].tolist()
-    with pytest.raises(UsageError, match="not 0"):
-        dense_locations(4, 0)
 
 
 def test_the_map_is_the_softmax_over_the_labels() -> None:

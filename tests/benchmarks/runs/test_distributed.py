@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from apm.errors import UsageError
 from apm.processes import ALONE, Group, agree, join, restarted
 from tests.benchmarks.made_runs import Plain, Stream, make_dataset, make_run
 from tests.benchmarks.runs.test_runner import assert_same
-from tests.places import ROOT
+from tests.launch import TORCHRUN, finish, start
 
 WORKER = """
 import os, signal, sys
@@ -47,25 +46,8 @@ with join() as group:
 
 def torchrun(folder: Path, processes: int, *, restarts: int = 0, kill_after: int = 0) -> None:
     """Run the worker under torch's launcher, which must end well."""
-    script = folder.parent / "worker.py"
-    script.write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    process = subprocess.Popen(
-        [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(folder), str(kill_after)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=900)  # a hang, not a slow machine
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)  # with its workers
-        process.communicate()
-        raise
-    assert process.returncode == 0, output
+    flags = (f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.1")
+    assert finish(WORKER, folder.parent, folder, kill_after, launcher=(*TORCHRUN, *flags)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +101,8 @@ with join() as group:
 def test_a_worker_whose_launcher_was_killed_ends_and_doubles_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     make_run(tmp_path / "whole", [Plain(), Stream()], make_dataset(60))
-    script = tmp_path / "worker.py"
-    script.write_text(ORPHANED)
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launcher = start(ORPHANED, tmp_path, folder, launcher=(*TORCHRUN, "--nproc-per-node=2"), **silent)
     notes = [Path(f"{folder}.{rank}.pid") for rank in (0, 1)]
     try:
         deadline = time.monotonic() + 300

@@ -248,13 +248,6 @@ def test_sweeps_of_the_student() -> None:
     assert rows[1]["per_student"]["median"] == pytest.approx(rows[1]["seconds"]["median"] / 3)
 
 
-def test_points_of_a_finer_grid_lie_evenly_over_the_cells() -> None:
-    rows, cols = scaling._points(TINY, TINY.grid)
-    assert rows.tolist() == [row for row in range(4) for _ in range(4)]
-    rows, cols = scaling._points(TINY, 8)
-    assert (rows.min(), cols.max(), len(rows)) == (-0.25, 3.25, 64)
-
-
 @pytest.mark.slow
 def test_sweeps_of_whole_answers() -> None:
     teacher = FakeTeacher(dim=32)

@@ -157,6 +157,7 @@ GPU = GPUKind(
     name="gpu",
     question="everything about a GPU in a few minutes: checks, speed, commands (`make gpu`)",
     title="On a GPU",
+    results="gpu-*.json",
     arguments=_arguments,
     measure=_measure,
     table=screen,

@@ -42,6 +42,10 @@ class Kind(Study):
     rounds: int = 9
     on_cpu: bool = False
 
+    def __post_init__(self) -> None:
+        """Find the records by their names."""
+        object.__setattr__(self, "results", self.results or file_name(self.name, "*", "*"))
+
     @property
     def module(self) -> str:
         """What ``python -m`` is given."""

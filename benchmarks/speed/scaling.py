@@ -18,7 +18,7 @@ from .options import Options, loaded_engine, plain_step
 from .plots import at_sizes, band, column, curves, from_zero
 from .profile import step_flops
 from .tables import shown
-from .timing import interleaved, repeated, spread
+from .timing import Work, interleaved, repeated, spread
 
 WHAT = {"step": "a step of a student with this grid", "features": "features read at so many points"}
 OF_PATCHES = {"engine": "step, engine", "plain": "step, plain form", "features": "features, one pass"}
@@ -79,7 +79,7 @@ def sweep_patches(options: Options) -> dict[str, Any]:
         places = all_rows[where], all_cols[where]
         engine = loaded_engine(config, options.chosen_precision, options.device, queries=count)
         engine.run(1)  # draws the locations
-        works = {
+        works: dict[str, Work] = {
             "engine": engine.advance,
             "plain": plain_step(config, options.device, *places),
             "features": partial(field.features, *places),

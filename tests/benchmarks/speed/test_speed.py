@@ -403,6 +403,16 @@ def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {path.name: path.read_bytes() for path in docs.iterdir()} == first  # the same records, the same bytes
 
 
+def test_the_tables_of_records_are_printed_without_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--table"], ["--table", str(ROOT / "benchmarks" / "results" / "speed-steps-paper-cpu.json")]):
+        assert command.main(["steps", *arguments]) == 0
+        assert "| steps | one image | per step |" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_page_says_nothing_of_missing_gpus_once_one_was_measured() -> None:
     given = scaling.STEPS.read(["--quick", "--device", "cpu", "--precision", "fp32"])
     assert given.record.name == "speed-steps-tiny-cpu.json"

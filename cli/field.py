@@ -11,7 +11,7 @@ from apm.errors import UsageError, unknown
 from apm.images.paths import printable
 
 from .options import Debug, MaxPixelsOfImage
-from .render import notice, say
+from .render import read_image, say_files
 
 ORDERS = ("reading", "random")
 
@@ -52,20 +52,17 @@ def field(
     from apm.classifier import pick_device
     from apm.figures import base as figures
     from apm.figures.field import LIMIT, read_locations, write_field
-    from apm.images.load import MAX_PIXELS, load_image
     from apm.pretrain.student import Student
 
     if not 1 <= side <= LIMIT:
         raise UsageError(f"--size must be from 1 to {LIMIT}, not {side}.")
     student = Student.load(checkpoint, device=pick_device(device))
     places = None if locations is None else read_locations(locations, student.config.grid)
-    loaded = load_image(image, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
-    for note in loaded.notes:
-        notice(note)
+    photograph = read_image(image, max_pixels)
     queries = f"{side}×{side} queries" if places is None else f"{len(places[0])} queries"
     files = write_field(
         student,
-        loaded.image,
+        photograph,
         out / figures.output_stem(image),
         settings=f"apm field {printable(image.name)} · {student.describe()} · {queries}, {order} order",
         size=side,
@@ -74,5 +71,4 @@ def field(
         seed=seed,
         chunk=chunk,
     )
-    for file in files:
-        say(str(file))
+    say_files(files)

@@ -14,7 +14,7 @@ from apm.images.paths import printable
 from .groups import Group
 from .options import Debug, MaxPixelsOfImage, options_of
 from .progress import counted
-from .render import notice, notice_if_slow, say
+from .render import notice_if_slow, read_image, say, say_files
 from .training import TRAINING, Out, Session, check_checkpoint, images_of, say_result, session_options, train
 
 NETWORK = "The network"
@@ -100,16 +100,13 @@ def show(
     from apm.figures.glom import write_show
     from apm.glom.training import load_glom
     from apm.images.files import make_folder
-    from apm.images.load import MAX_PIXELS, load_image
 
     model, trained = load_glom(checkpoint, device=pick_device(device))
-    loaded = load_image(image, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
-    for note in loaded.notes:
-        notice(note)
+    photograph = read_image(image, max_pixels)
     make_folder(out)
     files = write_show(
         model,
-        loaded.image,
+        photograph,
         out / output_stem(image),
         steps=steps or trained["settling"] or model.config.steps,
         threshold=threshold,
@@ -119,8 +116,7 @@ def show(
             "trained": f"{trained['step']} steps",
         },
     )
-    for file in files:
-        say(str(file))
+    say_files(files)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from apm.errors import UsageError
 from apm.images.paths import printable
 
 from .options import Debug, MaxPixelsOfImage
-from .render import notice, say
+from .render import read_image, say_files
 
 
 def interpolate(
@@ -35,17 +35,13 @@ def interpolate(
         raise UsageError(f"--size must be from 1 to 1024, not {size}.")
     from apm.classifier import pick_device
     from apm.figures.field import write_walk
-    from apm.images.load import MAX_PIXELS, load_image
     from apm.pretrain.student import Student
 
     student = Student.load(checkpoint, device=pick_device(device))
-    loaded = [load_image(path, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels) for path in (first, last)]
-    for one in loaded:
-        for note in one.notes:
-            notice(note)
+    photographs = [read_image(path, max_pixels) for path in (first, last)]
     files = write_walk(
         student,
-        [one.image for one in loaded],
+        photographs,
         out,
         frames=frames,
         size=size,
@@ -53,5 +49,4 @@ def interpolate(
         f"{student.describe()} · columns interpolated linearly, share of the second above each frame",
         names=[printable(first.stem), printable(last.stem)],
     )
-    for file in files:
-        say(str(file))
+    say_files(files)

@@ -71,8 +71,8 @@ def islands(
         other, told = _other(images, number)
         found = observe(image, other, source, by_target, options, shown=shown, kept=frames, controls=controls)
         of_file = {"image": printable(file.name), **settings, "other target": told}
-        for path in write_islands(found, out / output_stem(file), shown=shown, settings=of_file, kind=figure_format):
-            render.say(str(path))
+        stem = out / output_stem(file)
+        render.say_files(write_islands(found, stem, shown=shown, settings=of_file, kind=figure_format))
         sys.stdout.flush()
     if len(images) < len(files):
         raise typer.Exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from PIL import Image
     from rich.console import Console
     from rich.progress import Progress
     from rich.text import Text
@@ -59,6 +60,22 @@ def progress_line(text: str) -> None:
 def notice(text: str) -> None:
     """Say one line on stderr."""
     typer.echo(f"note: {printable(' '.join(text.split()))}", err=True)
+
+
+def read_image(path: Path, max_pixels: int | None) -> Image.Image:
+    """Read a photograph of at most so many pixels (None: the usual limit), and say what is unusual about the file."""
+    from apm.images.load import MAX_PIXELS, load_image
+
+    loaded = load_image(path, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
+    for note in loaded.notes:
+        notice(note)
+    return loaded.image
+
+
+def say_files(files: Iterable[Path]) -> None:
+    """Name the files that were written, a line each."""
+    for file in files:
+        say(str(file))
 
 
 def notice_if_slow(precision: str, device: torch.device) -> None:

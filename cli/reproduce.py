@@ -64,7 +64,7 @@ def reproduce(
     limit: Limit = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Of the table's methods only this; repeatable. Default: all.", rich_help_panel=METHOD),
+        typer.Option(help="Only this method of the table; repeatable. Default: all.", rich_help_panel=METHOD),
     ] = None,
     teacher: Annotated[
         list[str] | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from ..tables.table import Table
 from ..tables.trust import TrustRow, TrustTable, make_trust
 from ..tables.trust_formats import HEADINGS, LEGEND, lines
 from .charts import Chart
-from .drawing import COLOUR, mark
+from .drawing import COLOUR, mark, short
 from .sections import Group
 from .series import Part
 from .sheet import Sheet, sheet
@@ -74,15 +75,27 @@ def gain_against_cost(ids: Iterator[int], table: TrustTable, series: Mapping[str
     what = "ms an image" if whole else "ms an image given features"
     known = [(row, row.ms if whole else row.ms_given_features) for row in table.rows]
     rows = [(row, cost) for row, cost in known if cost]
+    front = _front(rows)
     costs, gains = [cost for _, cost in rows], [row.gain for row, _ in rows]
 
     def draw(axes: Any, width: int) -> None:
         axes.set(xscale="log", xlabel=f"{what}, logarithmic", ylabel="gain over zero-shot, points")
-        axes.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
-        low, high = min(0.0, *gains), max(0.0, *gains)
-        room = 0.12 * (high - low) or 1.0
-        axes.set_ylim(low - room, high + room)
+        low, high = min(costs) / 1.6, max(costs) * 1.6
+        axes.set_xlim(low, high)
+        decades = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+        steps = (1, 2, 5) if high / low < 100 else (1,)
+        ticks = [decade * step for decade in decades for step in steps if low <= decade * step <= high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        least, most = min(0.0, *gains), max(0.0, *gains)
+        room = 0.12 * (most - least) or 1.0
+        axes.set_ylim(least - room, most + room)
         axes.axhline(0, color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
+        axes.step([cost for _, cost in front], [row.gain for row, _ in front], where="post", color=COLOUR["soft"], lw=1)
+        for row, cost in front:
+            left = cost < math.sqrt(low * high)
+            at = {"xytext": (8 if left else -8, 5), "textcoords": "offset points", "ha": "left" if left else "right"}
+            axes.annotate(short(row.method, width / 3), (cost, row.gain), **at)
         for row, cost in rows:
             mark(axes, cost, row.gain, series[printable(row.method)], printable(_said(row, cost, what)))
 
@@ -91,9 +104,19 @@ def gain_against_cost(ids: Iterator[int], table: TrustTable, series: Mapping[str
         for row, ms in rows
     ]
     title = printable(f"{table.title}: gain against cost")
-    described = f"Gain over zero-shot in points over {what}. The dashed line is zero-shot."
+    described = f"Gain over zero-shot in points over {what}. The dashed line is zero-shot. "
+    described += "The stepped line joins the methods that gain more than every cheaper one; these are named."
     headings = ("method", "ms", "gain", "p", "rank")
     return Chart(title, sheet(title, headings, numbers, text=("method",)), described, draw, 330, next(ids))
+
+
+def _front(rows: Sequence[tuple[TrustRow, float]]) -> list[tuple[TrustRow, float]]:
+    """The methods that gain more than every cheaper one, the cheapest first."""
+    front: list[tuple[TrustRow, float]] = []
+    for row, cost in sorted(rows, key=lambda one: (one[1], -one[0].gain)):
+        if not front or row.gain > front[-1][0].gain:
+            front.append((row, cost))
+    return front
 
 
 def _said(row: TrustRow, cost: float, what: str) -> str:

@@ -6,11 +6,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apm.benchmarks.protocols import PROTOCOLS
 from apm.errors import UsageError
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from apm.benchmarks.methods import Method
     from apm.benchmarks.reproduce.plan import Job, Plan
     from apm.benchmarks.reproduce.recipes import Recipe
+    from apm.benchmarks.runs.run_record import RunOptions
     from apm.processes import Group
     from apm.teachers.base import Teacher
 
@@ -83,6 +86,10 @@ def reproduce(
         int | None,
         typer.Option(help="Number of augmented views, for every method that uses them.", rich_help_panel=METHOD),
     ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(help=". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()), rich_help_panel=METHOD),
+    ] = "published",
     download: Annotated[
         bool, typer.Option("--download", help="Fetch weights that are not on this machine.", rich_help_panel=METHOD)
     ] = False,
@@ -121,6 +128,10 @@ def reproduce(
     """
     check_numbers(batch_size, workers, seed)
 
+    from apm.benchmarks.runs.plan import check_protocol
+
+    check_protocol(protocol, {"--views": views})
+
     from apm.benchmarks.reproduce.plan import make_plan
     from apm.benchmarks.reproduce.recipes import PAPER
     from apm.processes import join
@@ -140,10 +151,14 @@ def reproduce(
     folder = out or Path("runs") / f"table-{number}"
     if not made.ready or not made.ready_jobs:
         raise UsageError(f"{made.table.title}: nothing can be run. {' '.join(missing(made))}")
-    running = _Running(made, folder, student, views, device, batch_size, workers, seed, limit, download, quiet)
+
+    from apm.benchmarks.runs.run_record import RunOptions
+
+    options = RunOptions(seed=seed, limit=limit, protocol=protocol, workers=workers, command=("apm", *sys.argv[1:]))
+    running = _Running(made, folder, options, student, views, device, batch_size, download=download, quiet=quiet)
     if plan:
         hours = {job: running.hours(job) for job in made.ready_jobs} if measured else {}
-        print_plan(made, hours, as_json=as_json)
+        print_plan(made, hours, protocol, as_json=as_json)
         return
     with join() as group:
         failed = running.run(group, measured=measured)
@@ -153,7 +168,7 @@ def reproduce(
     from apm.benchmarks.reproduce.beside import beside
 
     compared = list(beside(made, folder, running.methods))
-    print_beside(made, compared, as_json=as_json)
+    print_beside(made, compared, protocol, as_json=as_json)
     problems = [*missing(made), *(differs(one) for one in compared if one.verdict == "differs")]
     if failed:
         problems.append(f"{failed} image(s) have no answer; see the rows with an error below {folder}.")
@@ -184,19 +199,17 @@ class _Running:
         self,
         plan: Plan,
         out: Path,
+        options: RunOptions,
         student: dict[str, Any],
         views: int | None,
         device: str,
         batch_size: int | None,
-        workers: int,
-        seed: int,
-        limit: int | None,
+        *,
         download: bool,
         quiet: bool,
     ) -> None:
-        self.plan, self.out, self.student, self.views, self.device = plan, out, student, views, device
-        self.batch_size, self.workers, self.seed, self.limit = batch_size, workers, seed, limit
-        self.download, self.quiet = download, quiet
+        self.plan, self.out, self.options, self.student, self.views = plan, out, options, student, views
+        self.device, self.batch_size, self.download, self.quiet = device, batch_size, download, quiet
         self.methods: dict[Job, dict[Recipe, Method]] = {}
 
     def hours(self, job: Job) -> float:
@@ -234,8 +247,9 @@ class _Running:
             student=StudentOptions(**student),
             views=self.views,
             device=teacher.device,
-            seed=self.seed,
+            seed=self.options.seed,
             batch_size=self.batch_size,
+            protocol=self.options.protocol,
         )
         made = {parse_method(spec)[0]: create_method(spec, options) for spec in job.specs}
         self.methods[job] = {recipe: made[recipe.method] for recipe in job.recipes}
@@ -248,17 +262,13 @@ class _Running:
         return expected_seconds(job, self.plan, methods, rates, self.out) / 3600
 
     def _run(self, job: Job, teacher: Teacher, methods: Sequence[Method], group: Group) -> int:
-        from apm.benchmarks.runs.run_record import RunOptions
         from apm.benchmarks.runs.runner import run
 
-        options = RunOptions(
-            seed=self.seed,
-            limit=self.limit,
+        options = replace(
+            self.options,
             prompts=job.prompts,
             templates=job.templates,
             batch_size=self.batch_size or (64 if teacher.device.type == "cuda" else 8),
-            workers=self.workers,
-            command=("apm", *sys.argv[1:]),
         )
         with images_progress("reproduce", silent=self.quiet or not group.first) as (report, texts):
             try:
@@ -276,9 +286,6 @@ class _Running:
                     on_warning=warning,
                 ).failed
             except KeyboardInterrupt:
-                progress_line(f"interrupted: what was answered is in {self.out}. To continue: {_command()}")
+                again = shlex.join(self.options.command)
+                progress_line(f"interrupted: what was answered is in {self.out}. To continue: {again}")
                 raise typer.Exit(INTERRUPTED) from None
-
-
-def _command() -> str:
-    return shlex.join(("apm", *sys.argv[1:]))

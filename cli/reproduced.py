@@ -26,10 +26,10 @@ def in_words(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
-def print_plan(plan: Plan, hours: Mapping[Job, float], *, as_json: bool) -> None:
+def print_plan(plan: Plan, hours: Mapping[Job, float], protocol: str, *, as_json: bool) -> None:
     """Print which cells can be run, in which runs, and for how many hours (by run, where they are known)."""
     if as_json:
-        say_json(json.dumps(_plan_record(plan, hours), indent=2, ensure_ascii=False))
+        say_json(json.dumps(_plan_record(plan, hours, protocol), indent=2, ensure_ascii=False))
         return
     cells = [
         [cell.column, "no", "–", "–", cell.reason.partition("\n")[0]]
@@ -43,7 +43,8 @@ def print_plan(plan: Plan, hours: Mapping[Job, float], *, as_json: bool) -> None
         ]
         for cell in plan.cells
     ]
-    print_table(["cell", "data", "images", "classes", "where"], cells, title=plan.table.title)
+    title = f"{plan.table.title} (protocol {protocol})"
+    print_table(["cell", "data", "images", "classes", "where"], cells, title=title)
     say("")
     runs = [
         [
@@ -65,10 +66,11 @@ def print_plan(plan: Plan, hours: Mapping[Job, float], *, as_json: bool) -> None
         notice(text)
 
 
-def _plan_record(plan: Plan, hours: Mapping[Job, float]) -> dict[str, Any]:
+def _plan_record(plan: Plan, hours: Mapping[Job, float], protocol: str) -> dict[str, Any]:
     return {
         "schema": 1,
         "table": plan.table.number,
+        "protocol": protocol,
         "cells": [
             {
                 "column": cell.column,
@@ -98,11 +100,11 @@ def _plan_record(plan: Plan, hours: Mapping[Job, float]) -> dict[str, Any]:
     }
 
 
-def print_beside(plan: Plan, compared: Sequence[Beside], *, as_json: bool) -> None:
+def print_beside(plan: Plan, compared: Sequence[Beside], protocol: str, *, as_json: bool) -> None:
     """Print ours beside the published cells, and the likely causes of what differs."""
     if as_json:
         records = [_beside_record(one) for one in compared]
-        document = {"schema": 1, "table": plan.table.number, "cells": records}
+        document = {"schema": 1, "table": plan.table.number, "protocol": protocol, "cells": records}
         say_json(json.dumps(document, indent=2, ensure_ascii=False))
         return
     lines = [
@@ -120,7 +122,7 @@ def print_beside(plan: Plan, compared: Sequence[Beside], *, as_json: bool) -> No
         if one.score is not None and one.score.accuracy is not None
     ]
     headings = ["published row", "cell", "ours", "n", "published", "difference", "within 0.3", "likely causes"]
-    print_table(headings, lines, title=f"{plan.table.title}: ours beside the published cells")
+    print_table(headings, lines, title=f"{plan.table.title}: ours (protocol {protocol}) beside the published cells")
     texts: dict[tuple[str, str], list[str]] = {}
     for one in compared:
         for cause in one.causes:

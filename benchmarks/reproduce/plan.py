@@ -21,6 +21,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets import Dataset
 from ..methods.base import Method, StreamMethod
+from ..methods.published import AsPublished
 from ..runs.plan import CLEAN, plan_cells
 from ..runs.records import Records, RunFolder
 from ..runs.timed_batch import TimedBatch
@@ -194,15 +195,17 @@ def measure(teacher: Teacher, methods: Sequence[Method], cells: Sequence[Planned
 
     A method that takes less than two seconds is timed a second time, when everything is warm.
     """
-    sets = sorted({cell.dataset.class_names for cell in cells if cell.dataset}, key=len)
-    chosen = {len(names): names for names in (sets[0], sets[-1])}
+    sets = sorted((cell.dataset for cell in cells if cell.dataset), key=lambda dataset: len(dataset.class_names))
+    chosen = {len(dataset.class_names): dataset for dataset in (sets[0], sets[-1])}
     begun = time.perf_counter()
-    teacher.encode_text([f"a photo of a {name}." for name in chosen[max(chosen)][:TEXTS]])
+    teacher.encode_text([f"a photo of a {name}." for name in sets[-1].class_names[:TEXTS]])
     per_text = (time.perf_counter() - begun) / min(TEXTS, max(chosen))
     found: dict[str, list[float]] = {method.name: [] for method in methods}
-    for names in chosen.values():
-        head = ZeroShotHead.build(teacher, names, ("a photo of a {}.",))
+    for dataset in chosen.values():
+        head = ZeroShotHead.build(teacher, dataset.class_names, ("a photo of a {}.",))
         for method in methods:
+            if isinstance(method, AsPublished):
+                method.begin(dataset.name)
             seconds = _time(teacher, head, method)
             found[method.name].append(_time(teacher, head, method) if seconds < LONG else seconds)
     return Rates(

@@ -30,18 +30,21 @@ def notes(
         yield "p of several cells together takes their images as independent; corruptions of one image are not."
     runs = [one.run for row in entries for one in row.values()]
     yield f"images/s: each method as if run alone, with teacher and views, without decoding; {_machines(runs)}."
-    yield from (f"Protocol {name}: {PROTOCOLS[name]}." for name in sorted({_protocol(run) for run in runs}))
-    if any(row.settings.get("stream") for row in rows):
-        orders = sorted({str(run.run["stream_order"]["seed"]) for run in runs})
-        yield f"Stream methods see the images in the order of seed {', '.join(orders)}."
+    yield from conditions(runs, stream=any(row.settings.get("stream") for row in rows))
     if any(row.kind == "oracle" for row in rows):
         yield "ORACLE: labels peeked at, an upper bound."
     elif oracle:
         yield "No ORACLE row: no run of this table recorded per-step predictions (--record-steps)."
 
 
-def _protocol(run: Records) -> str:
-    return str(run.run["config"]["protocol"])
+def conditions(runs: Iterable[Records], *, stream: bool) -> Iterator[str]:
+    """By which protocol the runs were made and, where there are stream methods, in which orders."""
+    configs = [run.run["config"] for run in runs]
+    for name in sorted({str(config["protocol"]) for config in configs}):
+        yield f"Protocol {name}: {PROTOCOLS[name]}."
+    if stream:
+        orders = sorted({str(config["order"]) for config in configs})
+        yield f"Stream methods see the images in the order of seed {', '.join(orders)}."
 
 
 def warnings(layout: Layout, rows: Sequence[TableRow], entries: Sequence[Mapping[str, Answers]]) -> Iterator[str]:

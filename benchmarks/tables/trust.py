@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from apm.errors import UsageError
 
+from .notes import conditions
 from .stats import auroc, expected_calibration_error, holm, interval, paired_test
 from .table import MARKS, Answers, Table, TableRow, row_names
 
@@ -209,6 +210,8 @@ def _table(title: str, columns: Sequence[str], named: Mapping[str, TableRow], no
     different = int(image.max()) + 1
     notes = [note] if note else []
     notes += _notes(made, len(image), different, int((~anybody).sum()), len(tested))
+    runs = [row.answers[column].run for row in rows for column in columns]
+    notes += conditions(runs, stream=any(row.settings.get("stream") for row in rows))
     return TrustTable(title, tuple(columns), len(image), different, tuple(made), tuple(notes))
 
 

@@ -252,6 +252,7 @@ def test_runs_of_the_same_images_in_another_order_are_compared(tmp_path: Path) -
     first = write_run(tmp_path / "one", {"digits": {}}, {"zero-shot": TEACHER, "mta": flipped(1, 12)})
     second = write_run(tmp_path / "two", {"digits": {}}, {"tpt": flipped(15, 0)}, order=5)
     (table,) = trusted(first, second)
+    assert "Protocol common: " in " ".join(table.notes)
     alone = trusted(write_run(tmp_path / "both", {"digits": {}}, {k: METHODS[k] for k in ("zero-shot", "mta", "tpt")}))
     assert table.rows == alone[0].rows
 

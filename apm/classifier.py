@@ -114,21 +114,14 @@ class Classifier:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         # Everything cheap is checked before the teacher, which takes seconds to load.
-        if labels is not None and label_set is not None:
-            raise UsageError("labels and label_set are two ways to say the same; give one of them.")
-        if prompts is not None and templates is not None:
-            raise UsageError("prompts and templates are two ways to say the same; give one of them.")
-        labels = check_labels(labels) if labels is not None else None
-        if label_set is not None and label_set not in LABEL_SET_NAMES:
-            raise unknown("label set", label_set, LABEL_SET_NAMES)
-        templates = check_templates(templates) if templates is not None else None
-        if prompts is not None:
-            prompt_templates(prompts)
+        _check_words(labels, label_set, prompts, templates)
         for name, value in (("top_k", top_k), ("max_pixels", max_pixels), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1.")
         if not 0 <= min_probability <= 1:
             raise UsageError(f"min_probability is {min_probability}; it must lie between 0 and 1.")
+        labels = None if labels is None else check_labels(labels)
+        templates = None if templates is None else check_templates(templates)
         self.device = pick_device(device)
         self.student = student or StudentOptions()
         self._policy = self.student.policy()
@@ -339,6 +332,20 @@ class Classifier:
         best = probabilities.topk(min(self.top_k, len(self.head.labels)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return tuple(Prediction(label=self.head.labels[index], probability=value) for index, value in pairs)
+
+
+def _check_words(
+    labels: Sequence[str] | None, label_set: str | None, prompts: str | None, templates: Sequence[str] | None
+) -> None:
+    """Refuse what is said twice, and names of sets that are unknown."""
+    if labels is not None and label_set is not None:
+        raise UsageError("labels and label_set are two ways to say the same; give one of them.")
+    if prompts is not None and templates is not None:
+        raise UsageError("prompts and templates are two ways to say the same; give one of them.")
+    if label_set is not None and label_set not in LABEL_SET_NAMES:
+        raise unknown("label set", label_set, LABEL_SET_NAMES)
+    if prompts is not None:
+        prompt_templates(prompts)
 
 
 def _bytes(one: _Prepared | Answer) -> int:

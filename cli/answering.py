@@ -1,5 +1,6 @@
 """From paths to printed and written answers, one by one and in order: the loop of `apm classify`."""
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 import json
@@ -14,6 +15,7 @@ import typer
 
 from apm.errors import ImageError, UsageError
 from apm.images.paths import expand_paths, file_problem, printable
+from apm.settings import setting
 
 from . import render
 from .answer_file import AnswerFile, Fingerprint, answer_settings, fingerprint
@@ -29,12 +31,20 @@ INTERRUPTED = 130
 class Form:
     """What becomes of the answers: how they are shown, where they are written."""
 
-    as_json: bool = False
-    quiet: bool = False
-    steps_detail: bool = False
-    out: Path | None = None
-    explain: Path | None = None
-    explain_size: int = 112
+    top_k: int = setting(5, "Number of labels to show.")
+    min_probability: float = setting(0.0, 'Mark answers as "unsure" whose best label is less probable, 0 to 1.')
+    as_json: bool = setting(False, "Print one JSON line an image, nothing else.")
+    steps_detail: bool = setting(False, "Put loss and cosine of every step into the JSON.")
+    quiet: bool = setting(False, "Print just path, label, probability, with tabs.")
+    out: Path | None = setting(
+        None,
+        "Write the answers to this file (.jsonl or .csv) as they come; they are printed only with --json or --quiet. "
+        "The same command, run again, goes on from there.",
+    )
+    explain: Path | None = setting(
+        None, "Write a map of the best labels for each image into this folder, with its arrays (.npz)."
+    )
+    explain_size: int = setting(112, "Side of the maps of --explain, in locations.")
 
 
 class Inputs:

@@ -1,8 +1,10 @@
 """`apm classify`: its options, and what is checked before anything is loaded."""
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,61 +13,73 @@ import typer
 from apm.errors import UsageError
 from apm.images.paths import printable
 from apm.labels import LABEL_SET_NAMES, PROMPT_NAMES, parse_labels, read_labels_file
+from apm.settings import setting
 from apm.startup import collector_paused
 from apm.test_time.options import StudentOptions
 
 from . import render
 from .answer_file import check_out
 from .answering import Answering, Form, Inputs, interrupted
-from .options import Debug, student_options
+from .options import Debug, options_of, student_options
 from .progress import counted
 
 if TYPE_CHECKING:
     from apm.classifier import Classifier
 
 STUDENT, SOURCE, OUTPUT = "The student", "Labels and teacher", "Output"
+SPELLED = {
+    "as_json": "--json",
+    "quiet": "--quiet -q",
+    "out": "FILE",
+    "explain": "DIR",
+    "steps_detail": "--steps-detail",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Whom to ask, and among which labels."""
+
+    teacher: str | None = setting(
+        None,
+        'A name that "apm teachers" lists, NAME/TAG of open_clip, hf-hub:ORG/REPO or local-dir:PATH. '
+        "Default: ViT-B-16/openai, or the embedded one when its weights cannot be had.",
+    )
+    labels: str | None = setting(None, 'Class names to choose from: "cat,dog".')
+    labels_file: Path | None = setting(None, "Class names from a text file, one a line.")
+    label_set: str | None = setting(
+        None,
+        f"A built-in set of class names: {', '.join(LABEL_SET_NAMES)}. Default: the teacher's own, else imagenet.",
+    )
+    prompts: str | None = setting(
+        None,
+        f"Prompt templates for the class names: {', '.join(PROMPT_NAMES)} (1, 7, 80 of them). "
+        "Default: the teacher's own, else single.",
+    )
+    template: list[str] | None = setting(None, 'A prompt template of your own: "a sketch of a {}."; repeatable.')
+
+    def names(self) -> tuple[str, ...] | None:
+        """The labels given, checked; None where they are the teacher's or of a set."""
+        named = {"--labels": self.labels, "--labels-file": self.labels_file, "--label-set": self.label_set}
+        given = [option for option, value in named.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} exclude each other; give one of them.")
+        if self.prompts is not None and self.template:
+            raise UsageError("--prompts and --template exclude each other; give one of them.")
+        if self.labels is not None:
+            return parse_labels(self.labels)
+        return None if self.labels_file is None else read_labels_file(self.labels_file)
 
 
 @student_options(STUDENT, notes={"distil": "; both with --explain", "precision": "; fp32 with --explain"})
+@options_of(Source, "source", SOURCE)
+@options_of(Form, "form", OUTPUT, spelled=SPELLED)
 def classify(
     paths: Annotated[
         list[str],
         typer.Argument(help="Files, folders, patterns, or - for paths on stdin, one a line.", metavar="PATH"),
     ],
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help='A name that "apm teachers" lists, NAME/TAG of open_clip, hf-hub:ORG/REPO or local-dir:PATH. '
-            "Default: ViT-B-16/openai, or the embedded one when its weights cannot be had.",
-            rich_help_panel=SOURCE,
-        ),
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help='Class names to choose from: "cat,dog".', rich_help_panel=SOURCE)
-    ] = None,
-    labels_file: Annotated[
-        Path | None, typer.Option(help="Class names from a text file, one a line.", rich_help_panel=SOURCE)
-    ] = None,
-    label_set: Annotated[
-        str | None,
-        typer.Option(
-            help=f"A built-in set of class names: {', '.join(LABEL_SET_NAMES)}. "
-            "Default: the teacher's own, else imagenet.",
-            rich_help_panel=SOURCE,
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Prompt templates for the class names: {', '.join(PROMPT_NAMES)} (1, 7, 80 of them). "
-            "Default: the teacher's own, else single.",
-            rich_help_panel=SOURCE,
-        ),
-    ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(help='A prompt template of your own: "a sketch of a {}."; repeatable.', rich_help_panel=SOURCE),
-    ] = None,
+    source: Source,
     *,
     student: dict[str, Any],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=STUDENT)] = "auto",
@@ -75,13 +89,7 @@ def classify(
             help="Images adapted side by side: a number or auto. Answers do not depend on it.", rich_help_panel=STUDENT
         ),
     ] = "auto",
-    top_k: Annotated[int, typer.Option(help="Number of labels to show.", rich_help_panel=OUTPUT)] = 5,
-    min_probability: Annotated[
-        float,
-        typer.Option(
-            help='Mark answers as "unsure" whose best label is less probable, 0 to 1.', rich_help_panel=OUTPUT
-        ),
-    ] = 0.0,
+    form: Form,
     max_pixels: Annotated[
         int | None,
         typer.Option(
@@ -90,37 +98,6 @@ def classify(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON line an image, nothing else.", rich_help_panel=OUTPUT)
-    ] = False,
-    steps_detail: Annotated[
-        bool,
-        typer.Option("--steps-detail", help="Put loss and cosine of every step into the JSON.", rich_help_panel=OUTPUT),
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option("--quiet", "-q", help="Print just path, label, probability, with tabs.", rich_help_panel=OUTPUT),
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the answers to this file (.jsonl or .csv) as they come; they are printed only with --json or "
-            "--quiet. The same command, run again, goes on from there.",
-            rich_help_panel=OUTPUT,
-            metavar="FILE",
-        ),
-    ] = None,
-    explain: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write a map of the best labels for each image into this folder, with its arrays (.npz).",
-            rich_help_panel=OUTPUT,
-            metavar="DIR",
-        ),
-    ] = None,
-    explain_size: Annotated[
-        int, typer.Option(help="Side of the maps of --explain, in locations.", rich_help_panel=OUTPUT)
-    ] = 112,
     debug: Debug = False,
 ) -> None:
     """Say what is on photographs, adapting a fresh student to each of them.
@@ -130,51 +107,58 @@ def classify(
 
     Exit code: 0 all answered, 1 some could not be (each is named on stderr), 2 wrong usage.
     """
-    names = _labels(labels, labels_file, label_set)
-    if prompts is not None and template:
-        raise UsageError("--prompts and --template exclude each other; give one of them.")
+    names = source.names()
     size = _batch_size(batch_size)
-    chosen: list[str] = []
-    if explain is not None:
-        chosen = _fill_for_maps(student, explain, explain_size)
-    if out is not None:
-        check_out(out)
-    form = Form(
-        as_json=as_json, quiet=quiet, steps_detail=steps_detail, out=out, explain=explain, explain_size=explain_size
-    )
+    chosen = [] if form.explain is None else _fill_for_maps(student, form.explain, form.explain_size)
+    if form.out is not None:
+        check_out(form.out)
     inputs = Inputs(paths)
     inputs.name_problems(form)
     try:
-        if teacher is not None:
-            from apm.teachers import check_teacher
-
-            check_teacher(teacher)  # before the imports below, which take seconds
-
-        with collector_paused():
-            from apm.classifier import Classifier
-            from apm.images.load import MAX_PIXELS
-
-        with counted("encoding labels", wanted=not quiet) as encoded:
-            classifier = Classifier(
-                teacher,
-                labels=names,
-                label_set=label_set,
-                prompts=prompts,
-                templates=template or None,
-                student=StudentOptions(**student),
-                device=device,
-                batch_size=size,
-                top_k=top_k,
-                min_probability=min_probability,
-                max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
-                progress=encoded,
-            )
+        classifier = _classifier(source, names, student, form, device=device, batch_size=size, max_pixels=max_pixels)
     except KeyboardInterrupt:
         raise interrupted(0, inputs.total, form) from None
-    for note in _notes(classifier, quiet=quiet, chosen=chosen):
+    for note in _notes(classifier, quiet=form.quiet, chosen=chosen):
         render.notice(note)
     render.notice_if_slow(classifier.student.precision, classifier.device)
     Answering(classifier, inputs, form).run()
+
+
+def _classifier(
+    source: Source,
+    names: tuple[str, ...] | None,
+    student: dict[str, Any],
+    form: Form,
+    *,
+    device: str,
+    batch_size: int | None,
+    max_pixels: int | None,
+) -> Classifier:
+    """Load the teacher and encode the labels, and say how far it is."""
+    if source.teacher is not None:
+        from apm.teachers import check_teacher
+
+        check_teacher(source.teacher)  # before the imports below, which take seconds
+
+    with collector_paused():
+        from apm.classifier import Classifier
+        from apm.images.load import MAX_PIXELS
+
+    with counted("encoding labels", wanted=not form.quiet) as encoded:
+        return Classifier(
+            source.teacher,
+            labels=names,
+            label_set=source.label_set,
+            prompts=source.prompts,
+            templates=source.template or None,
+            student=StudentOptions(**student),
+            device=device,
+            batch_size=batch_size,
+            top_k=form.top_k,
+            min_probability=form.min_probability,
+            max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+            progress=encoded,
+        )
 
 
 def _notes(classifier: Classifier, *, quiet: bool, chosen: list[str]) -> Iterator[str]:
@@ -209,19 +193,6 @@ def _fill_for_maps(student: dict[str, Any], folder: Path, size: int) -> list[str
     filled = {name: value for name, value in needed.items() if name not in student}
     student.update(filled)
     return [f"--{name} {value}" for name, value in filled.items()]
-
-
-def _labels(labels: str | None, labels_file: Path | None, label_set: str | None) -> tuple[str, ...] | None:
-    given = [
-        option
-        for option, value in (("--labels", labels), ("--labels-file", labels_file), ("--label-set", label_set))
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other; give one of them.")
-    if labels is not None:
-        return parse_labels(labels)
-    return None if labels_file is None else read_labels_file(labels_file)
 
 
 def _batch_size(text: str) -> int | None:

@@ -84,7 +84,8 @@ def options_of(
         kind: of the dataclass.
         parameter: which one.
         panel: of the help, for these options.
-        spelled: the option's text, by field, where it is not made of the field's name.
+        spelled: by field, the option's names where they are not made of the field's, and what stands for its value:
+            ``--quiet -q``, ``--out FILE``.
     """
     hints = typing.get_type_hints(kind)
     settings = {name: one for name, one in settings_of(kind).items() if one.option}
@@ -94,15 +95,19 @@ def options_of(
         for name, one in settings.items():
             default, hint = getattr(kind, name), text_type(hints[name])
             text = f"{one.help} Default: {one.default_words}." if one.default_words else one.help
-            names = (spelled or {}).get(name, "").split()
-            made.append(_parameter(name, hint | None if default is None else hint, default, text, panel, *names))
+            words = (spelled or {}).get(name, "").split()
+            made.append(_parameter(name, hint | None if default is None else hint, default, text, panel, words))
         return _replaced(command, parameter, made, lambda values: kind(**{name: values.pop(name) for name in settings}))
 
     return decorate
 
 
-def _parameter(name: str, kind: Any, default: Any, text: str, panel: str, *spelled: str) -> inspect.Parameter:
-    option = typer.Option(*spelled, help=text, rich_help_panel=panel)
+def _parameter(
+    name: str, kind: Any, default: Any, text: str, panel: str, spelled: Sequence[str] = ()
+) -> inspect.Parameter:
+    names = [word for word in spelled if word.startswith("-")]
+    metavar = next((word for word in spelled if not word.startswith("-")), None)
+    option = typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from apm.errors import UsageError
 from apm.test_time.options import setting
@@ -67,7 +66,12 @@ class DMNSettings:
 
 
 class DynamicMemory:
-    """Features of test images by predicted class. Memory: C·L·D numbers, L the most that any class has, up to `shots`.
+    """Features of test images by predicted class.
+
+    A class's classifier is a weighted sum of what is remembered for it, of which only the cosine with the image is
+    asked: it follows from the image's cosines with the entries and from those of the entries among each other, which
+    are kept. So an image reads every entry once. Memory: E·D numbers for E entries, and C·L² for the cosines, L the
+    most entries that any class has, up to `shots`.
 
     Args:
         text: (C, D) of unit length.
@@ -78,30 +82,53 @@ class DynamicMemory:
     def __init__(self, text: Tensor, shots: int, beta: float) -> None:
         self.text, self.shots, self.beta = text, shots, beta
         self.entropies: list[list[float]] = [[] for _ in text]
-        self._kept = text.new_zeros(len(text), min(shots, 2), text.shape[1])  # (C, L, D), L grows as needed
+        self._rows: list[list[int]] = [[] for _ in text]  # of `_kept`, by class and slot
+        self._count = 0
+        self._kept = text.new_empty(64, text.shape[1])  # (≥ E, D)
+        self._owners = torch.empty(64, dtype=torch.long, device=text.device)  # (≥ E,) class of each entry
+        self._slots = torch.empty(64, dtype=torch.long, device=text.device)  # (≥ E,) its place among those of its class
+        # (C, 1 + L, 1 + L) cosines among a class's text, slot 0, and its entries
+        self._cosines = (text * text).sum(dim=1)[:, None, None].clone()
 
     def update(self, predicted: int, entropy: float, feature: Tensor) -> None:
         """Remember a feature (D,) under its predicted class; a full class forgets its most uncertain entry for it."""
-        known = self.entropies[predicted]
+        known, rows = self.entropies[predicted], self._rows[predicted]
         if len(known) < self.shots:
-            slot = len(known)
             known.append(entropy)
-            if slot == self._kept.shape[1]:
-                room = min(self.shots, 2 * slot) - slot
-                grown = self._kept.new_zeros(len(self.text), room, self.text.shape[1])
-                self._kept = torch.cat([self._kept, grown], dim=1)
+            rows.append(self._new_row(predicted, len(known)))
+            slot = len(known)
         else:
-            slot = max(range(self.shots), key=known.__getitem__)
-            if entropy >= known[slot]:
+            slot = 1 + max(range(self.shots), key=known.__getitem__)
+            if entropy >= known[slot - 1]:
                 return
-            known[slot] = entropy
-        self._kept[predicted, slot] = feature
+            known[slot - 1] = entropy
+        self._kept[rows[slot - 1]] = feature
+        members = torch.cat([self.text[predicted].unsqueeze(0), self._kept[rows]])  # (1 + entries, D)
+        cosines = self._cosines[predicted]
+        cosines[slot, : len(members)] = cosines[: len(members), slot] = members @ feature
 
-    def classifier(self, feature: Tensor) -> Tensor:
-        """The classes as they are remembered with regard to a feature (D,): (C, D) of unit length."""
-        weights = torch.exp(self.beta * (self._kept @ feature - 1)).unsqueeze(1)  # (C, 1, L); an empty slot adds zeros
-        own = torch.exp(self.beta * (self.text @ feature - 1)).unsqueeze(1)  # (C, 1)
-        return normalize((weights @ self._kept).squeeze(1) + own * self.text, dim=1)
+    def cosines(self, feature: Tensor) -> Tensor:
+        """Cosines of a feature (D,) with the classes as they are remembered with regard to it: (C,)."""
+        own = self._cosines.new_full(self._cosines.shape[:2], -torch.inf)  # (C, 1 + L); an empty slot has no weight
+        own[:, 0] = self.text @ feature
+        count = self._count
+        own[self._owners[:count], self._slots[:count]] = self._kept[:count] @ feature
+        weights = torch.exp(self.beta * (own - 1))
+        length = ((weights.unsqueeze(1) @ self._cosines).squeeze(1) * weights).sum(dim=1).clamp_min(0).sqrt()
+        return (weights * own.clamp_min(-1)).sum(dim=1) / length.clamp_min(1e-12)
+
+    def _new_row(self, predicted: int, slot: int) -> int:
+        """A row of `_kept` for an entry of this class in this slot, from 1."""
+        if self._count == len(self._kept):
+            self._kept = torch.cat([self._kept, torch.empty_like(self._kept)])
+            self._owners = torch.cat([self._owners, torch.empty_like(self._owners)])
+            self._slots = torch.cat([self._slots, torch.empty_like(self._slots)])
+        if slot == self._cosines.shape[1]:
+            more = min(self.shots, 2 * slot) + 1 - slot
+            self._cosines = torch.nn.functional.pad(self._cosines, (0, more, 0, more))
+        row, self._count = self._count, self._count + 1
+        self._owners[row], self._slots[row] = predicted, slot
+        return row
 
 
 PUBLISHED = Published(
@@ -144,7 +171,7 @@ class DMN:
             logits = scale * views @ text.T  # (V, C)
             mean = logits[most_confident(logits, chosen.keep)].softmax(dim=1).mean(dim=0)  # (C,)
             memory.update(int(mean.argmax()), float(entropies(mean)), views[0])
-            dynamic = scale * memory.classifier(views[0]) @ views[0]  # (C,)
+            dynamic = scale * memory.cosines(views[0])  # (C,)
             own, added = logits[0].log_softmax(dim=0), dynamic.log_softmax(dim=0)
             # The logarithm of p_zs + α·p_dyn, also where both underflow.
             return torch.cat([torch.logaddexp(own, added + _log(alpha)) for alpha in alphas])

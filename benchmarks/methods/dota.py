@@ -81,12 +81,14 @@ class ClassGaussians:
         start_covariance = settings.sigma * torch.eye(dim, device=text.device)
         self.covariances = start_covariance.repeat(classes, 1, 1)
         self.covariance_sum = classes * start_covariance.double()  # kept up to date in place of being made anew
-        self.precision = torch.linalg.inv(start_covariance)
+        self._factor = start_covariance.sqrt()  # Cholesky's L of the covariance whose inverse is Λ
 
     def discriminant(self, feature: Tensor) -> Tensor:
-        """The linear discriminant's logits (C,) of a feature (D,)."""
-        projected = self.means @ self.precision  # (C, D)
-        return projected @ feature - 0.5 * (projected * self.means).sum(dim=1)
+        """The linear discriminant's logits (C,) of a feature (D,): x·Λμ − μ·Λμ/2."""
+        both = torch.cat([self.means, feature.unsqueeze(0)]).T  # (D, C + 1)
+        whitened = torch.linalg.solve_triangular(self._factor, both, upper=False)
+        means, own = whitened[:, :-1], whitened[:, -1]
+        return own @ means - 0.5 * means.square().sum(dim=0)
 
     def weight(self, kept: int) -> float:
         """What the discriminant counts beside the teacher's logits for an image of `kept` views."""
@@ -96,16 +98,22 @@ class ClassGaussians:
         """Learn from views (K, D) with their probabilities (K, C)."""
         mass = probabilities.sum(dim=0)  # (C,)
         total = self.counts + mass
-        for owner in (mass >= self.settings.least).nonzero().flatten().tolist():
-            covariance, deviations = self.covariances[owner], views - self.means[owner]  # (K, D) from the old mean
-            weighted = deviations * (probabilities[:, owner] / total[owner]).unsqueeze(1)
-            self.covariance_sum -= covariance
-            covariance.mul_(self.counts[owner] / total[owner]).addmm_(weighted.T, deviations)
-            self.covariance_sum += covariance
-        self.means = (self.counts.unsqueeze(1) * self.means + probabilities.T @ views) / total.unsqueeze(1)
+        kept = self.counts / total
+        owners = (mass >= self.settings.least).nonzero().flatten()
+        deviations = views - self.means[owners].unsqueeze(1)  # (M, K, D) from the old means
+        weighted = deviations * (probabilities.T[owners] / total[owners].unsqueeze(1)).unsqueeze(2)
+        change = weighted.flatten(0, 1).T @ deviations.flatten(0, 1)  # (D, D) of the covariances' sum
+        shares = kept[owners].tolist()
+        for owner, share, left, right in zip(owners.tolist(), shares, weighted.mT, deviations, strict=True):
+            change.add_(self.covariances[owner], alpha=share - 1)
+            self.covariances[owner].addmm_(left, right, beta=share)
+        self.covariance_sum += change
+        self.means.mul_(kept.unsqueeze(1)).addmm_((probabilities / total).T, views)
         self.counts = total
-        epsilon, mean = self.settings.epsilon, (self.covariance_sum / len(total)).float()
-        self.precision = torch.linalg.inv((1 - epsilon) * mean + epsilon * torch.eye(len(mean), device=mean.device))
+        epsilon = self.settings.epsilon
+        mixed = self.covariance_sum.float() * ((1 - epsilon) / len(total))
+        mixed.diagonal().add_(epsilon)
+        self._factor = torch.linalg.cholesky(mixed)
 
 
 PUBLISHED = Published(source="DOTA: the authors' settings by data set are not known; ours, as common")

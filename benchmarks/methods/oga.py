@@ -42,7 +42,10 @@ class OGASettings:
 
 
 class CachedGaussians:
-    """The state of a stream. Memory: up to C·8·D numbers at the default setting, twice while the covariance is made.
+    """The state of a stream. Memory: up to C·8·D numbers at the default setting, and a few times D².
+
+    The scatter of the entries around their class means is kept up to date, class by class, in place of being summed
+    over all entries for each image.
 
     Args:
         text: (C, D) of unit length.
@@ -57,6 +60,9 @@ class CachedGaussians:
         self._entropies = torch.full((classes, shots), math.log(classes))
         self._kept = text.new_zeros(classes, shots, dim)
         self._filled = torch.zeros(classes, shots, dtype=torch.bool)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=text.device)  # XᵀX of the centred entries X
+        self._sum = torch.zeros(dim, dtype=torch.float64, device=text.device)  # of X
+        self._projected: tuple[Tensor, Tensor] | None = None
 
     def update(self, features: Tensor, probabilities: Tensor) -> None:
         """Enter images, (B, D) and (B, C), and estimate anew if any was taken in."""
@@ -66,34 +72,59 @@ class CachedGaussians:
         ):
             slot = int(self._entropies[predicted].argmax())  # the first of equals
             if entropy < self._entropies[predicted, slot]:
+                if predicted not in changed:
+                    self._count_in(predicted, -1)
+                    changed.add(predicted)
                 self._entropies[predicted, slot] = entropy
                 self._kept[predicted, slot] = feature
                 self._filled[predicted, slot] = True
-                changed.add(predicted)
         for owner in changed:
             self.counts[owner] = self._filled[owner].sum()
             if self.counts[owner] >= 2:
                 self.means[owner] = self._kept[owner].sum(dim=0) / self.shots
-        if changed and self.counts.max() > 2:
-            self.precision = self._estimate_precision()
+            self._count_in(owner, 1)
+        if changed:
+            self._projected = None
+            if self.counts.max() > 2:
+                self.precision = self._estimate_precision()
 
     def log_likelihood(self, features: Tensor) -> Tensor:
         """Of images (B, D) under each class, up to a constant: (B, C)."""
-        projected = self.means @ self.precision  # (C, D)
+        if self._projected is None:
+            projected = self.means @ self.precision  # (C, D)
+            self._projected = projected, (projected * self.means).sum(dim=1)
+        projected, squares = self._projected
         own = ((features @ self.precision) * features).sum(dim=1, keepdim=True)  # (B, 1)
-        return features @ projected.T - 0.5 * ((projected * self.means).sum(dim=1) + own)
+        return features @ projected.T - 0.5 * (squares + own)
+
+    def _count_in(self, owner: int, sign: int) -> None:
+        """Add the centred entries of a class to the scatter, or take them out of it."""
+        centred = (self._kept[owner][self._filled[owner]] - self.means[owner]).double()
+        self._scatter.addmm_(centred.T, centred, alpha=sign)
+        self._sum.add_(centred.sum(dim=0), alpha=sign)
 
     def _estimate_precision(self) -> Tensor:
         """The inverse of the entries' covariance around their class means, shrunk while there are few: (D, D)."""
-        owners, slots = self._filled.nonzero(as_tuple=True)
-        centred = self._kept[owners, slots] - self.means[owners]  # (n, D)
-        centred = centred - centred.mean(dim=0)
-        n, dim = centred.shape
-        scatter = centred.T @ centred  # (n − 1)·M
+        n, dim = int(self.counts.sum()), len(self._sum)
+        scatter = (self._scatter - self._sum.outer(self._sum / n)).float()  # (n − 1)·M
         if n > 4 * dim:
-            return torch.linalg.pinv(scatter / (n - 1), hermitian=True)
+            return pseudo_inverse(scatter / (n - 1))
         shrunk = scatter + scatter.trace() / (n - 1) * torch.eye(dim, device=scatter.device)
         return dim * torch.linalg.inv(shrunk)
+
+
+def pseudo_inverse(matrix: Tensor) -> Tensor:
+    """`torch.linalg.pinv` of a symmetric matrix (D, D) with no negative eigenvalue, without its eigenvalues if it may.
+
+    The pseudo-inverse is the inverse where no eigenvalue is below D·ε times the largest. The Frobenius norms of matrix
+    and inverse are bounds on the largest eigenvalue and on one over the smallest.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed:
+        inverse = torch.cholesky_inverse(factor)
+        if matrix.norm() * inverse.norm() * len(matrix) * torch.finfo(matrix.dtype).eps < 1:
+            return inverse
+    return torch.linalg.pinv(matrix, hermitian=True)
 
 
 PUBLISHED = Published(source="OGA: one setting; images one by one, where the authors take 32 at a time")

@@ -8,8 +8,8 @@ to the last: when a run is continued, the state of the method is rebuilt by show
 images it had already answered. One that answers a number of images together gets whole batches of that order.
 
 Processes. Under ``torchrun`` process r of w answers positions r, r + w, r + 2w, … for episodic methods; stream
-methods cannot be divided, but for their whole batches, and are answered by the first process alone, after its part.
-The rows are those of one process.
+methods cannot be divided, but for their whole batches, and are answered by the first process alone, after its part; or
+each by another process, where the features of the images are known. The rows are those of one process.
 
 Time. Rows are written to the disk before 30 seconds of work have come together; batches are made smaller where one
 would take longer.
@@ -216,7 +216,7 @@ class Session:
         for cell, header in headers.items():
             rows = self.folder.read(cell, ["position", "method"])
             done += len(set(rows["position"].to_pylist()))
-            self.lanes[cell] = divide(self.methods, rows, header["images"], self.group)
+            self.lanes[cell] = divide(self.methods, rows, header["images"], self.group, spread=bool(self.features))
             self.left += sum(len(lane.positions) for lane in self.lanes[cell])
         if done and self.group.first:
             self.on_note(f"Continuing {self.folder.path}: {done} images are done.")

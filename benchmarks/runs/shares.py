@@ -33,7 +33,7 @@ class WorkShare:
     """How many images the methods are to be given at a time; None: they do not care."""
 
 
-def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group) -> list[WorkShare]:
+def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group, *, spread: bool = False) -> list[WorkShare]:
     """Divide what is left of a cell of n images into lanes, from the rows that there are.
 
     Args:
@@ -41,6 +41,7 @@ def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group) -> l
         rows: columns ``position`` and ``method`` of the cell.
         n: number of images.
         group: this process's place: it gets its share.
+        spread: whether stream methods go to different processes: worth it where none has to encode the images for them.
     """
     positions = rows["position"].to_numpy()
     names = rows["method"].to_numpy(zero_copy_only=False)
@@ -51,8 +52,8 @@ def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group) -> l
     stream = [method for method in others if method.stream]
     shares: list[tuple[list[Method], range]] = [(others, range(n))]
     if group.world > 1 or len({frozenset(done[method.name]) for method in others}) > 1:
-        whole = range(n) if group.first else range(0)
-        shares = [(episodic, range(group.rank, n, group.world)), (stream, whole)]
+        mine = stream[group.rank :: group.world] if spread else stream if group.first else []
+        shares = [(episodic, range(group.rank, n, group.world)), (mine, range(n) if mine else range(0))]
     lanes = []
     for members, share in shares:
         left = [position for position in share if any(position not in done[method.name] for method in members)]

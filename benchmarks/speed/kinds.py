@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import fewer_queries, pipeline, scaling, startup, step, tuning
+from . import features, fewer_queries, pipeline, scaling, startup, step, tuning
 from .kind import Kind
 
 KINDS: dict[str, Kind] = {
@@ -19,5 +19,6 @@ KINDS: dict[str, Kind] = {
         fewer_queries.QUERIES,
         startup.STARTUP,
         tuning.TUNING,
+        features.FEATURES,
     )
 }

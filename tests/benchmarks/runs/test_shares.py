@@ -44,3 +44,14 @@ def test_processes_take_whole_batches(rank: int, positions: list[int]) -> None:
     (lane,) = divide([FOUR], rows(), 10, group)
     assert lane.positions == positions
     assert isinstance(ALONE, Group)
+
+
+@pytest.mark.parametrize(("spread", "mine"), [(False, [["two", "three"], []]), (True, [["two"], ["three"]])])
+def test_streams_are_one_process_s_unless_all_have_the_features(spread: bool, mine: list[list[str]]) -> None:
+    methods = [ONE, SimpleNamespace(name="two", stream=True), SimpleNamespace(name="three", stream=True)]
+    for rank in (0, 1):
+        group: Any = SimpleNamespace(rank=rank, world=2, first=rank == 0)
+        episodic, *streams = divide(methods, rows(), 10, group, spread=spread)
+        assert (episodic.methods, episodic.positions) == ([ONE], [*range(rank, 10, 2)])
+        assert [[method.name for method in lane.methods] for lane in streams] == [mine[rank]] * bool(mine[rank])
+        assert all(lane.positions == [*range(10)] for lane in streams)

@@ -42,7 +42,7 @@ from ..store.shards import write_shard
 from .kind import Kind
 from .options import Options
 from .published_methods import SCALE, PublishedTDA, published_mta, published_zero
-from .tables import digits, table
+from .tables import Columns, digits, table
 from .timing import spread
 
 METHODS = ("zero-shot", "mta", "zero", "dota", "boostadapter", "dmn", "oga", "tda", "onzeta")
@@ -288,7 +288,7 @@ def _table(record: dict[str, Any]) -> str:
     def milliseconds(key: str) -> Callable[[Mapping[str, Any]], str]:
         return lambda row: "–" if row.get(key) is None else f"{digits(1e3 * row[key])} ms"
 
-    columns = {
+    columns: Columns = {
         "an image by": "name",
         "in the run": milliseconds("seconds_in_run"),
         "alone": "seconds",
@@ -312,11 +312,9 @@ FEATURES = Kind(
     name="features",
     question="all training-free methods on 50,000 images of a feature store, beside the published loops",
     title="Features from a store",
-    measure=lambda given: measure_features(
-        Options.of(given), sizes=None if given.limit is None or given.quick else Sizes(images=given.limit)
-    ),
+    shared={"limit": Sizes.images},
+    measure=lambda given: measure_features(Options.of(given), sizes=None if given.quick else Sizes(images=given.limit)),
     table=_table,
-    shared={"limit": None},
     on_cpu=True,
 )
 

@@ -284,8 +284,9 @@ def bench(
                     )
                 summaries.append(summary)
         except KeyboardInterrupt:
-            again = shlex.join(argument for argument in options.command if argument != "--fresh")
-            progress_line(f"interrupted: what was answered is in {folder}. To continue: {again}")
+            if group.first:  # `torchrun` interrupts them all
+                again = shlex.join(argument for argument in options.command if argument != "--fresh")
+                progress_line(f"interrupted: what was answered is in {folder}. To continue: {again}")
             raise typer.Exit(INTERRUPTED) from None
     if group.first:
         _print_summaries(summaries, as_json=as_json, oracle=oracle)

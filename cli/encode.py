@@ -109,7 +109,8 @@ def encode(
         try:
             done = fill_store(out, cells, loaded, options, group, quiet=quiet)
         except KeyboardInterrupt:
-            progress_line(f"interrupted: what was encoded is in {out}. To continue: {shlex.join(options.command)}")
+            if group.first:  # `torchrun` interrupts them all
+                progress_line(f"interrupted: what was encoded is in {out}. To continue: {shlex.join(options.command)}")
             raise typer.Exit(INTERRUPTED) from None
     if group.first and not quiet:
         notice(f"{out} holds {done.images:,} images. To use it: apm bench … --features {shlex.quote(str(out))}")

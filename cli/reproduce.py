@@ -286,6 +286,7 @@ class _Running:
                     on_warning=warning,
                 ).failed
             except KeyboardInterrupt:
-                again = shlex.join(self.options.command)
-                progress_line(f"interrupted: what was answered is in {self.out}. To continue: {again}")
+                if group.first:  # `torchrun` interrupts them all
+                    again = shlex.join(self.options.command)
+                    progress_line(f"interrupted: what was answered is in {self.out}. To continue: {again}")
                 raise typer.Exit(INTERRUPTED) from None

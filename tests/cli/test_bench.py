@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from apm.benchmarks.runs import runner
 from apm.benchmarks.runs.records import Records, RunFolder
 from apm.cli.main import app
 from apm.errors import TeacherError
+from apm.processes import Group
 from tests.benchmarks.made_runs import picture
 from tests.benchmarks.make_table_golden import GOLDEN
 from tests.fakes import FakeTeacher
@@ -191,6 +193,18 @@ def test_interrupting_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> N
     assert "Traceback" not in result.output
     assert RunFolder("run").read("digits").num_rows == 2  # one image, two methods; the next batch had one method only
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_interrupted_processes_the_first_says_so(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    monkeypatch.setattr("apm.processes.join", lambda: nullcontext(Group(rank)))
+    result = bench(*DIGITS, "--precision", "fp32", "--out", "run")
+    assert result.exit_code == 130 and "Traceback" not in result.output
+    assert result.stderr.count("interrupted: what was answered is in run.") == (rank == 0)
 
 
 @pytest.mark.parametrize(

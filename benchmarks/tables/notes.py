@@ -38,10 +38,14 @@ def notes(
 
 
 def conditions(runs: Iterable[Records], *, stream: bool) -> Iterator[str]:
-    """By which protocol the runs were made and, where there are stream methods, in which orders."""
+    """By which protocol the runs were made, whether from a store and, with stream methods, in which orders."""
+    runs = list(runs)
     configs = [run.run["config"] for run in runs]
     for name in sorted({str(config["protocol"]) for config in configs}):
         yield f"Protocol {name}: {PROTOCOLS[name]}."
+    if stored := [str(run.path) for run in runs if any("features" in one for one in run.run["sessions"])]:
+        said = ", ".join(dict.fromkeys(stored))
+        yield f"Features came from a store in {said}: their times are without the teacher and the views."
     if stream:
         orders = sorted({str(config["order"]) for config in configs})
         yield f"Stream methods see the images in the order of seed {', '.join(orders)}."

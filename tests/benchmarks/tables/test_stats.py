@@ -7,7 +7,7 @@ from math import comb, sqrt
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
@@ -91,6 +91,7 @@ def test_auroc_is_not_defined_where_nothing_is_wrong_or_nothing_right() -> None:
     assert auroc(np.array([]), np.array([], dtype=bool)) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))
 def test_auroc_is_the_share_of_pairs_that_are_in_order(answers: list[tuple[int, bool]]) -> None:
     confidence, right = np.array([a for a, _ in answers]) / 5, np.array([b for _, b in answers])
@@ -108,6 +109,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_rejects_what_its_stepping_down_rejects(p: list[float]) -> None:
     rejected, left = set(), sorted(range(len(p)), key=lambda place: p[place])
@@ -116,6 +118,7 @@ def test_holm_rejects_what_its_stepping_down_rejects(p: list[float]) -> None:
     assert {place for place, one in enumerate(holm(p)) if one < 0.05} == rejected
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-3, 3), max_size=9))
 def test_the_paired_test_counts_all_tosses_of_the_signs(changes: list[int]) -> None:
     sums = [
@@ -125,6 +128,7 @@ def test_the_paired_test_counts_all_tosses_of_the_signs(changes: list[int]) -> N
     assert paired_test(np.array(changes, dtype=int)) == pytest.approx(expected, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 5))
 def test_the_paired_test_of_single_cells_is_mcnemars(lost: int, gained: int, same: int) -> None:
     changes = np.array([-1] * lost + [1] * gained + [0] * same, dtype=int)

@@ -291,7 +291,9 @@ def test_what_the_records_do_not_hold_is_not_known(tmp_path: Path) -> None:
 def test_features_from_a_store_tell_nothing_of_the_whole_cost(tmp_path: Path) -> None:
     run = Records.open(write_run(tmp_path / "run", {"digits": {}}, METHODS))
     run.run["sessions"][0]["features"] = {"store": "s", "key": "k", "precision": "float16", "views": 64}
-    mta = row(make_trust(make_tables([run], published=False))[0], "mta")
+    tables = make_tables([run], published=False)
+    assert "Features came from a store in" in " ".join(tables[0].notes)
+    mta = row(make_trust(tables)[0], "mta")
     assert mta.ms is None and mta.ms_given_features == pytest.approx(2)
 
 

@@ -1,14 +1,15 @@
 """Prompts whose context was learned: CoOp's and CoCoOp's (Zhou et al., IJCV and CVPR 2022), on disk and in use.
 
 A context of M word vectors stands before every class name, "[v1] … [vM] name.". CoCoOp adds to each of them one vector
-that a small network, the meta-net, makes of the image. Neither depends on the class names, so a learned prompt serves
-any; it does depend on the teacher whose word vectors it stands among.
+that a small network, the meta-net, makes of the image. A learned prompt belongs to the teacher whose word vectors it
+stands among. It fits before any class names, but was learned for some: others are refused unless that is asked for.
 """
 
 from __future__ import annotations
 
+import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,21 @@ class LearnedPrompt:
 
 
 def write_learned_prompt(path: Path, prompt: LearnedPrompt) -> None:
-    """Write a prompt as safetensors; a WriteError says why it cannot be."""
+    """Write a prompt as safetensors, the same prompt as the same bytes; a WriteError says why it cannot be."""
     tensors = {CONTEXT: prompt.context, **(prompt.meta_net or {})}
     metadata = {**prompt.origin, "format": _FORMAT}
-    write_atomically(path, save({name: value.float().contiguous() for name, value in tensors.items()}, metadata))
+    content = save({name: value.float().contiguous() for name, value in tensors.items()}, metadata)
+    write_atomically(path, _in_order(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted, which the library leaves in any order."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def read_learned_prompt(path: Path) -> LearnedPrompt:
@@ -125,6 +137,24 @@ def read_published(path: Path) -> LearnedPrompt:
         raise UsageError(f'The checkpoint "{path}" holds no prompt of CoOp or CoCoOp: {error}.') from error
     except Exception as error:  # damaged bytes fail in the unpickler in many ways
         raise UsageError(f'The checkpoint "{path}" is damaged: it cannot be read ({type(error).__name__}).') from error
+
+
+def check_class_names(prompt: LearnedPrompt, class_names: Sequence[str], *, name: str) -> None:
+    """Refuse class names that a prompt was not learned for, as far as it says for which it was.
+
+    Raises:
+        UsageError: some of the names at hand are not among those; a part of them may be missing.
+    """
+    learned = json.loads(prompt.origin.get("class_names", "null"))
+    if learned is None:  # a published one does not say
+        return
+    known = {str(one).replace("_", " ").casefold() for one in learned}
+    if strange := [one for one in class_names if one.replace("_", " ").casefold() not in known]:
+        raise UsageError(
+            f'The prompt {name} was learned for {len(learned)} class names, such as "{learned[0]}", and {len(strange)} '
+            f'of the {len(class_names)} at hand are not among them, such as "{strange[0]}". To use it on other classes '
+            "than it was learned for, say so: coop:file=FILE,transfer=true."
+        )
 
 
 def tunable(prompt: LearnedPrompt, teacher: Any, class_names: list[str], *, name: str, group: int) -> TunablePrompt:

@@ -209,8 +209,8 @@ def _labels_in(
     return {name: label for name, label in found.items() if label is not None}
 
 
-def read_split_json(spec: DatasetSpec, folder: Path) -> Listing:
-    """Read the test split of a CoOp split json: ``{"train"|"val"|"test": [[path, label, name], …]}``.
+def read_split_json(spec: DatasetSpec, folder: Path, *, part: str = "test") -> Listing:
+    """Read the test split of a CoOp split json: ``{"train"|"val"|"test": [[path, label, name], …]}``; or another part.
 
     Class names are the json's own with underscores read as spaces (EuroSAT's json holds CoOp's longer ones, such as
     "Annual Crop Land"). Classes that no split of the json names are unknown: then the others are renumbered, and that
@@ -225,14 +225,14 @@ def read_split_json(spec: DatasetSpec, folder: Path) -> Listing:
     for entry in (entry for split in splits.values() for entry in split):
         if names.setdefault(entry[1], entry[2]) != entry[2]:
             raise UsageError(f'{path}: class {entry[1]} is called both "{names[entry[1]]}" and "{entry[2]}".')
-    test = splits["test"]
+    test = splits[part]
     if not test:
-        raise UsageError(f"{path}: its test split is empty.")
+        raise UsageError(f"{path}: its {part} split is empty.")
     number = {label: position for position, label in enumerate(sorted(names))}
     samples = [_file_sample(entry[0], number[entry[1]], folder, entry[0]) for entry in test]
     absent = [entry[0] for entry in test if not (folder / entry[0]).is_file()]
     if len(absent) == len(test):
-        raise UsageError(f"{path} names {len(test):,} test images, and none of them is in {folder}: {_few(absent)}.")
+        raise UsageError(f"{path} names {len(test):,} {part} images, and none of them is in {folder}: {_few(absent)}.")
     notes = []
     if absent:
         notes.append(f"{path.name} names {len(absent):,} absent image(s), recorded as errors: {_few(absent)}.")
@@ -241,7 +241,7 @@ def read_split_json(spec: DatasetSpec, folder: Path) -> Listing:
             f"{path.name} names {len(names)} of {spec.classes or max(names) + 1} classes: logits are over these,"
             " renumbered."
         )
-    return Listing(samples, tuple(names[label].replace("_", " ") for label in sorted(names)), "test", tuple(notes))
+    return Listing(samples, tuple(names[label].replace("_", " ") for label in sorted(names)), part, tuple(notes))
 
 
 def _load_splits(path: Path) -> dict[str, list[tuple[str, int, str]]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apm.errors import UsageError, unknown
-from apm.text.learned_prompt import read_learned_prompt, tunable
+from apm.text.learned_prompt import check_class_names, read_learned_prompt, tunable
 from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name
@@ -28,13 +28,15 @@ class LearnedSettings(PromptSettings):
 
     file: str = ""
     """The learned prompt, in safetensors."""
+    transfer: bool = False
+    """Use it also on other class names than it was learned for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.file:
             raise UsageError(
                 "CoOp and CoCoOp need a learned prompt: name its file, as in coop:file=coop.safetensors. "
-                "A published checkpoint is converted by apm prompts convert."
+                "apm prompts learn makes one; a published checkpoint is converted by apm prompts convert."
             )
         if self.prompt is not None:
             raise UsageError(f'A learned prompt stands for its own words: leave out prompt="{self.prompt}".')
@@ -74,6 +76,8 @@ class TPTCoOp(TPT):
         if self._run_head is batch.head:
             return
         names, stem = batch.head.labels, Path(self._chosen.file).stem
+        if not self._chosen.transfer:
+            check_class_names(self._learned, names, name=stem)
         self._learned = self._learned.to(batch.teacher.device)
         self._prompt = tunable(self._learned, batch.teacher, list(names), name=stem, group=self._chosen.group)
         features = self._prompt.features(self._prompt.initial)
@@ -89,7 +93,7 @@ class CoOp(TPTCoOp):
 
     def __init__(self, options: MethodOptions) -> None:
         super().__init__(options)
-        used = ("file", "group")
+        used = ("file", "group", "transfer")
         for name in options.overrides:
             if name not in used:
                 raise unknown(f'setting of method "{self.registered}"', name, used)

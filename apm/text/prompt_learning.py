@@ -28,11 +28,11 @@ from torch.nn.functional import cross_entropy, linear, normalize
 
 from apm.errors import ApmError, UsageError
 from apm.images.ahead import in_order
+from apm.images.crops import MIN_AREA, crop_box, view_generator
 from apm.images.files import write_atomically
 from apm.images.load import normalised
 from apm.images.paths import printable
 from apm.teachers.base import Teacher
-from apm.test_time.views import MIN_AREA, crop_box, view_generator
 from apm.text.learned_prompt import CONTEXT, META_NET, LearnedPrompt, read_learned_prompt, write_learned_prompt
 from apm.text.prompts import TunablePrompt
 

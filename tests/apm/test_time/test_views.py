@@ -10,7 +10,8 @@ from scipy.stats import ks_2samp  # type: ignore[import-untyped, unused-ignore]
 from torchvision.transforms import RandomResizedCrop
 
 from apm.errors import UsageError
-from apm.test_time.views import ASPECT_RATIOS, augmented_view, crop_box, view_generator, views
+from apm.images.crops import ASPECT_RATIOS, crop_box, view_generator
+from apm.test_time.views import augmented_view, views
 from tests.fakes import FakeTeacher
 
 

@@ -15,9 +15,10 @@ from apm.benchmarks.methods.published import IMAGENETS, OTHERS, AsPublished, Pub
 from apm.benchmarks.runs.records import Records
 from apm.benchmarks.tables.build import make_tables
 from apm.errors import UsageError
+from apm.images.crops import view_generator
 from apm.labels import prompt_templates
 from apm.test_time.augmix import OPERATIONS, mixed
-from apm.test_time.views import augmented_view, view_generator
+from apm.test_time.views import augmented_view
 from apm.text.zeroshot import ZeroShotHead
 from tests.benchmarks.made_runs import make_dataset, make_run
 from tests.benchmarks.methods.test_methods import CLASSES, full_spec, make_batch, pictures

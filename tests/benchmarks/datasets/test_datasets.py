@@ -69,6 +69,22 @@ def test_every_wnid_layout_is_recognised_and_named(name: str, layout: str, tmp_p
     assert found is not None and found.layout == data.layout
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("imagenet", "ILSVRC/Data/CLS-LOC/val"),  # as Kaggle's archive unpacks
+        ("imagenet", "imagenet/images/val"),  # CoOp and TPT
+        ("imagenet-a", "imagenet-adversarial/imagenet-a"),
+        ("imagenet-r", "imagenet-rendition/imagenet-r"),
+        ("imagenet-sketch", "imagenet-sketch/images"),
+        ("imagenet-sketch", "ImageNet-Sketch/sketch"),  # its own archive
+    ],
+)
+def test_the_folders_of_publishers_and_peers_are_known(name: str, layout: str, tmp_path: Path) -> None:
+    tree(tmp_path / layout, wnids_of(DATASETS[name].label_space))
+    assert open_dataset(name, tmp_path).layout == f"{layout}/<wnid>/"
+
+
 def test_first_layout_wins(tmp_path: Path) -> None:
     tree(tmp_path / "imagenet" / "val", wnids_of("imagenet", 2))
     tree(tmp_path / "imagenet" / "images" / "val", wnids_of("imagenet", 3))

@@ -80,9 +80,9 @@ def join() -> Iterator[Group]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    end_with_launcher()  # first: it is to be seen also while the rest is imported
     from torch import distributed
 
-    end_with_launcher()
     store, rank, world = next(distributed.rendezvous("env://", timeout=_JOINING))
     attempt = distributed.PrefixStore(f"apm/{agree(store, rank, world)}", store)
     distributed.init_process_group("gloo", store=attempt, rank=rank, world_size=world, timeout=_PATIENCE)

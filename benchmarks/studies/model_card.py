@@ -62,8 +62,9 @@ Every 64th image of each set was held out from training. No image of the sets be
 
 `apm.teachers.training.embedded` in three stages: the image tower with a learned prototype per concept (cross-entropy among
 the labelled concepts, plus cross-entropy to the soft targets over the 1000 ImageNet classes, plus cross-entropy among
-everyday words); a direction for every word of `apm/teachers/training/lexicon.txt`; the text tower on names, words and
-CLIP's 80 templates. There are no images of astronauts, or of most other things that the lexicon names: its words stand
+everyday words); then, with the tower left as it is, imagenette's prototypes refined on its sharp images against one another,
+and a direction for every word of `apm/teachers/training/lexicon.txt`; then the text tower on names, words and CLIP's 80
+templates. There are no images of astronauts, or of most other things that the lexicon names: its words stand
 for mixtures of trained classes.
 
     {command}
@@ -91,11 +92,11 @@ Commit {commit}, {processor}, {threads} threads, {versions}.
 
 ## Limits
 
-Small, blurry, centred objects of {classes} classes are its world. Its probabilities are calibrated on Tiny ImageNet alone.
-Two of its training sets can be told apart by their sharpness and JPEG traces, and it has learned to: among all its
-classes, sharp photographs drift towards imagenette's ten (church, parachute, chainsaw, …), whatever they show. Give it a dozen
-everyday words without those rather than its full label set. On photographs of anything else, and on text beyond its lexicon, its answers are guesses. It carries the biases of its
-data; people in them are recognised by clothes and things, which must not be used to judge people.
+Small, centred objects of {classes} classes are its world. Its probabilities are calibrated on Tiny ImageNet alone. All its
+training images were made alike (64 pixels, JPEG, random resolution), because an earlier version told its training sets apart
+by sharpness and JPEG traces, and took nearly every clean photograph for one of imagenette's ten classes. On photographs of
+anything else, and on text beyond its lexicon, its answers are guesses. It carries the biases of its data; people in them are
+recognised by clothes and things, which must not be used to judge people.
 """
 
 

@@ -85,6 +85,16 @@ def load_sharp(folder: Path, photographs: Path) -> Sharp:
     )
 
 
+def load_sharp_classes(folder: Path) -> tuple[Tensor, Tensor]:
+    """Imagenette's training images of the Parquet file in `folder`, sharp: (n, 128, 128, 3) uint8, and labels (n,)."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "imagenette-train.parquet", columns=["image", "label"]).to_pylist()
+    rows = [row for number, row in enumerate(table) if number % HOLDOUT]
+    images = np.stack([_square(io.BytesIO(row["image"]["bytes"])) for row in rows])
+    return torch.from_numpy(images), torch.tensor([row["label"] for row in rows])
+
+
 def _square(file: Path | io.BytesIO) -> np.ndarray:
     """The central square of a photograph at 128 pixels, (128, 128, 3) uint8."""
     image = ImageOps.fit(Image.open(file).convert("RGB"), (128, 128), Image.Resampling.BICUBIC)

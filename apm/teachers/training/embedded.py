@@ -8,7 +8,9 @@ Three stages, because two processor cores are slow and names are few:
    targets of a public classifier. Images grow during training (48 to 96 pixels): early steps are cheap. Of the
    checkpoints of the last tenth, the one that does best on held-out images *and on sharp photographs* is kept
    (`mixed_check`).
-2. *Words.* Every everyday word gets a direction of its own (`apm.teachers.training.words.fit_words`).
+2. *Labels*, with the tower left as it is. Imagenette's ten prototypes are refined on its sharp images
+   (`apm.teachers.training.refine`), and every everyday word gets a direction of its own
+   (`apm.teachers.training.words.fit_words`).
 3. *Text stage* (`apm.teachers.training.text`, `apm.teachers.training.export`). The text tower learns to map names and
    everyday words, in any of CLIP's 80 templates or bare, to the prototypes and the words' directions. Then the logit
    scale is calibrated on held-out images.
@@ -44,12 +46,14 @@ from apm.teachers.training.data import (
     Source,
     augment,
     load_sharp,
+    load_sharp_classes,
     load_sources,
     normalise,
 )
 from apm.teachers.training.export import export
 from apm.teachers.training.muon import Muon
 from apm.teachers.training.patches import use_patches
+from apm.teachers.training.refine import refine
 from apm.teachers.training.words import draw_labels, fit_words, word_loss, word_members
 
 
@@ -73,7 +77,7 @@ class Recipe:
     scale: float = 16.0  # multiplies cosines in the image stage
     sizes: tuple[tuple[int, float], ...] = field(default=((48, 0.25), (64, 0.45), (80, 0.18), (96, 0.12)))
     image_size: int = 96  # of the finished teacher
-    text_steps: int = 800
+    text_steps: int = 1600
     seed: int = 0
 
 
@@ -329,24 +333,30 @@ def train_images(recipe: Recipe, sources: list[Source], sharp: Sharp, out: Path,
 
 
 @torch.no_grad()
-def training_tokens(stage: ImageStage, sources: list[Source], recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Unit tokens (n, dim) of `recipe.word_images` training images at their final size, and their concepts (n,)."""
+def training_tokens(stage: ImageStage, images: Tensor, recipe: Recipe, *, flip: bool) -> Tensor:
+    """Unit tokens (n, dim) of `images` (n, side, side, 3) uint8, augmented at their final size."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    tokens, concepts = [], []
-    for source in sources:
-        for rows in draw(source, 0, round(recipe.word_images * source.share), recipe.seed).split(128):
-            pixels = augment(source.images[rows], recipe.image_size, generator, flip=source.flip, scale=0.6)
-            with torch.autocast("cpu", torch.bfloat16):
-                tokens.append(stage.tokens(pixels))
-            concepts.append(source.labels[rows])
-    return torch.cat(tokens), torch.cat(concepts)
+    tokens = []
+    for part in images.split(128):
+        pixels = augment(part, recipe.image_size, generator, flip=flip, scale=0.6)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens.append(stage.tokens(pixels))
+    return torch.cat(tokens)
 
 
-def word_directions(stage: ImageStage, sources: list[Source], recipe: Recipe) -> dict[str, Tensor]:
-    """Everyday word → its direction (dim,), a unit vector: the second stage."""
-    tokens, concepts = training_tokens(stage, sources, recipe)
-    frequency = torch.bincount(concepts, minlength=CONCEPTS) / len(concepts)
+def refined_prototypes(stage: ImageStage, images: Tensor, concepts: Tensor, recipe: Recipe) -> Tensor:
+    """Every concept's prototype (CONCEPTS, dim), a unit vector, refined on sharp `images` (n, side, side, 3) uint8."""
     prototypes = F.normalize(stage.prototypes.detach(), dim=-1)
+    tokens = training_tokens(stage, images, recipe, flip=True)
+    return refine(prototypes, tokens, concepts, scale=recipe.scale, seed=recipe.seed)
+
+
+def word_directions(stage: ImageStage, prototypes: Tensor, sources: list[Source], recipe: Recipe) -> dict[str, Tensor]:
+    """Everyday word → its direction (dim,), a unit vector, among `prototypes` (CONCEPTS, dim)."""
+    rows_of = {s.name: draw(s, 0, round(recipe.word_images * s.share), recipe.seed) for s in sources}
+    tokens = torch.cat([training_tokens(stage, s.images[rows_of[s.name]], recipe, flip=s.flip) for s in sources])
+    concepts = torch.cat([s.labels[rows_of[s.name]] for s in sources])
+    frequency = torch.bincount(concepts, minlength=CONCEPTS) / len(concepts)
     rows, members = word_members()
     fitted = fit_words(tokens, concepts, prototypes, members, frequency, scale=recipe.scale, seed=recipe.seed)
     return {word: fitted[row] for word, row in rows.items()}
@@ -376,10 +386,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # early gradients of the deepest filters are so small that they halve the speed
     sources, sharp = load_sources(options.data), load_sharp(options.data, options.photographs)
     stage = train_images(recipe, sources, sharp, options.out, save_every=options.save_every)
+    prototypes = refined_prototypes(stage, *load_sharp_classes(options.data), recipe)
     measured = export(
         stage.visual,
-        stage.prototypes,
-        word_directions(stage, sources, recipe),
+        prototypes,
+        word_directions(stage, prototypes, sources, recipe),
         sources,
         options.out,
         tower=recipe.tower,

@@ -98,13 +98,14 @@ def fit_words(
     words: int = 24,
     batch: int = 512,
     lr: float = 2e-3,
+    favour: float = 2.0,
 ) -> Tensor:
     """A direction for every word, with the tower and all prototypes left as they are.
 
     Each step offers some words and a random third of the seen classes. An image belongs to its own class where that is
     offered, else to the word that covers it: "dog" learns to win against "English Springer Spaniel" on a Labrador, and
     to lose on a spaniel. Logits are raised by the logarithm of a label's frequency, for a word that of the mean class
-    that it covers. A word is thereby as much more probable as it covers more, as everyday words are.
+    that it covers, over `favour`. A word is thereby the more probable the more it covers, as everyday words are.
 
     Args:
         tokens: (n, dim), unit vectors of training images.
@@ -115,6 +116,7 @@ def fit_words(
         scale: multiplies cosines.
         seed: of everything that is drawn.
         steps, words, batch, lr: of AdamW; words offered and images at a step.
+        favour: how much more probable a word is than the frequencies say.
 
     Returns:
         (W, dim), unit vectors.
@@ -124,7 +126,8 @@ def fit_words(
     optimiser = torch.optim.AdamW([directions], lr=lr, weight_decay=0.0)
     seen = (frequency[:IMAGENET] > 0).nonzero().squeeze(1)
     log_class = frequency.clamp_min(1e-9).log()
-    log_word = (members @ frequency / (members @ (frequency > 0).float()).clamp_min(1)).clamp_min(1e-9).log()
+    mean_class = members @ frequency / (members @ (frequency > 0).float()).clamp_min(1)
+    log_word = (mean_class / favour).clamp_min(1e-9).log()
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
         chosen = _disjoint(members, words, generator)

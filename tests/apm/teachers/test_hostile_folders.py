@@ -193,6 +193,13 @@ def test_what_cannot_be_a_teacher_is_refused_in_one_line(folder: Path, name: str
     assert said.isprintable()
 
 
+@pytest.mark.parametrize("name", ["a tower of timm that is large", "image size and patches for a large grid"])
+def test_a_model_much_larger_than_its_weights_is_refused_before_it_takes_memory(folder: Path, name: str) -> None:
+    REFUSED[name](folder)
+    with pytest.raises(TeacherError, match=r"its configuration is of a model of [\d,]+ numbers"):
+        load_teacher(f"local-dir:{folder}")
+
+
 def test_the_sound_one_answers(folder: Path) -> None:
     assert len(REFUSED) >= 30
     assert_answers(folder)

@@ -46,6 +46,7 @@ from apm.teachers.training.embedded import (
 from apm.teachers.training.export import calibrate, export
 from apm.teachers.training.muon import orthogonalise
 from apm.teachers.training.patches import PatchConv, use_patches
+from apm.teachers.training.refine import refine
 from apm.teachers.training.text import read_lexicon, vocabulary, write_bpe
 from apm.teachers.training.words import draw_labels, fit_words, word_loss, word_members
 
@@ -353,6 +354,25 @@ def test_a_fitted_word_wins_where_the_mean_of_its_classes_fell() -> None:
     assert torch.equal(fitted(20), fitted(20))
 
 
+def test_refined_prototypes_tell_sharp_images_apart_and_keep_what_they_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=-1)
+    concepts = torch.tensor([2, 4]).repeat_interleave(200)
+    sharpness = torch.eye(8)[7]
+    off = torch.nn.functional.normalize(torch.randn(8, generator=generator), dim=0)
+    tokens = prototypes[concepts] + 0.9 * off * (concepts == 2)[:, None] + sharpness
+    tokens = torch.nn.functional.normalize(tokens + 0.2 * torch.randn(400, 8, generator=generator), dim=-1)
+
+    def right(found: torch.Tensor) -> float:
+        return (tokens @ found[[2, 4]].T).argmax(1).eq((concepts == 4).long()).float().mean().item()
+
+    found = refine(prototypes, tokens, concepts, scale=16.0, seed=0)
+    assert right(found) > right(prototypes)
+    others = [0, 1, 3, 5]
+    assert torch.equal(found[others], prototypes[others])
+    assert ((found - prototypes)[[2, 4]].mean(0) @ sharpness).abs() < 0.02
+
+
 def test_a_word_of_unknown_classes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apm.teachers.training.words.read_lexicon", lambda: {"cat": ("tabby cat", "moggy")})
     with pytest.raises(ValueError, match="'cat' names unknown classes \\['moggy'\\]"):
@@ -396,7 +416,7 @@ def test_the_exported_folder_is_a_teacher(sources: list[Source], sharp: Sharp, t
     measured = export(
         stage.visual,
         stage.prototypes,
-        word_directions(stage, sources, RECIPE),
+        word_directions(stage, torch.nn.functional.normalize(stage.prototypes.detach(), dim=-1), sources, RECIPE),
         sources,
         tmp_path,
         tower=RECIPE.tower,

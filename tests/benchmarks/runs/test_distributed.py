@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from apm.processes import ALONE, Group, agree, join, restarted
 from tests.benchmarks.made_runs import Plain, Stream, make_dataset, make_run
 from tests.benchmarks.runs.test_runner import assert_same
 from tests.launch import TORCHRUN, finish, start
+from tests.places import ROOT
 
 WORKER = """
 import os, signal, sys
@@ -121,6 +123,36 @@ def test_a_worker_whose_launcher_was_killed_ends_and_doubles_nothing(tmp_path: P
     assert_same(folder, tmp_path / "whole")
     written = [row for path in RunFolder(folder).shards("digits") for row in pq.read_table(path).to_pylist()]
     assert len(written) == 120  # none of them twice, not even on the disk
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_others_ends_with_its_launcher(tmp_path: Path) -> None:
+    note, said = tmp_path / "pid", tmp_path / "said"
+    waiting = (
+        "import os, pathlib, torch.distributed; from apm.processes import join;"
+        f"pathlib.Path({str(note)!r}).write_text(str(os.getpid())); join().__enter__()"
+    )
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}  # nobody is there
+    with said.open("w") as stderr:
+        launcher = subprocess.Popen(
+            ["bash", "-c", '"$@" & wait', "bash", sys.executable, "-c", waiting],
+            cwd=ROOT,
+            env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+            stderr=stderr,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not (note.is_file() and note.read_text()):
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.02)
+        time.sleep(2)  # until it has looked who started it
+        launcher.kill()
+        _wait_for_end(int(note.read_text()))
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    assert "The launcher has ended" in said.read_text()
 
 
 def _wait_for_end(pid: int) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from apm.errors import ApmError
+from apm.images.files import write_atomically
 from apm.processes import join
 from apm.text.zeroshot import ZeroShotHead
 
@@ -153,7 +154,7 @@ def measure_features(
         folder = Path(place)
         synthetic_store(folder / "store", sizes)
         stored = sum(path.stat().st_size for path in (folder / "store").rglob("*") if path.is_file())
-        (folder / "sizes.json").write_text(json.dumps(asdict(sizes)))
+        write_atomically(folder / "sizes.json", json.dumps(asdict(sizes)).encode())
         seconds = _launch(folder, processes) if processes > 1 else _work(folder)
         shares = _shares(folder / "run")
         peaks = [json.loads(path.read_text())["peak"] for path in sorted(folder.glob("peak-*.json"))]
@@ -177,7 +178,7 @@ def _work(folder: Path) -> float:
         options = RunOptions(seed=sizes.seed, batch_size=BATCH)
         run(folder / "run", [lambda: dataset], methods, teacher, options, features=store, group=group)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        (folder / f"peak-{group.rank}.json").write_text(json.dumps({"peak": peak}))
+        write_atomically(folder / f"peak-{group.rank}.json", json.dumps({"peak": peak}).encode())
         group.barrier()
         return time.perf_counter() - begun
 

@@ -7,7 +7,7 @@ still answered), any other `ApmError` to 1.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LIST_AT_MOST = 24
 
@@ -35,6 +35,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not near:
         return ""
     return " Did you mean " + " or ".join(f'"{candidate}"' for candidate in near) + "?"
+
+
+def few(names: Sequence[str], count: int = 3) -> str:
+    """The first few of some names, for a sentence: ``a, b, c, …``."""
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from apm.errors import UsageError, unknown
+from apm.images.paths import printable
 
 Check = Callable[[str, Any], None]
 
@@ -99,3 +101,23 @@ def check_values(settings: Any, shown: Callable[[str], str] = str) -> None:
             raise unknown(name, value, one.choices)
         if one.check is not None:
             one.check(shown(name), value)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Name the settings of `here` that have other values `there`, with both."""
+    return [
+        f"{name}: {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value
+    ]
+
+
+def refuse_other(path: str | os.PathLike[str], found: Sequence[str]) -> None:
+    """Refuse to continue a file that was made with other settings.
+
+    Raises:
+        UsageError: `found` names a difference.
+    """
+    if found:
+        raise UsageError(
+            f"{printable(path)} was made with other settings. {'; '.join(found)}. Continue it with its own, or give "
+            "another --out."
+        )

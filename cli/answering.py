@@ -24,8 +24,6 @@ from .progress import progress
 if TYPE_CHECKING:
     from apm.classifier import Answer, Classifier
 
-INTERRUPTED = 130
-
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
@@ -89,7 +87,7 @@ def interrupted(done: int, total: int | None, form: Form) -> typer.Exit:
     of = "" if total is None else f" of {total}"
     again = "" if form.out is None else " The same command goes on from there."
     typer.echo(f"interrupted: {done}{of} images answered.{again}", err=True)
-    return typer.Exit(INTERRUPTED)
+    return typer.Exit(render.INTERRUPTED)
 
 
 class Answering:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apm.benchmarks.protocols import PROTOCOLS
 from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
 from apm.settings import settings_of
@@ -19,7 +18,7 @@ from apm.test_time.queries import ALL
 
 from .data import (
     DATA,
-    INTERRUPTED,
+    METHOD,
     OUTPUT,
     RUN,
     BatchSize,
@@ -30,19 +29,22 @@ from .data import (
     LabelSet,
     Levels,
     Limit,
+    Protocol,
     Quiet,
     Root,
     Seed,
     Source,
+    Views,
     Workers,
     check_numbers,
     fill_store,
+    images_at_a_time,
     images_progress,
     load_shared_teacher,
     shared_precision,
 )
 from .options import Debug, student_options
-from .render import failure, notice, notice_if_slow, progress_line, say, say_json, warning
+from .render import failure, notice, notice_if_slow, say, say_json, told_when_interrupted, warning
 from .table import print_table, show
 
 if TYPE_CHECKING:
@@ -55,8 +57,6 @@ if TYPE_CHECKING:
     from apm.benchmarks.store.reader import FeatureStore
     from apm.processes import Group
     from apm.teachers.base import Teacher
-
-METHOD = "Methods"
 
 
 @student_options(METHOD, prefix="apm: ", defaults={"queries": ALL})
@@ -88,16 +88,10 @@ def bench(
             rich_help_panel=METHOD,
         ),
     ] = None,
-    views: Annotated[
-        int | None,
-        typer.Option(help="Number of augmented views, for every method that uses them.", rich_help_panel=METHOD),
-    ] = None,
+    views: Views = None,
     *,
     student: dict[str, Any],
-    protocol: Annotated[
-        str,
-        typer.Option(help=". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()), rich_help_panel=METHOD),
-    ] = "common",
+    protocol: Protocol = "common",
     oracle: Annotated[
         bool,
         typer.Option(
@@ -258,12 +252,14 @@ def bench(
             protocol=protocol,
             record_steps=record_steps,
             record_logits=record_logits,
-            batch_size=batch_size or (64 if loaded.device.type == "cuda" else 8),
+            batch_size=images_at_a_time(batch_size, loaded),
             workers=workers,
             fresh=fresh,
             command=("apm", *sys.argv[1:]),
         )
-        try:
+        again = shlex.join(argument for argument in options.command if argument != "--fresh")
+        stopped = f"interrupted: what was answered is in {folder}. To continue: {again}"
+        with told_when_interrupted(stopped, speaks=group.first):
             known = _features(features, store, cells, methods, loaded, options, group, quiet=quiet)
             summaries = []
             for place, members, one in plan_orders(folder, methods, options, orders):
@@ -283,11 +279,6 @@ def bench(
                         on_warning=warning,
                     )
                 summaries.append(summary)
-        except KeyboardInterrupt:
-            if group.first:  # `torchrun` interrupts them all
-                again = shlex.join(argument for argument in options.command if argument != "--fresh")
-                progress_line(f"interrupted: what was answered is in {folder}. To continue: {again}")
-            raise typer.Exit(INTERRUPTED) from None
     if group.first:
         _print_summaries(summaries, as_json=as_json, oracle=oracle)
         if not quiet:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from apm.benchmarks.protocols import PROTOCOLS
 from apm.errors import UsageError
 from apm.images.paths import printable
 
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from apm.processes import Group
     from apm.teachers.base import Teacher
 
-DATA, RUN, OUTPUT = "Data", "The run", "Output"
-INTERRUPTED = 130
+DATA, METHOD, RUN, OUTPUT = "Data", "Methods", "The run", "Output"
 _LINE_EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
 
 DataSets = Annotated[
@@ -70,6 +70,13 @@ LabelSet = Annotated[
     str | None,
     typer.Option(help="For the data set folder: classify among all labels of this set.", rich_help_panel=DATA),
 ]
+Views = Annotated[
+    int | None,
+    typer.Option(help="Number of augmented views, for every method that uses them.", rich_help_panel=METHOD),
+]
+Protocol = Annotated[
+    str, typer.Option(help=". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()), rich_help_panel=METHOD)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images at a time. Answers do not depend on it.", rich_help_panel=RUN)
@@ -81,6 +88,11 @@ Seed = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.", rich_help_panel=OUTPUT)
 ]
+
+
+def images_at_a_time(asked: int | None, teacher: Teacher) -> int:
+    """The batch size: what was asked for, else what suits the device."""
+    return asked or (64 if teacher.device.type == "cuda" else 8)
 
 
 def check_numbers(batch_size: int | None, workers: int, seed: int) -> None:

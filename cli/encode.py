@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from .data import (
-    INTERRUPTED,
     BatchSize,
     Corruptions,
     DataSets,
@@ -26,10 +25,11 @@ from .data import (
     Workers,
     check_numbers,
     fill_store,
+    images_at_a_time,
     load_shared_teacher,
 )
 from .options import Debug
-from .render import failure, notice, progress_line
+from .render import failure, notice, told_when_interrupted
 
 FEATURES = "Features"
 
@@ -102,16 +102,13 @@ def encode(
             views=views,
             seed=seed,
             precision=precision,
-            batch_size=batch_size or (64 if loaded.device.type == "cuda" else 8),
+            batch_size=images_at_a_time(batch_size, loaded),
             workers=workers,
             command=("apm", *sys.argv[1:]),
         )
-        try:
+        stopped = f"interrupted: what was encoded is in {out}. To continue: {shlex.join(options.command)}"
+        with told_when_interrupted(stopped, speaks=group.first):
             done = fill_store(out, cells, loaded, options, group, quiet=quiet)
-        except KeyboardInterrupt:
-            if group.first:  # `torchrun` interrupts them all
-                progress_line(f"interrupted: what was encoded is in {out}. To continue: {shlex.join(options.command)}")
-            raise typer.Exit(INTERRUPTED) from None
     if group.first and not quiet:
         notice(f"{out} holds {done.images:,} images. To use it: apm bench … --features {shlex.quote(str(out))}")
     if done.failed:

@@ -13,7 +13,7 @@ from apm.errors import UsageError, unknown
 from .data import load_shared_teacher
 from .groups import Group
 from .options import Debug
-from .render import notice, progress_line, say, say_json
+from .render import notice, say, say_json, told_when_interrupted
 from .training import TrainingProgress
 
 if TYPE_CHECKING:
@@ -126,13 +126,12 @@ def learn(
     )
     if learner.step and not quiet:
         notice(f"{path}: " + ("learned already" if learner.finished else f"going on from step {learner.step:,}"))
-    try:
-        names = {"loss": "cross-entropy"}
-        with TrainingProgress(learner.steps, "learn", wanted=not quiet, done=learner.step, names=names) as progress:
-            learner.run(save_every=save_every, on_step=progress.step)
-    except KeyboardInterrupt:
-        progress_line("interrupted; the same command goes on from the last step that was saved")
-        raise typer.Exit(130) from None
+    names = {"loss": "cross-entropy"}
+    with (
+        told_when_interrupted("interrupted; the same command goes on from the last step that was saved"),
+        TrainingProgress(learner.steps, "learn", wanted=not quiet, done=learner.step, names=names) as progress,
+    ):
+        learner.run(save_every=save_every, on_step=progress.step)
     _say_learned(path, learner.learned(), method, as_json=as_json)
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from apm.classifier import Adaptation, Answer, Classifier, Prediction
     from apm.student.config import Precision
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 PLAIN_WIDTH = 120  # of output that goes to a file or a pipe, where no terminal gives a width
 
 
@@ -55,6 +57,22 @@ def _json_escape(character: str) -> str:
 def progress_line(text: str) -> None:
     """Say how far it is, on stderr, where there is no bar."""
     typer.echo(printable(text), err=True)
+
+
+@contextmanager
+def told_when_interrupted(text: str, *, speaks: bool = True) -> Iterator[None]:
+    """On Ctrl-C say what is there and how to go on, and end.
+
+    Args:
+        text: to say.
+        speaks: False leaves it to another process: `torchrun` interrupts them all.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if speaks:
+            progress_line(text)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def notice(text: str) -> None:

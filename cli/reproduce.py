@@ -12,30 +12,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apm.benchmarks.protocols import PROTOCOLS
 from apm.errors import UsageError
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 
 from .data import (
-    INTERRUPTED,
+    METHOD,
     OUTPUT,
     RUN,
     BatchSize,
     Device,
     FromClean,
     Limit,
+    Protocol,
     Quiet,
     Root,
     Seed,
+    Views,
     Workers,
     check_numbers,
+    images_at_a_time,
     images_progress,
     load_shared_teacher,
     shared_precision,
 )
 from .options import Debug, student_options
-from .render import failure, notice, progress_line, warning
+from .render import failure, notice, told_when_interrupted, warning
 from .reproduced import differs, in_words, missing, print_beside, print_plan
 
 if TYPE_CHECKING:
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
     from apm.benchmarks.runs.run_record import RunOptions
     from apm.processes import Group
     from apm.teachers.base import Teacher
-
-METHOD = "Methods"
 
 
 @student_options(METHOD, prefix="apm: ", defaults={"queries": ALL})
@@ -82,14 +82,8 @@ def reproduce(
     cocoop: Annotated[
         Path | None, typer.Option(help="A prompt that CoCoOp learned, for its rows.", rich_help_panel=METHOD)
     ] = None,
-    views: Annotated[
-        int | None,
-        typer.Option(help="Number of augmented views, for every method that uses them.", rich_help_panel=METHOD),
-    ] = None,
-    protocol: Annotated[
-        str,
-        typer.Option(help=". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()), rich_help_panel=METHOD),
-    ] = "published",
+    views: Views = None,
+    protocol: Protocol = "published",
     download: Annotated[
         bool, typer.Option("--download", help="Fetch weights that are not on this machine.", rich_help_panel=METHOD)
     ] = False,
@@ -268,25 +262,23 @@ class _Running:
             self.options,
             prompts=job.prompts,
             templates=job.templates,
-            batch_size=self.batch_size or (64 if teacher.device.type == "cuda" else 8),
+            batch_size=images_at_a_time(self.batch_size, teacher),
         )
-        with images_progress("reproduce", silent=self.quiet or not group.first) as (report, texts):
-            try:
-                return run(
-                    self.out / job.folder,
-                    [cell.open for cell in self.plan.ready],
-                    methods,
-                    teacher,
-                    options,
-                    group=group,
-                    on_progress=report,
-                    on_texts=texts,
-                    on_note=(lambda text: None) if self.quiet else notice,
-                    on_failure=failure,
-                    on_warning=warning,
-                ).failed
-            except KeyboardInterrupt:
-                if group.first:  # `torchrun` interrupts them all
-                    again = shlex.join(self.options.command)
-                    progress_line(f"interrupted: what was answered is in {self.out}. To continue: {again}")
-                raise typer.Exit(INTERRUPTED) from None
+        stopped = f"interrupted: what was answered is in {self.out}. To continue: {shlex.join(self.options.command)}"
+        with (
+            told_when_interrupted(stopped, speaks=group.first),
+            images_progress("reproduce", silent=self.quiet or not group.first) as (report, texts),
+        ):
+            return run(
+                self.out / job.folder,
+                [cell.open for cell in self.plan.ready],
+                methods,
+                teacher,
+                options,
+                group=group,
+                on_progress=report,
+                on_texts=texts,
+                on_note=(lambda text: None) if self.quiet else notice,
+                on_failure=failure,
+                on_warning=warning,
+            ).failed

@@ -18,7 +18,7 @@ from apm.settings import at_least, check_values, setting
 from apm.student.config import Precision
 
 from .options import options_of
-from .render import failure, notice, progress_line, progress_on_terminal, say
+from .render import failure, notice, progress_line, progress_on_terminal, say, told_when_interrupted
 
 if TYPE_CHECKING:
     from apm.pretrain.cache import GridCache
@@ -124,13 +124,11 @@ def train(
         state = "finished: nothing left to train" if trainer.finished else f"goes on from step {trainer.step:,}"
         notice(f"{printable(trainer.path)} {state}.")
     steps, every = trainer.config.steps, session.evaluate_every
-    try:
-        with TrainingProgress(steps, "train", wanted=wanted, done=trainer.step, names=names) as progress:
-            trainer.run(evaluate_every=every, save_every=session.save_every, on_step=progress.step)
-    except KeyboardInterrupt:
-        if speaks:
-            progress_line("interrupted; the same command goes on from the last checkpoint")
-        raise typer.Exit(130) from None
+    with (
+        told_when_interrupted("interrupted; the same command goes on from the last checkpoint", speaks=speaks),
+        TrainingProgress(steps, "train", wanted=wanted, done=trainer.step, names=names) as progress,
+    ):
+        trainer.run(evaluate_every=every, save_every=session.save_every, on_step=progress.step)
 
 
 def say_result(trainer: Trainer, text: str) -> None:

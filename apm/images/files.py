@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
+import filelock
+
 from apm.errors import ApmError, UsageError
 from apm.images.paths import printable
 
@@ -121,3 +123,23 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def alone_with(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
+    """Hold a file's lock, a file beside it; its folder is made where it is not there.
+
+    Args:
+        path: the file.
+        doing: what another process does with it then, for the message: "training".
+
+    Raises:
+        UsageError: another process has it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path.with_name(path.name + ".lock"), timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UsageError(f"Another process is {doing} {printable(path)}.") from None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from apm.errors import UsageError
 from apm.images.files import write_atomically
 from apm.images.paths import printable
+from apm.settings import differences, refuse_other
 from apm.student.config import APMConfig
 from apm.student.model import APM, parameter_shapes
 
@@ -152,12 +153,7 @@ def check_settings(
     """
     mine = {**asdict(student), **settings}  # type: ignore[call-overload]
     theirs = {**asdict(checkpoint.student), **checkpoint.settings}  # type: ignore[call-overload]
-    named = [f"{name}: {theirs.get(name)} there, {mine[name]} here" for name in mine if theirs.get(name) != mine[name]]
-    if named:
-        raise UsageError(
-            f"{printable(path)} was made with other settings. {'; '.join(named)}. Continue it with its own, or give "
-            "another --out."
-        )
+    refuse_other(path, differences(theirs, mine))
 
 
 def _damaged(shown: str, what: str) -> UsageError:

@@ -8,20 +8,18 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args
 
-import filelock
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from apm.errors import ApmError, UsageError, unknown
-from apm.images.files import write_atomically
-from apm.images.paths import printable
+from apm.errors import ApmError, unknown
+from apm.images.files import alone_with, write_atomically
 from apm.pretrain.cache import GridCache
 from apm.pretrain.checkpoint import Checkpoint, Network, check_settings, read_network, write_checkpoint
 from apm.pretrain.config import Schedule
@@ -182,7 +180,7 @@ class Trainer(ABC):
         """
         if self.finished:
             return
-        with self._alone_here():
+        with nullcontext() if self.processes.rank else alone_with(self.path, "training"):
             begun, before = time.perf_counter(), self._shorten_log()
             recent: list[dict[str, float]] = []
             if self.step == 0:
@@ -244,19 +242,6 @@ class Trainer(ABC):
                         for kind in ("exp_avg", "exp_avg_sq")
                     },
                 }
-
-    @contextmanager
-    def _alone_here(self) -> Iterator[None]:
-        if self.processes.rank:
-            yield
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.path.with_name(self.path.name + ".lock"))
-        try:
-            with lock.acquire(timeout=0):
-                yield
-        except filelock.Timeout:
-            raise UsageError(f"Another process is training {printable(self.path)}.") from None
 
 
 def _optimiser(model: nn.Module, config: Schedule) -> torch.optim.AdamW:

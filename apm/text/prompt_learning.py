@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import filelock
 import numpy as np
 import torch
 from PIL import Image
@@ -29,9 +28,10 @@ from torch.nn.functional import cross_entropy, linear, normalize
 from apm.errors import ApmError, UsageError
 from apm.images.ahead import in_order
 from apm.images.crops import MIN_AREA, crop_box, view_generator
-from apm.images.files import write_atomically
+from apm.images.files import alone_with, write_atomically
 from apm.images.load import normalised
 from apm.images.paths import printable
+from apm.settings import differences, refuse_other
 from apm.teachers.base import Teacher
 from apm.text.learned_prompt import CONTEXT, META_NET, LearnedPrompt, read_learned_prompt, write_learned_prompt
 from apm.text.prompts import TunablePrompt
@@ -167,12 +167,8 @@ class PromptLearner:
         """
         if self.finished:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(self.path.with_name(self.path.name + ".lock"), timeout=0):
-                self._learn_to_the_end(save_every, on_step)
-        except filelock.Timeout:
-            raise UsageError(f"Another process is learning {printable(self.path)}.") from None
+        with alone_with(self.path, "learning"):
+            self._learn_to_the_end(save_every, on_step)
 
     def _learn_to_the_end(self, save_every: int, on_step: Callable[[int, dict[str, float]], None]) -> None:
         while self.step < self.steps:
@@ -337,14 +333,5 @@ class PromptLearner:
             value.copy_(tensors[name])
 
     def _compare(self, path: Path, there: dict[str, Any], names: list[str]) -> None:
-        mine = self.settings
-        found = [
-            f"{name}: {there.get(name)} there, {mine[name]} here" for name in mine if there.get(name) != mine[name]
-        ]
-        if not found and names != list(self.class_names):
-            found = ["other class names"]
-        if found:
-            raise UsageError(
-                f"{printable(path)} was made with other settings. {'; '.join(found)}. Continue it with its own, or "
-                "give another --out."
-            )
+        refuse_other(path, differences(there, self.settings))
+        refuse_other(path, [] if names == list(self.class_names) else ["other class names"])

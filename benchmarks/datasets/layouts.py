@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from apm.errors import UsageError
+from apm.errors import UsageError, few
 from apm.labels import imagenet_subset, imagenet_wnids
 
 from .files import beside, class_folders, class_images, dead_links, image_names, is_integer, is_wnid, split_json
@@ -218,13 +218,13 @@ def _likely_mistake(spec: DatasetSpec, root: Path, corruption: str, level: int) 
     lost = [f"{root / name} is a link to what is not there. Is a drive not mounted?" for name in dead_links(root)]
     packed = [name for name in sorted(os.listdir(root)) if name.lower().endswith(_ARCHIVES)]
     if packed:
-        lost.append(f"nothing that fits under {root}, but archives that are not unpacked: {_few(packed)}.")
+        lost.append(f"nothing that fits under {root}, but archives that are not unpacked: {few(packed)}.")
     if lost:
         return lost[0]
     if spec.reader == "corrupted":
         for place in places:
             if place.name == str(level) and (there := _folders(place.parent)) and place.parent != root.parent:
-                return f"{place.parent} holds no folder {level} with class folders, but {_few(there, 5)}."
+                return f"{place.parent} holds no folder {level} with class folders, but {few(there, 5)}."
         return (
             f"no folder {corruption}/{level} with class folders under {root}. The pictures can be made from clean"
             " ImageNet with --from-clean."
@@ -286,11 +286,7 @@ def _mistake_at(spec: DatasetSpec, place: Path) -> str | None:
     plain = [name for name in folders if not is_wnid(name)]
     if spec.reader in ("wnid", "integer", "corrupted") and any(_images(place / name) for name in plain[:20]):
         return (
-            f"the folders of {place} are no wnids: {_few(plain)}. For plain class folders there is the data set"
+            f"the folders of {place} are no wnids: {few(plain)}. For plain class folders there is the data set"
             ' "folder".'
         )
     return None
-
-
-def _few(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from apm.errors import UsageError
+from apm.errors import UsageError, few
 from apm.labels import IMAGENET_SUBSETS, imagenet_subset, imagenet_wnids, label_set
 from apm.teachers.digits import digit_image, digits_split
 
@@ -81,7 +81,7 @@ def _integer_labels(spec: DatasetSpec, folder: Path, names: Sequence[str], class
     outside = [name for name, label in labels.items() if label >= classes]
     if outside or len(set(labels.values())) < len(labels):
         problem = (
-            f"are outside 0..{classes - 1}: {_few(outside)}" if outside else "name one class twice (such as 1 and 01)"
+            f"are outside 0..{classes - 1}: {few(outside)}" if outside else "name one class twice (such as 1 and 01)"
         )
         raise UsageError(f"{spec.name}: folders in {folder} {problem}.")
     return labels
@@ -91,7 +91,7 @@ def _wnid_labels(spec: DatasetSpec, folder: Path, names: Sequence[str], wnids: S
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     no_wnids = [name for name in names if not is_wnid(name)]
     if no_wnids:
-        raise UsageError(f"{spec.name}: {len(no_wnids)} folder(s) in {folder} are no wnids: {_few(no_wnids)}.")
+        raise UsageError(f"{spec.name}: {len(no_wnids)} folder(s) in {folder} are no wnids: {few(no_wnids)}.")
     outside = [name for name in names if name not in label_of]
     if outside:
         fitting = [
@@ -100,7 +100,7 @@ def _wnid_labels(spec: DatasetSpec, folder: Path, names: Sequence[str], wnids: S
         guess = f" They fit {' and '.join(fitting)}." if fitting else ""
         raise UsageError(
             f"{spec.name}: {len(outside)} of {len(names)} class folders in {folder} are none of its {len(wnids)}"
-            f" classes: {_few(outside)}.{guess}"
+            f" classes: {few(outside)}.{guess}"
         )
     return {name: label_of[name] for name in names}
 
@@ -127,7 +127,7 @@ def _file_sample(identity: str, label: int, folder: Path, inside: str) -> Sample
 
 def _empty_notes(empty: Sequence[str]) -> Iterable[str]:
     if empty:
-        yield f"{len(empty)} class folder(s) hold no pictures: {_few(empty)}."
+        yield f"{len(empty)} class folder(s) hold no pictures: {few(empty)}."
 
 
 def _dead_notes(folder: Path, samples: Sequence[Sample]) -> Iterable[str]:
@@ -140,11 +140,11 @@ def _dead_notes(folder: Path, samples: Sequence[Sample]) -> Iterable[str]:
     links = {stable_id(f"{place}/{name}") for place in places for name in dead_links(folder / place)}
     dead = [sample.id for sample in samples if sample.id in links]
     if len(dead) == len(samples):
-        raise UsageError(f"All {len(dead):,} pictures of {folder} are links to files that are not there: {_few(dead)}.")
+        raise UsageError(f"All {len(dead):,} pictures of {folder} are links to files that are not there: {few(dead)}.")
     if dead:
-        yield f"{len(dead):,} picture(s) are links to files that are not there, recorded as errors: {_few(dead)}."
+        yield f"{len(dead):,} picture(s) are links to files that are not there, recorded as errors: {few(dead)}."
     if lost := dead_links(folder):
-        yield f"{len(lost):,} link(s) beside the class folders lead nowhere, their pictures are missing: {_few(lost)}."
+        yield f"{len(lost):,} link(s) beside the class folders lead nowhere, their pictures are missing: {few(lost)}."
 
 
 def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = None) -> Listing:
@@ -162,18 +162,18 @@ def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = Non
     known = set(imagenet_wnids())
     strange = [name for name in folders if is_wnid(name) and name not in known]
     if strange:
-        raise UsageError(f"{len(strange)} folder(s) in {folder} are no wnids of ImageNet-1k: {_few(strange)}.")
+        raise UsageError(f"{len(strange)} folder(s) in {folder} are no wnids of ImageNet-1k: {few(strange)}.")
     all_wnids = all(map(is_wnid, folders))
     if not all_wnids and any(map(is_wnid, folders)):
         plain = [name for name in folders if not is_wnid(name)]
-        raise UsageError(f"{folder} mixes wnids with other folders: {_few(plain)}. Leave only one kind.")
+        raise UsageError(f"{folder} mixes wnids with other folders: {few(plain)}. Leave only one kind.")
     names = dict(zip(imagenet_wnids(), label_set("imagenet"), strict=True)) if all_wnids else {}
     shown = {name: names.get(name, stable_id(name).replace("_", " ")) for name in folders}
     notes = []
     if names_from is None:
         if len(folders) < 2:
             raise UsageError(
-                f"{folder} holds one class only, {_few(folders)}: nothing can be told apart. --label-set NAME may help."
+                f"{folder} holds one class only, {few(folders)}: nothing can be told apart. --label-set NAME may help."
             )
         labels = {name: label for label, name in enumerate(folders)}
         class_names = tuple(shown.values())
@@ -205,7 +205,7 @@ def _labels_in(
         found = {name: by_name.get(text.casefold()) for name, text in shown.items()}
     missing = [shown[name] for name, label in found.items() if label is None]
     if missing:
-        raise UsageError(f"{len(missing)} class(es) of {folder} are not in the label set {set_name}: {_few(missing)}.")
+        raise UsageError(f"{len(missing)} class(es) of {folder} are not in the label set {set_name}: {few(missing)}.")
     return {name: label for name, label in found.items() if label is not None}
 
 
@@ -232,10 +232,10 @@ def read_split_json(spec: DatasetSpec, folder: Path, *, part: str = "test") -> L
     samples = [_file_sample(entry[0], number[entry[1]], folder, entry[0]) for entry in test]
     absent = [entry[0] for entry in test if not (folder / entry[0]).is_file()]
     if len(absent) == len(test):
-        raise UsageError(f"{path} names {len(test):,} {part} images, and none of them is in {folder}: {_few(absent)}.")
+        raise UsageError(f"{path} names {len(test):,} {part} images, and none of them is in {folder}: {few(absent)}.")
     notes = []
     if absent:
-        notes.append(f"{path.name} names {len(absent):,} absent image(s), recorded as errors: {_few(absent)}.")
+        notes.append(f"{path.name} names {len(absent):,} absent image(s), recorded as errors: {few(absent)}.")
     if max(names) + 1 > len(names) or len(names) < spec.classes:
         notes.append(
             f"{path.name} names {len(names)} of {spec.classes or max(names) + 1} classes: logits are over these,"
@@ -261,7 +261,7 @@ def _load_splits(path: Path) -> dict[str, list[tuple[str, int, str]]]:
     counts = Counter(entry[0] for entry in splits["test"])
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
-        raise UsageError(f"{path}: the test split names {len(twice)} image(s) twice: {_few(twice)}.")
+        raise UsageError(f"{path}: the test split names {len(twice)} image(s) twice: {few(twice)}.")
     return splits
 
 
@@ -305,9 +305,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Listing:
     if len(absent) == len(samples):
         raise UsageError(f"{AIRCRAFT_TEST} names {len(samples):,} images, and none of them is in {folder}.")
     notes = (
-        [f"{AIRCRAFT_TEST} names {len(absent):,} absent image(s), recorded as errors: {_few(absent)}."]
-        if absent
-        else []
+        [f"{AIRCRAFT_TEST} names {len(absent):,} absent image(s), recorded as errors: {few(absent)}."] if absent else []
     )
     return Listing(samples, tuple(names), "test", tuple(notes))
 
@@ -325,7 +323,3 @@ def read_digits() -> Listing:
     rows = zip(split.test_indices, split.test_labels, split.test_images, strict=True)
     samples = [Sample(f"digits/{index:04d}", int(label), partial(digit_image, pixels)) for index, label, pixels in rows]
     return Listing(samples, label_set("digits"), "test half")
-
-
-def _few(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -21,9 +21,9 @@ from apm.errors import UsageError
 from apm.text.zeroshot import encode_labels
 
 from .base import Batch
-from .norm_tuned import NormSettings, NormTuned, logits_of, set_gradients
+from .norm_tuned import NormSettings, NormTuned, logits_of
 from .prompted import gradient
-from .towers import TunableTower
+from .towers import TunableTower, set_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def likeness_step(
     _, gradients = tower.gradients(
         pixels, list(leaves.values()), lambda: leaves, lambda rows, at: (rows * slope[at]).sum()
     )
-    set_gradients(leaves, gradients)
+    set_gradients(leaves.values(), gradients)
     return likeness_loss(features, text, scale)
 
 

@@ -99,12 +99,6 @@ class NormTuned:
         return torch.optim.Adam(list(leaves.values()), lr=self._chosen.lr)
 
 
-def set_gradients(leaves: Mapping[str, Tensor], gradients: list[Tensor]) -> None:
-    """Give each leaf its gradient."""
-    for leaf, gradient in zip(leaves.values(), gradients, strict=True):
-        leaf.grad = gradient
-
-
 def logits_of(tower: TunableTower, leaves: Mapping[str, Tensor], pixels: Tensor, head: ZeroShotHead) -> Tensor:
     """What the tuned tower says of images (B, 3, H, W): (B, C)."""
     return head.logit_scale * tower.features(pixels, leaves) @ head.features.T

@@ -13,8 +13,8 @@ from torch import Tensor
 from apm.test_time.targets import entropies
 
 from .base import Batch
-from .norm_tuned import NormTuned, logits_of, set_gradients
-from .towers import TunableTower
+from .norm_tuned import NormTuned, logits_of
+from .towers import TunableTower, set_gradients
 
 
 class Tent(NormTuned):
@@ -41,7 +41,7 @@ class Tent(NormTuned):
         for _ in range(self._chosen.steps):
             features, gradients = tower.gradients(pixels, list(leaves.values()), lambda: leaves, loss)
             figures.setdefault("entropy_first", entropies(head.probabilities(features)))
-            set_gradients(leaves, gradients)
+            set_gradients(leaves.values(), gradients)
             optimiser.step()
         logits = logits_of(tower, leaves, pixels, head)
         return logits, {**figures, "entropy_last": entropies(logits.softmax(dim=1))}

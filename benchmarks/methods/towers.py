@@ -6,7 +6,7 @@ afterwards. So there is nothing to put back, and the next image finds the very b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,12 @@ class TunableTower:
         inputs = (pixels.to(self.device, torch.float32),)
         features: Tensor = torch.func.functional_call(self._encoder, given, inputs, tie_weights=False)
         return normalize(features.float(), dim=1)
+
+
+def set_gradients(leaves: Iterable[Tensor], gradients: Iterable[Tensor]) -> None:
+    """Give each leaf its gradient."""
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        leaf.grad = gradient
 
 
 class _Encoder(nn.Module):

@@ -25,7 +25,7 @@ from .base import Batch, Json, MethodOptions, Prediction, display_name, make_set
 from .features import usable
 from .prompted import gather
 from .published import Published
-from .towers import Projection, TunableTower
+from .towers import Projection, TunableTower, set_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,7 @@ class TTL:
         for _ in range(chosen.steps):
             features, gradients = tower.gradients(pixels, lora.leaves, lora.weights, loss)
             means.append(entropies((scale * features @ text.T).softmax(dim=1)).mean())
-            for leaf, gradient in zip(lora.leaves, gradients, strict=True):
-                leaf.grad = gradient
+            set_gradients(lora.leaves, gradients)
             optimiser.step()
         with torch.no_grad():
             feature = tower.features(pixels[:1], lora.weights())[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,7 @@ def beside(plan: Plan, out: Path, methods: Mapping[Job, Mapping[Recipe, Method]]
     """
     published = published_of(plan.table)
     for recipe, reason in plan.left_out.items():
-        yield from (_absent(plan.table, recipe, column, reason) for column in plan.table.columns)
+        yield from (_absent(recipe, published[recipe], column, reason) for column in plan.table.columns)
     for job in plan.jobs:
         run = Records.open(out / job.folder) if RunFolder(out / job.folder).read_run() is not None else None
         for recipe in job.recipes:
@@ -63,7 +63,7 @@ def beside(plan: Plan, out: Path, methods: Mapping[Job, Mapping[Recipe, Method]]
             for cell in plan.cells:
                 if run is None or method is None or cell.dataset is None:
                     reason = cell.reason or job.reason or "not run"
-                    yield _absent(plan.table, recipe, cell.column, reason)
+                    yield _absent(recipe, published[recipe], cell.column, reason)
                 else:
                     yield _compared(recipe, published[recipe], cell.column, run, cell.dataset.cell, method.name)
 
@@ -77,22 +77,20 @@ def published_of(table: PaperTable) -> dict[Recipe, dict[str, str]]:
     }
 
 
-def _absent(table: PaperTable, recipe: Recipe, column: str, reason: str) -> Beside:
-    value = float(published_of(table)[recipe][column])
-    return Beside(recipe=recipe, column=column, published=value, reason=reason)
+def _absent(recipe: Recipe, published: Mapping[str, str], column: str, reason: str) -> Beside:
+    return Beside(recipe=recipe, column=column, published=float(published[column]), reason=reason)
 
 
 def _compared(recipe: Recipe, published: Mapping[str, str], column: str, run: Records, key: str, method: str) -> Beside:
-    value = float(published[column])
     rows = dict(run.rows(key)).get(method) if key in run.cells else None
     if rows is None:
-        return Beside(recipe=recipe, column=column, published=value, reason="not run yet")
+        return _absent(recipe, published, column, "not run yet")
     cell = run.cells[key]
     score = score_cell(rows, cell, method)
-    found = Beside(recipe=recipe, column=column, published=value, score=score)
+    found = Beside(recipe=recipe, column=column, published=float(published[column]), score=score)
     if recipe.method != "zero-shot" or found.difference is None:
         return found
     if abs(found.difference) <= TOLERANCE + 1e-9:
-        return Beside(recipe=recipe, column=column, published=value, score=score, verdict="agrees")
+        return replace(found, verdict="agrees")
     told = causes(Case(recipe=recipe, published=published, run=run, cell=cell, score=score))
-    return Beside(recipe=recipe, column=column, published=value, score=score, verdict="differs", causes=tuple(told))
+    return replace(found, verdict="differs", causes=tuple(told))

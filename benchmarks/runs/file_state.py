@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from apm.errors import UsageError
+from apm.errors import UsageError, few
 
 from .records import RunFolder
 
@@ -146,5 +146,4 @@ def check_files(folder: RunFolder, states: Mapping[str, FileState], cells: Mappi
 
 def named_changes(changes: Mapping[int, str], samples: Sequence[Sample]) -> str:
     """The first few changes, by the names of the images: ``cat/1.png (other content), …``."""
-    named = [f"{samples[number].id} ({what})" for number, what in list(changes.items())[:3]]
-    return ", ".join(named) + (", …" if len(changes) > 3 else "")
+    return few([f"{samples[number].id} ({what})" for number, what in changes.items()])

@@ -12,6 +12,11 @@ from apm.images.files import make_folder
 LOCK = ".lock"
 
 
+def patience(world: int) -> float:
+    """Seconds that one of `world` processes waits for a lock: a killed process gives its own back a little later."""
+    return 10.0 if world > 1 else 2.0
+
+
 def lock_folder(path: Path, timeout: float = 0, *, busy: str) -> filelock.BaseFileLock:
     """Take a folder for writing, and make it where it is not there; the system gives it back when the process ends.
 

@@ -99,7 +99,7 @@ class RunFolder:
                 No part of these rows is kept, all earlier ones are.
         """
         name = f"{rows[0].position:08d}-{uuid.uuid4().hex[:12]}.parquet"
-        return self._write(self.shard_folder(cell) / name, _encoded(row_table(rows)))
+        return self._write(self.shard_folder(cell) / name, encoded(row_table(rows)))
 
     def _write(self, path: Path, data: bytes) -> Path:
         try:
@@ -121,7 +121,7 @@ class RunFolder:
 
     def write_files(self, cell: str, table: pa.Table) -> None:
         """Keep what the files of `cell` are now."""
-        self._write(self.files_file(cell), _encoded(table))
+        self._write(self.files_file(cell), encoded(table))
 
     def read_files(self, cell: str) -> pa.Table | None:
         """Read what the files of `cell` were when the run began; None where nobody has looked.
@@ -184,7 +184,7 @@ class RunFolder:
             return
         rows = self.read(cell).sort_by([("position", "ascending"), ("method", "ascending")])
         name = f"{rows['position'][0].as_py():08d}-{uuid.uuid4().hex[:12]}.parquet"
-        self._write(self.shard_folder(cell) / name, _encoded(rows))
+        self._write(self.shard_folder(cell) / name, encoded(rows))
         with writing(self.path):
             for shard in old:
                 shard.unlink(missing_ok=True)
@@ -234,7 +234,8 @@ class RunFolder:
                     folder.rmdir()
 
 
-def _encoded(table: pa.Table) -> bytes:
+def encoded(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file, with a checksum for each page."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue().to_pybytes())

@@ -35,6 +35,7 @@ from ..methods.published import AsPublished
 from .decoding import Readable, Unreadable, next_batch
 from .environment import peak_memory
 from .file_state import check_files
+from .locks import patience
 from .progress import Progress
 from .records import RunFolder
 from .rows import Row
@@ -56,8 +57,6 @@ from .timed_batch import TimedBatch
 
 if TYPE_CHECKING:
     from ..datasets import Dataset
-
-_LOCK_PATIENCE = (2.0, 10.0)  # seconds, alone and of many: a killed process gives its lock back a little later
 
 logger = logging.getLogger("apm")
 
@@ -131,7 +130,7 @@ def run(
             if features is not None:
                 for cell, state in states.items():
                     features.check(opened[cell](), state)
-            lock = folder.lock(_LOCK_PATIENCE[group.world > 1])
+            lock = folder.lock(patience(group.world))
             record = prepare(folder, config, headers, sets, files, teacher, options, group, features)
         except ApmError as error:
             refusal = error

@@ -25,7 +25,7 @@ from apm.test_time.views import check, check_input
 
 from ..runs.environment import describe
 from ..runs.file_state import FileState, named_changes
-from ..runs.locks import lock_folder
+from ..runs.locks import lock_folder, patience
 from ..runs.progress import Progress
 from .filling import EncodeOptions, Filling, Plan
 from .layout import PRECISIONS, CellFolder, StoreKey, cell_identity, differing, read_store, size, write_store
@@ -34,7 +34,6 @@ from .shards import BLOCK_BYTES, merge, places, read_shards
 if TYPE_CHECKING:
     from ..datasets import Dataset
 
-_LOCK_PATIENCE = (2.0, 10.0)  # seconds, alone and of many: a killed process gives its lock back a little later
 _ROW_BYTES = 200  # of an image in the tables beside the features, at most
 
 
@@ -107,7 +106,7 @@ def encode(
     started = time.monotonic()
     if group.first:
         try:
-            lock = lock_folder(path, _LOCK_PATIENCE[group.world > 1], busy="Another apm encode")
+            lock = lock_folder(path, patience(group.world), busy="Another apm encode")
             sessions, plan = _prepare(path, cells, key, on_note, on_warning)
             sessions.append(_session(options, teacher, group))
             write_store(path, key, sessions)

@@ -20,6 +20,7 @@ from apm.images.paths import printable
 
 from ..corruptions import VERSION
 from ..runs.file_state import FileState
+from ..runs.records import encoded
 from ..runs.run_json import shortened
 
 if TYPE_CHECKING:
@@ -101,9 +102,9 @@ class CellFolder:
     def write(self, dataset: Dataset, state: FileState) -> None:
         """Write down whose features are to come."""
         ids = pa.array([sample.id.encode("utf-8", "surrogateescape") for sample in dataset.samples], pa.binary())
-        _write_table(self.path / "images.parquet", state.to_table().add_column(0, "id", ids))
+        write_atomically(self.path / "images.parquet", encoded(state.to_table().add_column(0, "id", ids)))
         labels = pa.array([sample.label for sample in dataset.samples], pa.int32())
-        _write_table(self.path / "labels.parquet", pa.table({"label": labels}))
+        write_atomically(self.path / "labels.parquet", encoded(pa.table({"label": labels})))
         about = {"source": dataset.source, "layout": dataset.layout, "images": len(dataset.samples)}
         about |= {"total": dataset.total, "limit": dataset.limit}
         write_atomically(self.path / "cell.json", _json({**cell_identity(dataset), **about}))
@@ -116,6 +117,10 @@ class CellFolder:
         """16 hex digits that every shard of the cell holds."""
         about = self.read() or {}
         return _digest([key.digest, {name: about.get(name) for name in ("cell", "fingerprint", "generated")}])
+
+    def count(self) -> int:
+        """How many images the cell has."""
+        return int(_read_table(self.path / "labels.parquet").num_rows)
 
     def images(self) -> tuple[list[str], FileState]:
         """Ids and files of the images, in their order."""
@@ -196,12 +201,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no record of a store. Remove {path.parent}, and encode again.")
     return found
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def _read_table(path: Path) -> pa.Table:

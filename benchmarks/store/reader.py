@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apm.errors import UsageError
+from apm.errors import UsageError, few
 from apm.teachers.base import Teacher
 
 from ..methods.base import Method
@@ -97,26 +97,24 @@ class FeatureStore:
         labels = folder.labels()
         pairs = zip(dataset.samples, numbers, strict=True)
         if other := [sample.id for sample, number in pairs if sample.label != labels[number]]:
-            raise self._others(dataset, f"{len(other)} labels differ: {_some(other)}")
+            raise self._others(dataset, f"{len(other)} labels differ: {few(other)}")
         state = folder.images()[1]
         then = FileState(*([column[n] for n in numbers] for column in (state.sizes, state.times, state.digests)))
         changes = {n: what for n, what in then.changes(now).items() if now.sizes[n] is not None}
         if changes:
             what = f"{len(changes)} of {len(numbers)} have changed since they were encoded"
             raise self._others(dataset, f"{what}: {named_changes(changes, dataset.samples)}")
-        self._whole(dataset, numbers, len(labels), verify=True)
+        self._whole(dataset, numbers, verify=True)
 
     def cell(self, dataset: Dataset) -> StoredCell:
         """The features of a data set that was checked."""
-        numbers = self._numbers(dataset)
-        images = len(CellFolder.of(self.path, dataset.cell).images()[0])
-        return self._whole(dataset, numbers, images, verify=False)
+        return self._whole(dataset, self._numbers(dataset), verify=False)
 
-    def _whole(self, dataset: Dataset, numbers: NDArray[np.int64], images: int, *, verify: bool) -> StoredCell:
+    def _whole(self, dataset: Dataset, numbers: NDArray[np.int64], *, verify: bool) -> StoredCell:
         """The features of all samples, or a `UsageError` that says which are missing."""
         folder = CellFolder.of(self.path, dataset.cell)
         shards, damaged = read_shards(folder.path, folder.digest(self.key), self.key, verify=verify)
-        found = places(shards, images)[numbers]
+        found = places(shards, folder.count())[numbers]
         if missing := int((found[:, 0] < 0).sum()):  # a damaged shard whose rows are elsewhere too does no harm
             why = f" {damaged[0]}{', and others are' if len(damaged) > 1 else ''}." if damaged else ""
             raise UsageError(
@@ -142,7 +140,7 @@ class FeatureStore:
         known = {name: number for number, name in enumerate(folder.images()[0])}
         if missing := [sample.id for sample in dataset.samples if sample.id not in known]:
             what = f"{len(missing)} of {len(dataset.samples)} are not among the {len(known)} of the store"
-            raise self._others(dataset, f"{what}: {_some(missing)}")
+            raise self._others(dataset, f"{what}: {few(missing)}")
         return np.array([known[sample.id] for sample in dataset.samples])
 
     def _others(self, dataset: Dataset, what: str) -> UsageError:
@@ -150,10 +148,6 @@ class FeatureStore:
             f"The images of {dataset.cell} are others than those in {self.path}. {what}. Put the data back, or encode "
             "it anew with apm encode … --out ANOTHER."
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 @dataclass(frozen=True)

@@ -72,25 +72,22 @@ def load_sharp(folder: Path, photographs: Path) -> Sharp:
 
     Raises FileNotFoundError when there are none.
     """
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(folder / "imagenette-train.parquet", columns=["image", "label"]).to_pylist()[::HOLDOUT]
     paths = sorted(photographs.rglob("*.jpg"))
     if not paths:
         raise FileNotFoundError(f"no .jpg below {photographs}")
-    return Sharp(
-        torch.from_numpy(np.stack([_square(io.BytesIO(row["image"]["bytes"])) for row in table])),
-        torch.tensor([row["label"] for row in table]),
-        torch.from_numpy(np.stack([_square(path) for path in paths])),
-    )
+    others = torch.from_numpy(np.stack([_square(path) for path in paths]))
+    return Sharp(*load_sharp_classes(folder, held_out=True), others)
 
 
-def load_sharp_classes(folder: Path) -> tuple[Tensor, Tensor]:
-    """Imagenette's training images of the Parquet file in `folder`, sharp: (n, 128, 128, 3) uint8, and labels (n,)."""
+def load_sharp_classes(folder: Path, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+    """Imagenette's images of the Parquet file in `folder`, sharp: (n, 128, 128, 3) uint8, and labels (n,).
+
+    Those that are trained on, or those that are `held_out`.
+    """
     import pyarrow.parquet as pq
 
     table = pq.read_table(folder / "imagenette-train.parquet", columns=["image", "label"]).to_pylist()
-    rows = [row for number, row in enumerate(table) if number % HOLDOUT]
+    rows = [row for number, row in enumerate(table) if (number % HOLDOUT == 0) is held_out]
     images = np.stack([_square(io.BytesIO(row["image"]["bytes"])) for row in rows])
     return torch.from_numpy(images), torch.tensor([row["label"] for row in rows])
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apm.errors import ApmError, UsageError
+from apm.images.files import alone_with
 from apm.images.load import student_input
 from apm.pretrain.cache import GridCache
 from apm.pretrain.checkpoint import read_checkpoint
@@ -257,9 +258,9 @@ def test_auto_goes_on_in_the_precision_it_began_with(
 
 
 def test_only_one_process_trains_a_checkpoint(cache: GridCache, tmp_path: Path) -> None:
-    first, second = (trainer(tmp_path / "c.safetensors", cache) for _ in range(2))
-    with first._alone_here(), pytest.raises(UsageError, match="Another process is training"):
-        second.run()
+    path = tmp_path / "c.safetensors"
+    with alone_with(path, "training"), pytest.raises(UsageError, match="Another process is training"):
+        trainer(path, cache).run()
 
 
 def test_what_is_no_checkpoint_is_told(cache: GridCache, tmp_path: Path) -> None:

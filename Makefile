@@ -15,17 +15,14 @@ demo: $(RUNTIME)
 gallery: $(DEV)
 	$(BIN)/python -m apm.cli.gallery
 
+# A process a core, of one thread each unless OMP_NUM_THREADS says otherwise: most tests are too small for more.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# In two processes of one thread: most tests are too small for more.
 quick: $(DEV)
-	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) quick-method quick-benchmarks
-
-quick-method: TESTED = tests/apm tests/cli
-quick-benchmarks: TESTED = tests/benchmarks tests/test_*.py
-quick-method quick-benchmarks: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -m "not slow" $(TESTED)
+	$(PYTEST) --quiet -m "not slow"
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .
@@ -63,4 +60,4 @@ $(DEV): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(RUNTIME) $@
 
-.PHONY: all demo gallery test quick quick-method quick-benchmarks lint types fix bench-speed gpu clean
+.PHONY: all demo gallery test quick lint types fix bench-speed gpu clean

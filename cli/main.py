@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated, Any
@@ -44,6 +45,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+UNWIND_SECONDS = 30
+"""What Ctrl-C leaves a command to write down what it has and to end by itself."""
 
 
 class LazyGroup(Group):
@@ -112,8 +115,20 @@ def apm(
     """Test-time training by Asynchronous Perception Machines: classify one image at a time, keep nothing."""
 
 
+def _interrupt(*_: object) -> None:
+    """Raise `KeyboardInterrupt`, and have the system end the process where that does not.
+
+    An interrupt that comes while Python takes the lock of a `threading.Condition` leaves it locked: a thread that wants
+    it never ends, and so the process would wait for that thread for ever.
+    """
+    signal.alarm(UNWIND_SECONDS)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line; never returns."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and hasattr(signal, "alarm"):
+        signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal or a locale that knows no "→" gets a "?"
     for_one_command()

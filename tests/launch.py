@@ -6,11 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.places import ROOT
 
+HANG = 240
+"""Seconds after which a process hangs, on however slow a machine."""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
@@ -28,12 +32,23 @@ def start(script: str, folder: Path, *arguments: object, launcher: tuple[str, ..
     )
 
 
+@contextmanager
+def running(command: list[str], **how: Any) -> Iterator[Any]:
+    """Run a command beside a test; ``how`` is what `Popen` is told. Where the block fails it is killed."""
+    with subprocess.Popen(command, cwd=ROOT, **how) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
 def finish(script: str, folder: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> int:
     """Run a script to its end, or to where it kills itself; returns its exit code."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = start(script, folder, *arguments, launcher=launcher, **pipes)
     try:
-        output, _ = process.communicate(timeout=900)  # a hang, not a slow machine
+        output, _ = process.communicate(timeout=HANG)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)  # with its workers
         process.communicate()

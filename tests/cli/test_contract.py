@@ -19,6 +19,7 @@ import apm
 from apm.cli.main import COMMANDS, app, load_command
 from apm.cli.options import Debug
 from apm.errors import ApmError, ImageError, UsageError, did_you_mean, unknown
+from tests.launch import HANG, running
 from tests.places import ROOT
 
 HEAVY = {
@@ -36,9 +37,11 @@ HEAVY = {
     "pyarrow",
 }
 
-# The command with a teacher that needs no weights, in a process of its own, which Ctrl-C ends whoever started it.
-FAKE = """
-import signal
+# The command with a teacher that needs no weights, in a process of its own, which Ctrl-C ends whoever started it. Where
+# it hangs it says in which line.
+FAKE = f"""
+import faulthandler, signal
+faulthandler.dump_traceback_later({HANG}, exit=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import apm.classifier
 import apm.cli.progress
@@ -153,8 +156,7 @@ def test_errors_suggest_names() -> None:
 @pytest.mark.parametrize("form", ["--json", "--quiet", "--top-k=2"])
 def test_closed_pipe_is_silent(picture: Path, form: str) -> None:
     command = fake_classify(form, "--steps", "1", *[picture] * 40)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
-        assert process.stdout is not None and process.stderr is not None
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline()
         process.stdout.close()
         said = process.stderr.read()
@@ -180,20 +182,44 @@ def test_control_c_keeps_finished_results(picture: Path) -> None:
     command = fake_classify("--json", "--steps", "200", *[picture] * 200)
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, as under `nohup make test &`
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+        with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            signal.signal(signal.SIGINT, previous)
+            first = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            lines = [first, *process.stdout.read().splitlines()]
+            said = process.stderr.read()
     finally:
         signal.signal(signal.SIGINT, previous)
-    with process:
-        assert process.stdout is not None and process.stderr is not None
-        first = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        lines = [first, *process.stdout.read().splitlines()]
-        said = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert all(json.loads(line)["error"] is None for line in lines)
     assert len(lines) < 200
     # it may come between a line and its count
     assert said in [f"interrupted: {count} of 200 images answered.\n" for count in (len(lines) - 1, len(lines))]
+
+
+STUCK = """
+import os, signal, threading, time
+import typer
+import apm.cli.main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+apm.cli.main.UNWIND_SECONDS = 1
+
+def waiting_for_ever():
+    lock = threading.Lock()
+    lock.acquire()
+    threading.Thread(target=lock.acquire).start()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+apm.cli.main.app = lambda **_: waiting_for_ever()
+apm.cli.main.main()
+"""
+
+
+@pytest.mark.slow
+def test_control_c_ends_a_command_whose_threads_do_not() -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK], cwd=ROOT, capture_output=True, timeout=HANG, check=False)
+    assert done.returncode == -signal.SIGALRM
 
 
 @pytest.mark.slow
@@ -204,9 +230,8 @@ def test_progress_only_on_a_terminal(picture: Path) -> None:
     assert plain.stderr == b""
     command.remove("--quiet")
     ours, theirs = pty.openpty()
-    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=theirs, cwd=ROOT) as process:
+    with running([*command, "--json"], stdout=subprocess.PIPE, stderr=theirs) as process:
         os.close(theirs)
-        assert process.stdout is not None
         data, shown = process.stdout.read(), b""
         while True:
             try:

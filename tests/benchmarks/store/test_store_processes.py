@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from apm.benchmarks.store.reader import FeatureStore
 from tests.benchmarks.made_runs import make_dataset
 from tests.benchmarks.store.test_store import VIEWS, fill
 from tests.fakes import FakeTeacher
-from tests.places import ROOT
+from tests.launch import TORCHRUN, finish, start
 
 pytestmark = pytest.mark.slow
 
@@ -42,20 +40,6 @@ with join() as group:
 """
 
 
-def start(store: Path, *launcher: str, seconds: float = 0.0) -> subprocess.Popen[str]:
-    script = store.parent / "worker.py"
-    script.write_text(WORKER)
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script), str(store), str(seconds)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def assert_whole(store: Path, tmp_path: Path) -> None:
     dataset = make_dataset(17, bad=[3])
     fill(tmp_path / "alone", dataset)
@@ -67,9 +51,7 @@ def assert_whole(store: Path, tmp_path: Path) -> None:
 
 def test_three_processes_fill_the_store_of_one(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    process = start(store, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
+    assert finish(WORKER, tmp_path, store, 0.0, launcher=(*TORCHRUN, "--nproc-per-node=3")) == 0
     assert sorted(path.name for path in tmp_path.glob("store.*")) == [
         "store.0",
         "store.1",
@@ -81,11 +63,13 @@ def test_three_processes_fill_the_store_of_one(tmp_path: Path) -> None:
 
 def test_a_killed_encoding_goes_on(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    process = start(store, seconds=0.05)
-    while len(shards := list((store / "digits").glob("*.safetensors"))) < 3 and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process = start(WORKER, tmp_path, store, 0.05)
+    try:
+        while len(shards := list((store / "digits").glob("*.safetensors"))) < 3 and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert 3 <= len(shards) < 17
     dataset, teacher = make_dataset(17, bad=[3]), FakeTeacher()
     fill(store, dataset, teacher)

@@ -1,10 +1,12 @@
 """`apm bench`: methods on data sets, into a run folder that can be continued, and a table at the end."""
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,43 +14,32 @@ import typer
 
 from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
-from apm.settings import settings_of
+from apm.settings import setting, settings_of
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 
-from .data import (
+from .data import answer, fill_store, load_shared_teacher, say_notes, shared_precision
+from .options import Debug, options_of, student_options
+from .render import failure, notice, notice_if_slow, say, say_json, told_when_interrupted
+from .run_options import (
     DATA,
     METHOD,
     OUTPUT,
+    PROTOCOL_HELP,
     RUN,
-    BatchSize,
-    Corruptions,
+    TEACHER_HELP,
+    VIEWS_HELP,
+    Cells,
     DataSets,
-    Device,
-    FromClean,
-    LabelSet,
-    Levels,
-    Limit,
-    Protocol,
     Quiet,
-    Root,
-    Seed,
-    Source,
-    Views,
-    Workers,
-    check_numbers,
-    fill_store,
-    images_at_a_time,
-    images_progress,
-    load_shared_teacher,
-    shared_precision,
+    Work,
 )
-from .options import Debug, student_options
-from .render import failure, notice, notice_if_slow, say, say_json, told_when_interrupted, warning
 from .table import print_table, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from apm.benchmarks.datasets import Dataset
     from apm.benchmarks.methods import Method
@@ -59,113 +50,110 @@ if TYPE_CHECKING:
     from apm.teachers.base import Teacher
 
 
+@dataclass(frozen=True, kw_only=True)
+class Methods:
+    """What answers: methods, the teacher that they share, and its prompts."""
+
+    method: list[str] | None = setting(
+        None,
+        "zero-shot, tpt, ctpt, rtpt, rlcf, dynaprompt, coop, cocoop, tpt+coop, tpt+cocoop, mta, zero, tps, tda, "
+        "boostadapter, dmn, dpe, dota, onzeta, ecalp, oga, ttl, tent, clipartt, watt or apm, with its own settings as "
+        "tpt:steps=2; repeatable. Default: zero-shot and apm.",
+    )
+    target: list[str] | None = setting(
+        None, f"apm: {settings_of(StudentOptions)['target'].help} Repeatable. Default: {StudentOptions.target}."
+    )
+    views: int | None = setting(None, VIEWS_HELP)
+    protocol: str = setting("common", PROTOCOL_HELP)
+    oracle: bool = setting(
+        False, "Allow settings chosen by the test labels, such as dmn:alpha=oracle; marked ORACLE in tables."
+    )
+    record_steps: bool = setting(False, "apm: record the prediction after each step.")
+    record_logits: bool = setting(False, "Record every class's logit, for apm compare.")
+    teacher: str | None = setting(None, TEACHER_HELP)
+    prompts: str | None = setting(
+        None, f"Prompt templates: {', '.join(PROMPT_NAMES)} (1, 7, 80). Default: each data set's own."
+    )
+    template: list[str] | None = setting(None, 'A prompt of your own: "a sketch of a {}."; repeatable.')
+
+    def templates(self) -> tuple[str, ...] | None:
+        """The prompts of the whole run, checked as the protocol is; None where each data set has its own."""
+        if self.prompts is not None and self.template:
+            raise UsageError("--prompts and --template exclude each other; give one of them.")
+        from apm.benchmarks.runs.plan import check_protocol
+        from apm.labels import check_templates, prompt_templates
+
+        check_protocol(self.protocol, {"--views": self.views, "--prompts": self.prompts, "--template": self.template})
+        if self.template:
+            return check_templates(self.template)
+        return prompt_templates(self.prompts) if self.prompts else None
+
+    def create(self, student: StudentOptions, device: torch.device, work: Work) -> Sequence[Method]:
+        """The methods, ready to answer."""
+        from apm.benchmarks.methods import MethodOptions, create_methods
+
+        options = MethodOptions(
+            student=student,
+            views=self.views,
+            device=device,
+            seed=work.seed,
+            batch_size=work.batch_size,
+            record_steps=self.record_steps,
+            protocol=self.protocol,
+            oracle=self.oracle,
+        )
+        return create_methods(self.method or ["zero-shot", "apm"], options, targets=self.target or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where features are read and rows written, and in which orders images are gone through.
+
+    Raises:
+        UsageError: values that cannot work, or do not go together.
+    """
+
+    features: Path | None = setting(
+        None, "Read tokens and views from what apm encode wrote; images are decoded only for methods that look at them."
+    )
+    store: Path | None = setting(
+        None, "As --features, and encode first what the store lacks, for this run and later ones."
+    )
+    out: Path | None = setting(None, "Run folder. Default: runs/DATASETS-TEACHER. Run again to continue.")
+    fresh: bool = setting(False, "Remove what the run folder holds, and start over.")
+    order: int | None = setting(None, "Seed of the order that stream methods see. Default: --seed.")
+    orders: int = setting(
+        1,
+        "Run stream methods in this many orders, of --order and the seeds that follow, each into a folder beside the "
+        "run's; tables show mean ± standard deviation.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check what needs no data."""
+        if self.features is not None and self.store is not None:
+            raise UsageError("--features and --store exclude each other: --store reads, and fills what is missing.")
+        if self.orders < 1 or (self.order is not None and self.order < 0):
+            raise UsageError(
+                f"--order {self.order} and --orders {self.orders}: a seed is 0 or more, and so many orders 1 or more."
+            )
+
+
 @student_options(METHOD, prefix="apm: ", defaults={"queries": ALL})
+@options_of(Cells, "cells", DATA)
+@options_of(Methods, "methods", METHOD)
+@options_of(Folders, "folders", RUN, spelled={"features": "STORE", "store": "STORE"})
+@options_of(Work, "work", RUN)
 def bench(
     datasets: DataSets = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List the data sets, and which are under the root.", rich_help_panel=DATA)
     ] = False,
-    root: Root = None,
-    corruption: Corruptions = None,
-    level: Levels = None,
-    from_clean: FromClean = False,
-    limit: Limit = None,
-    source: Source = None,
-    label_set: LabelSet = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="zero-shot, tpt, ctpt, rtpt, rlcf, dynaprompt, coop, cocoop, tpt+coop, tpt+cocoop, mta, zero, tps, "
-            "tda, boostadapter, dmn, dpe, dota, onzeta, ecalp, oga, ttl, tent, clipartt, watt or apm, with its own "
-            "settings as tpt:steps=2; repeatable. Default: zero-shot and apm.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"apm: {settings_of(StudentOptions)['target'].help} Repeatable. Default: {StudentOptions.target}.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    views: Views = None,
     *,
+    cells: Cells,
+    methods: Methods,
     student: dict[str, Any],
-    protocol: Protocol = "common",
-    oracle: Annotated[
-        bool,
-        typer.Option(
-            "--oracle",
-            help="Allow settings chosen by the test labels, such as dmn:alpha=oracle; marked ORACLE in tables.",
-            rich_help_panel=METHOD,
-        ),
-    ] = False,
-    record_steps: Annotated[
-        bool,
-        typer.Option("--record-steps", help="apm: record the prediction after each step.", rich_help_panel=METHOD),
-    ] = False,
-    record_logits: Annotated[
-        bool,
-        typer.Option("--record-logits", help="Record every class's logit, for apm compare.", rich_help_panel=METHOD),
-    ] = False,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="As for apm classify. Default: ViT-B-16/openai, or embedded when it cannot be had.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Prompt templates: {', '.join(PROMPT_NAMES)} (1, 7, 80). Default: each data set's own.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(help='A prompt of your own: "a sketch of a {}."; repeatable.', rich_help_panel=METHOD),
-    ] = None,
-    features: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="STORE",
-            help="Read tokens and views from what apm encode wrote; images are decoded only for methods that look at "
-            "them.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="STORE",
-            help="As --features, and encode first what the store lacks, for this run and later ones.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Run folder. Default: runs/DATASETS-TEACHER. Run again to continue.", rich_help_panel=RUN),
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Remove what the run folder holds, and start over.", rich_help_panel=RUN)
-    ] = False,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    workers: Workers = 4,
-    seed: Seed = 0,
-    order: Annotated[
-        int | None,
-        typer.Option(help="Seed of the order that stream methods see. Default: --seed.", rich_help_panel=RUN),
-    ] = None,
-    orders: Annotated[
-        int,
-        typer.Option(
-            help="Run stream methods in this many orders, of --order and the seeds that follow, each into a folder "
-            "beside the run's; tables show mean ± standard deviation.",
-            rich_help_panel=RUN,
-        ),
-    ] = 1,
+    folders: Folders,
+    work: Work,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print what apm table --format json prints, nothing else.", rich_help_panel=OUTPUT),
@@ -182,105 +170,19 @@ def bench(
     """
     names = datasets or []
     if list_:
-        _print_list(names, root, as_json=as_json)
+        _print_list(names, cells.root, as_json=as_json)
         return
-    check_numbers(batch_size, workers, seed)
-    if features is not None and store is not None:
-        raise UsageError("--features and --store exclude each other: --store reads, and fills what is missing.")
-    if orders < 1 or (order is not None and order < 0):
-        raise UsageError(f"--order {order} and --orders {orders}: a seed is 0 or more, and so many orders 1 or more.")
-    if prompts is not None and template:
-        raise UsageError("--prompts and --template exclude each other; give one of them.")
+    templates = methods.templates()
+    planned = cells.plan(names, work.seed)
 
-    from apm.benchmarks.runs.plan import check_protocol, default_folder, plan_cells, plan_orders
-    from apm.labels import check_templates, prompt_templates
+    from apm.processes import join, on_many_machines
 
-    check_protocol(protocol, {"--views": views, "--prompts": prompts, "--template": template})
-    templates = check_templates(template) if template else prompt_templates(prompts) if prompts else None
-    cells = plan_cells(
-        names,
-        root=root,
-        corruptions=corruption or (),
-        levels=level or (5,),
-        limit=limit,
-        seed=seed,
-        from_clean=from_clean,
-        source=source,
-        label_set=label_set,
-    )
-
-    from apm.benchmarks.methods import MethodOptions, create_methods
-    from apm.benchmarks.runs.run_record import RunOptions
-    from apm.benchmarks.runs.runner import run
-    from apm.processes import join, on_many_machines, restarted
-
-    if (
-        fresh and on_many_machines()
-    ):  # where the launchers do not tell each other of restarts: it would start over again
+    if folders.fresh and on_many_machines():  # where the launchers tell each other of no restart, it would clear again
         raise UsageError("--fresh is for one machine. Remove the run folder, and leave --fresh out.")
-    precision = student.get("precision", "auto")
     with join() as group:
-        loaded = load_shared_teacher(teacher, device, group)
-        if not quiet and group.first:
-            for note in loaded.notes:
-                notice(note)
-        if group.first:
-            notice_if_slow(precision, loaded.device)
-        folder = out or default_folder(names, loaded.name)
-        fresh = fresh and not restarted()
-        student["precision"] = shared_precision(precision, folder, loaded, fresh, group)
-        methods = create_methods(
-            method or ["zero-shot", "apm"],
-            MethodOptions(
-                student=StudentOptions(**student),
-                views=views,
-                device=loaded.device,
-                seed=seed,
-                batch_size=batch_size,
-                record_steps=record_steps,
-                protocol=protocol,
-                oracle=oracle,
-            ),
-            targets=target or (),
-        )
-        options = RunOptions(
-            seed=seed,
-            limit=limit,
-            prompts="custom" if template else prompts,
-            templates=templates,
-            order=order,
-            protocol=protocol,
-            record_steps=record_steps,
-            record_logits=record_logits,
-            batch_size=images_at_a_time(batch_size, loaded),
-            workers=workers,
-            fresh=fresh,
-            command=("apm", *sys.argv[1:]),
-        )
-        again = shlex.join(argument for argument in options.command if argument != "--fresh")
-        stopped = f"interrupted: what was answered is in {folder}. To continue: {again}"
-        with told_when_interrupted(stopped, speaks=group.first):
-            known = _features(features, store, cells, methods, loaded, options, group, quiet=quiet)
-            summaries = []
-            for place, members, one in plan_orders(folder, methods, options, orders):
-                with images_progress("bench", silent=quiet or not group.first) as (report, texts):
-                    summary = run(
-                        place,
-                        cells,
-                        members,
-                        loaded,
-                        one,
-                        features=known,
-                        group=group,
-                        on_progress=report,
-                        on_texts=texts,
-                        on_note=(lambda text: None) if quiet else notice,
-                        on_failure=failure,
-                        on_warning=warning,
-                    )
-                summaries.append(summary)
+        summaries = _run(names, planned, cells, methods, templates, student, folders, work, group, quiet=quiet)
     if group.first:
-        _print_summaries(summaries, as_json=as_json, oracle=oracle)
+        _print_summaries(summaries, as_json=as_json, oracle=methods.oracle)
         if not quiet:
             places = shlex.join(str(summary.path) for summary in summaries)
             notice(f"Records: {places}. Other formats, and tables of several runs: apm table {places}")
@@ -289,6 +191,57 @@ def bench(
             failure(f"{summary.failed} image(s) have no answer; see the rows with an error in {summary.path}.")
     if any(summary.failed for summary in summaries):
         raise typer.Exit(1)
+
+
+def _run(
+    names: Sequence[str],
+    planned: Sequence[Callable[[], Dataset]],
+    cells: Cells,
+    methods: Methods,
+    templates: tuple[str, ...] | None,
+    student: dict[str, Any],
+    folders: Folders,
+    work: Work,
+    group: Group,
+    *,
+    quiet: bool,
+) -> list[Summary]:
+    """Load the teacher, make the methods, and answer in every order that is wanted."""
+    from apm.benchmarks.runs.plan import default_folder, plan_orders
+    from apm.benchmarks.runs.run_record import RunOptions
+    from apm.processes import restarted
+
+    teacher = load_shared_teacher(methods.teacher, work.device, group)
+    say_notes(teacher, group, quiet=quiet)
+    precision = student.get("precision", "auto")
+    if group.first:
+        notice_if_slow(precision, teacher.device)
+    folder = folders.out or default_folder(names, teacher.name)
+    fresh = folders.fresh and not restarted()
+    precision = shared_precision(precision, folder, teacher, fresh, group)
+    made = methods.create(StudentOptions(**{**student, "precision": precision}), teacher.device, work)
+    options = RunOptions(
+        seed=work.seed,
+        limit=cells.limit,
+        prompts="custom" if methods.template else methods.prompts,
+        templates=templates,
+        order=folders.order,
+        protocol=methods.protocol,
+        record_steps=methods.record_steps,
+        record_logits=methods.record_logits,
+        batch_size=work.images_at_a_time(teacher),
+        workers=work.workers,
+        fresh=fresh,
+        command=("apm", *sys.argv[1:]),
+    )
+    again = shlex.join(argument for argument in options.command if argument != "--fresh")
+    stopped = f"interrupted: what was answered is in {folder}. To continue: {again}"
+    with told_when_interrupted(stopped, speaks=group.first):
+        known = _features(folders.features, folders.store, planned, made, teacher, options, group, quiet=quiet)
+        return [
+            answer("bench", place, planned, members, teacher, one, group, features=known, quiet=quiet)
+            for place, members, one in plan_orders(folder, made, options, folders.orders)
+        ]
 
 
 def _features(

@@ -32,7 +32,6 @@ SPELLED = {
     "quiet": "--quiet -q",
     "out": "FILE",
     "explain": "DIR",
-    "steps_detail": "--steps-detail",
 }
 
 

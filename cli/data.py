@@ -1,4 +1,4 @@
-"""What `apm bench`, `apm encode` and `apm reproduce` share: which images, which teacher, and how far they are."""
+"""What `apm bench`, `apm encode` and `apm reproduce` do alike: load a teacher, run methods, say how far they are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from apm.benchmarks.protocols import PROTOCOLS
-from apm.errors import UsageError
 from apm.images.paths import printable
 
 from .progress import counted
@@ -19,90 +15,17 @@ from .render import failure, notice, progress_line, progress_on_terminal, warnin
 
 if TYPE_CHECKING:
     from apm.benchmarks.datasets import Dataset
+    from apm.benchmarks.methods import Method
     from apm.benchmarks.runs.progress import Progress
+    from apm.benchmarks.runs.run_record import RunOptions
+    from apm.benchmarks.runs.runner import Summary
     from apm.benchmarks.store.encode import Encoded
     from apm.benchmarks.store.filling import EncodeOptions
+    from apm.benchmarks.store.reader import FeatureStore
     from apm.processes import Group
     from apm.teachers.base import Teacher
 
-DATA, METHOD, RUN, OUTPUT = "Data", "Methods", "The run", "Output"
 _LINE_EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
-
-DataSets = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="DATASET…", help="Data sets, or the suites natural-shifts and cross-dataset."),
-]
-Root = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder that contains the data sets, or a data set's own folder. Default: APM_DATA.",
-        rich_help_panel=DATA,
-    ),
-]
-Corruptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A corruption of ImageNet-C, clean, or all (the 15). Repeat for several. imagenet-c reads its files; "
-        "for other data sets the pictures are corrupted as they are read.",
-        rich_help_panel=DATA,
-    ),
-]
-Levels = Annotated[
-    list[int] | None, typer.Option(help="Severity, 1 to 5. Repeat for several. Default: 5.", rich_help_panel=DATA)
-]
-FromClean = Annotated[
-    bool,
-    typer.Option(
-        "--from-clean",
-        help="Make imagenet-c from the clean ImageNet under the root instead of reading its files.",
-        rich_help_panel=DATA,
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(help="Use only this many images, drawn evenly from the classes by the seed.", rich_help_panel=DATA),
-]
-Source = Annotated[
-    str | None,
-    typer.Option(help="hf:REPO[:SPLIT]: stream the data set from the Hugging Face hub.", rich_help_panel=DATA),
-]
-LabelSet = Annotated[
-    str | None,
-    typer.Option(help="For the data set folder: classify among all labels of this set.", rich_help_panel=DATA),
-]
-Views = Annotated[
-    int | None,
-    typer.Option(help="Number of augmented views, for every method that uses them.", rich_help_panel=METHOD),
-]
-Protocol = Annotated[
-    str, typer.Option(help=". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()), rich_help_panel=METHOD)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Images at a time. Answers do not depend on it.", rich_help_panel=RUN)
-]
-Workers = Annotated[int, typer.Option(help="Number of threads that decode images.", rich_help_panel=RUN)]
-Seed = Annotated[
-    int, typer.Option(help="Seed of subset, stream order, views, corruptions, students.", rich_help_panel=RUN)
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.", rich_help_panel=OUTPUT)
-]
-
-
-def images_at_a_time(asked: int | None, teacher: Teacher) -> int:
-    """The batch size: what was asked for, else what suits the device."""
-    return asked or (64 if teacher.device.type == "cuda" else 8)
-
-
-def check_numbers(batch_size: int | None, workers: int, seed: int) -> None:
-    """Refuse, with a `UsageError`, what no run can have."""
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size is {batch_size}; it must be 1 or more.")
-    if workers < 1:
-        raise UsageError(f"--workers is {workers}; it must be 1 or more.")
-    if seed < 0:
-        raise UsageError(f"--seed is {seed}; it must be 0 or more.")
 
 
 def load_shared_teacher(name: str | None, device: str, group: Group) -> Teacher:
@@ -134,6 +57,44 @@ def shared_precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, gr
         chosen = next((one["precision"] for one in settings if "precision" in one), None)
         chosen = chosen or measured_precision(teacher.device)
     return str(group.broadcast(chosen))
+
+
+def say_notes(teacher: Teacher, group: Group, *, quiet: bool) -> None:
+    """Say once what is to be known of a teacher."""
+    for note in teacher.notes if group.first and not quiet else ():
+        notice(note)
+
+
+def answer(
+    doing: str,
+    folder: Path,
+    cells: Sequence[Callable[[], Dataset]],
+    methods: Sequence[Method],
+    teacher: Teacher,
+    options: RunOptions,
+    group: Group,
+    *,
+    features: FeatureStore | None = None,
+    quiet: bool,
+) -> Summary:
+    """Run or continue methods on cells, and say on stderr how far it is."""
+    from apm.benchmarks.runs.runner import run
+
+    with images_progress(doing, silent=quiet or not group.first) as (report, texts):
+        return run(
+            folder,
+            cells,
+            methods,
+            teacher,
+            options,
+            features=features,
+            group=group,
+            on_progress=report,
+            on_texts=texts,
+            on_note=(lambda text: None) if quiet else notice,
+            on_failure=failure,
+            on_warning=warning,
+        )
 
 
 def fill_store(

@@ -9,58 +9,29 @@ from typing import Annotated
 
 import typer
 
-from .data import (
-    BatchSize,
-    Corruptions,
-    DataSets,
-    Device,
-    FromClean,
-    LabelSet,
-    Levels,
-    Limit,
-    Quiet,
-    Root,
-    Seed,
-    Source,
-    Workers,
-    check_numbers,
-    fill_store,
-    images_at_a_time,
-    load_shared_teacher,
-)
-from .options import Debug
+from .data import fill_store, load_shared_teacher, say_notes
+from .options import Debug, options_of
 from .render import failure, notice, told_when_interrupted
+from .run_options import DATA, RUN, TEACHER_HELP, Cells, DataSets, Quiet, Work
 
 FEATURES = "Features"
 
 
+@options_of(Cells, "cells", DATA)
+@options_of(Work, "work", RUN)
 def encode(
     out: Annotated[Path, typer.Option(metavar="STORE", help="The store. Run again to continue, or to add data sets.")],
     datasets: DataSets = None,
-    root: Root = None,
-    corruption: Corruptions = None,
-    level: Levels = None,
-    from_clean: FromClean = False,
-    limit: Limit = None,
-    source: Source = None,
-    label_set: LabelSet = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="As for apm classify. Default: ViT-B-16/openai, or embedded when it cannot be had.",
-            rich_help_panel=FEATURES,
-        ),
-    ] = None,
+    *,
+    cells: Cells,
+    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP, rich_help_panel=FEATURES)] = None,
     views: Annotated[
         int, typer.Option(help="Views of each image, the image itself among them.", rich_help_panel=FEATURES)
     ] = 64,
     precision: Annotated[
         str, typer.Option(help="Number format on the disk: fp16 or fp32.", rich_help_panel=FEATURES)
     ] = "fp16",
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    workers: Workers = 4,
-    seed: Seed = 0,
+    work: Work,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -77,38 +48,25 @@ def encode(
 
     Exit code: 0 done, 1 some images cannot be decoded (each is named on stderr), 2 wrong usage, 130 interrupted.
     """
-    check_numbers(batch_size, workers, seed)
-    from apm.benchmarks.runs.plan import plan_cells
+    planned = cells.plan(datasets or [], work.seed)
 
-    cells = plan_cells(
-        datasets or [],
-        root=root,
-        corruptions=corruption or (),
-        levels=level or (5,),
-        limit=limit,
-        seed=seed,
-        from_clean=from_clean,
-        source=source,
-        label_set=label_set,
-    )
     from apm.benchmarks.store.filling import EncodeOptions
     from apm.processes import join
 
     with join() as group:
-        loaded = load_shared_teacher(teacher, device, group)
-        for note in loaded.notes if group.first and not quiet else ():
-            notice(note)
+        loaded = load_shared_teacher(teacher, work.device, group)
+        say_notes(loaded, group, quiet=quiet)
         options = EncodeOptions(
             views=views,
-            seed=seed,
+            seed=work.seed,
             precision=precision,
-            batch_size=images_at_a_time(batch_size, loaded),
-            workers=workers,
+            batch_size=work.images_at_a_time(loaded),
+            workers=work.workers,
             command=("apm", *sys.argv[1:]),
         )
         stopped = f"interrupted: what was encoded is in {out}. To continue: {shlex.join(options.command)}"
         with told_when_interrupted(stopped, speaks=group.first):
-            done = fill_store(out, cells, loaded, options, group, quiet=quiet)
+            done = fill_store(out, planned, loaded, options, group, quiet=quiet)
     if group.first and not quiet:
         notice(f"{out} holds {done.images:,} images. To use it: apm bench … --features {shlex.quote(str(out))}")
     if done.failed:

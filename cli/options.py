@@ -74,7 +74,7 @@ def student_options(
 
 
 def options_of(
-    kind: type, parameter: str, panel: str, *, spelled: Mapping[str, str] | None = None
+    kind: type, parameter: str, panel: str | None = None, *, spelled: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each setting of a dataclass in place of one of its parameters.
 
@@ -83,7 +83,7 @@ def options_of(
     Args:
         kind: of the dataclass.
         parameter: which one.
-        panel: of the help, for these options.
+        panel: of the help, for these options; None: the one of the command's own.
         spelled: by field, the option's names where they are not made of the field's, and what stands for its value:
             ``--quiet -q``, ``--out FILE``.
     """
@@ -102,10 +102,17 @@ def options_of(
     return decorate
 
 
+def flag(name: str) -> str:
+    """What the option of a setting is called."""
+    return "--" + name.replace("_", "-")
+
+
 def _parameter(
-    name: str, kind: Any, default: Any, text: str, panel: str, spelled: Sequence[str] = ()
+    name: str, kind: Any, default: Any, text: str, panel: str | None, spelled: Sequence[str] = ()
 ) -> inspect.Parameter:
     names = [word for word in spelled if word.startswith("-")]
+    if kind is bool and not default and not names:  # without its opposite, --no-NAME
+        names = [flag(name)]
     metavar = next((word for word in spelled if not word.startswith("-")), None)
     option = typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])

@@ -1,23 +1,27 @@
 """`apm prompts`: learned prompts, for the methods coop, cocoop, tpt+coop and tpt+cocoop."""
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apm.errors import UsageError, unknown
+from apm.errors import unknown
+from apm.settings import at_least, check_values, setting
 
 from .data import load_shared_teacher
 from .groups import Group
-from .options import Debug
+from .options import Debug, flag, options_of
 from .render import notice, say, say_json, told_when_interrupted
 from .training import TrainingProgress
 
 if TYPE_CHECKING:
     from apm.text.learned_prompt import LearnedPrompt
+    from apm.text.prompt_learning import PromptLearner
 
 app = typer.Typer(
     cls=Group,
@@ -29,7 +33,44 @@ app = typer.Typer(
 LEARNING, FILES = "Learning", "Files"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What is learned, and from what."""
+
+    teacher: str | None = setting(None, "As for apm bench. The prompt is for this teacher alone.")
+    shots: int = setting(16, "Images of each class.")
+    epochs: int | None = setting(
+        None, "Default: coop 200; 50 with 1,000 classes or 1 shot, 100 with 2 to 4 shots; cocoop 10."
+    )
+    batch_size: int | None = setting(None, "Images a step. Default: coop 32, cocoop 1.")
+    words: int | None = setting(None, 'Number of word vectors, drawn at random. Default: the 4 of "a photo of a".')
+    lr: float = setting(2e-3, "Highest learning rate of SGD.")
+    seed: int = setting(0, "Seed of the images taken, their order and crops, and first weights.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where images are read and the prompt is written, and how the machine goes about it.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    root: Path | None = setting(None, "Folder that contains the data sets. Default: APM_DATA.")
+    allow_test: bool = setting(False, "Learn also from what is for testing by its name.")
+    out: Path | None = setting(None, "The learned prompt. Default: METHOD-DATASET-SHOTSshots-seedSEED.safetensors.")
+    save_every: int = setting(100, "Steps between the files to go on from.", check=at_least(1))
+    device: str = setting("auto", "auto, cpu or cuda.")
+    workers: int = setting(4, "Number of threads that decode images.", check=at_least(1))
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        check_values(self, flag)
+
+
 @app.command()
+@options_of(Learning, "learning", LEARNING)
+@options_of(Files, "files", FILES)
 def learn(
     method: Annotated[str, typer.Argument(metavar="coop|cocoop", help="What learns the prompt.")],
     dataset: Annotated[
@@ -40,52 +81,8 @@ def learn(
             "wnid or class_name), or a data set with a split json, whose training part is taken.",
         ),
     ],
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="As for apm bench. The prompt is for this teacher alone.", rich_help_panel=LEARNING),
-    ] = None,
-    shots: Annotated[int, typer.Option(help="Images of each class.", rich_help_panel=LEARNING)] = 16,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            help="Default: coop 200; 50 with 1,000 classes or 1 shot, 100 with 2 to 4 shots; cocoop 10.",
-            rich_help_panel=LEARNING,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images a step. Default: coop 32, cocoop 1.", rich_help_panel=LEARNING)
-    ] = None,
-    words: Annotated[
-        int | None,
-        typer.Option(
-            help='Number of word vectors, drawn at random. Default: the 4 of "a photo of a".', rich_help_panel=LEARNING
-        ),
-    ] = None,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of SGD.", rich_help_panel=LEARNING)] = 2e-3,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Seed of the images taken, their order and crops, and first weights.", rich_help_panel=LEARNING
-        ),
-    ] = 0,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder that contains the data sets. Default: APM_DATA.", rich_help_panel=FILES)
-    ] = None,
-    allow_test: Annotated[
-        bool,
-        typer.Option("--allow-test", help="Learn also from what is for testing by its name.", rich_help_panel=FILES),
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The learned prompt. Default: METHOD-DATASET-SHOTSshots-seedSEED.safetensors.", rich_help_panel=FILES
-        ),
-    ] = None,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between the files to go on from.", rich_help_panel=FILES)
-    ] = 100,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=FILES)] = "auto",
-    workers: Annotated[int, typer.Option(help="Number of threads that decode images.", rich_help_panel=FILES)] = 4,
+    learning: Learning,
+    files: Files,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line on stdout, nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")] = False,
     debug: Debug = False,
@@ -97,42 +94,46 @@ def learn(
 
     Exit code: 0 done, 1 an image cannot be read, 2 wrong usage, 130 interrupted.
     """
-    from apm.text.prompt_learning import METHODS, LearningConfig, PromptLearner
-
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    for name, value in (("--save-every", save_every), ("--workers", workers)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}; it must be 1 or more.")
-    from apm.benchmarks.datasets.training import open_training
-    from apm.processes import ALONE
-
-    config = LearningConfig(
-        method=method, shots=shots, epochs=epochs, batch_size=batch_size, words=words, lr=lr, seed=seed
-    )
-    images = open_training(dataset, root=root, shots=shots, seed=seed, allow_test=allow_test)
-    path = out or Path(f"{method}-{images.name.replace('/', '-')}-{shots}shots-seed{seed}.safetensors")
-    loaded = load_shared_teacher(teacher, device, ALONE)
-    for note in () if quiet else (*loaded.notes, *images.notes):
-        notice(note)
-    learner = PromptLearner(
-        path,
-        loaded,
-        images.class_names,
-        images.samples,
-        config,
-        data={"data": images.name, "fingerprint": images.fingerprint},
-        workers=workers,
-    )
+    learner = _learner(method, dataset, learning, files, quiet=quiet)
     if learner.step and not quiet:
-        notice(f"{path}: " + ("learned already" if learner.finished else f"going on from step {learner.step:,}"))
+        notice(
+            f"{learner.path}: " + ("learned already" if learner.finished else f"going on from step {learner.step:,}")
+        )
     names = {"loss": "cross-entropy"}
     with (
         told_when_interrupted("interrupted; the same command goes on from the last step that was saved"),
         TrainingProgress(learner.steps, "learn", wanted=not quiet, done=learner.step, names=names) as progress,
     ):
-        learner.run(save_every=save_every, on_step=progress.step)
-    _say_learned(path, learner.learned(), method, as_json=as_json)
+        learner.run(save_every=files.save_every, on_step=progress.step)
+    _say_learned(learner.path, learner.learned(), method, as_json=as_json)
+
+
+def _learner(method: str, dataset: str, learning: Learning, files: Files, *, quiet: bool) -> PromptLearner:
+    """Open the images, load the teacher, and make the learner: new, or from where it was stopped."""
+    from apm.text.prompt_learning import METHODS, LearningConfig, PromptLearner
+
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    from apm.benchmarks.datasets.training import open_training
+    from apm.processes import ALONE
+
+    seed = learning.seed
+    config = LearningConfig(
+        method=method,
+        shots=learning.shots,
+        epochs=learning.epochs,
+        batch_size=learning.batch_size,
+        words=learning.words,
+        lr=learning.lr,
+        seed=seed,
+    )
+    images = open_training(dataset, root=files.root, shots=learning.shots, seed=seed, allow_test=files.allow_test)
+    path = files.out or Path(f"{method}-{images.name.replace('/', '-')}-{learning.shots}shots-seed{seed}.safetensors")
+    teacher = load_shared_teacher(learning.teacher, files.device, ALONE)
+    for note in () if quiet else (*teacher.notes, *images.notes):
+        notice(note)
+    data = {"data": images.name, "fingerprint": images.fingerprint}
+    return PromptLearner(path, teacher, images.class_names, images.samples, config, data=data, workers=files.workers)
 
 
 @app.command()

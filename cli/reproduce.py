@@ -1,58 +1,90 @@
 """`apm reproduce`: a table of the paper as one command: its plan, its runs, and ours beside the published cells."""
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from apm.errors import UsageError
+from apm.settings import setting
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 
-from .data import (
-    METHOD,
-    OUTPUT,
-    RUN,
-    BatchSize,
-    Device,
-    FromClean,
-    Limit,
-    Protocol,
-    Quiet,
-    Root,
-    Seed,
-    Views,
-    Workers,
-    check_numbers,
-    images_at_a_time,
-    images_progress,
-    load_shared_teacher,
-    shared_precision,
-)
-from .options import Debug, student_options
-from .render import failure, notice, told_when_interrupted, warning
+from .data import answer, load_shared_teacher, shared_precision
+from .options import Debug, options_of, student_options
+from .render import failure, notice, told_when_interrupted
 from .reproduced import differs, in_words, missing, print_beside, print_plan
+from .run_options import DATA, METHOD, OUTPUT, PROTOCOL_HELP, RUN, VIEWS_HELP, Place, Quiet, Work
 
 if TYPE_CHECKING:
     from apm.benchmarks.methods import Method
     from apm.benchmarks.reproduce.plan import Job, Plan
     from apm.benchmarks.reproduce.recipes import Recipe
-    from apm.benchmarks.runs.run_record import RunOptions
     from apm.processes import Group
     from apm.teachers.base import Teacher
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Which rows of the table, and with which weights."""
+
+    method: list[str] | None = setting(None, "Only this method of the table; repeatable. Default: all.")
+    teacher: list[str] | None = setting(
+        None,
+        "Another teacher than the paper's, for all rows, or for those of one: ViT-H/14=NAME/TAG. Repeatable.",
+    )
+    coop: Path | None = setting(None, "A prompt that CoOp learned, for its rows.")
+    cocoop: Path | None = setting(None, "A prompt that CoCoOp learned, for its rows.")
+    views: int | None = setting(None, VIEWS_HELP)
+    protocol: str = setting("published", PROTOCOL_HELP)
+    download: bool = setting(False, "Fetch weights that are not on this machine.")
+
+    def plan(self, number: int, place: Place, seed: int, *, download: bool) -> Plan:
+        """What can be run.
+
+        Raises:
+            UsageError: nothing can, or a value that cannot work.
+        """
+        from apm.benchmarks.reproduce.plan import make_plan
+        from apm.benchmarks.reproduce.recipes import PAPER
+        from apm.benchmarks.runs.plan import check_protocol
+
+        check_protocol(self.protocol, {"--views": self.views})
+        learned = {"coop": self.coop, "cocoop": self.cocoop}
+        plan = make_plan(
+            PAPER[number],
+            place.root,
+            methods=self.method or (),
+            teachers=_teachers(self.teacher or ()),
+            learned={kind: file for kind, file in learned.items() if file is not None},
+            limit=place.limit,
+            seed=seed,
+            from_clean=place.from_clean,
+            download=download,
+        )
+        if not plan.ready or not plan.ready_jobs:
+            raise UsageError(f"{plan.table.title}: nothing can be run. {' '.join(missing(plan))}")
+        return plan
+
+
 @student_options(METHOD, prefix="apm: ", defaults={"queries": ALL})
+@options_of(Place, "place", DATA)
+@options_of(Rows, "rows", METHOD)
+@options_of(Work, "work", RUN)
 def reproduce(
     number: Annotated[int, typer.Argument(metavar="1|2|3", min=1, max=3, help="The table of the paper.")],
-    root: Root = None,
+    place: Place,
+    rows: Rows,
+    *,
+    student: dict[str, Any],
     plan: Annotated[
         bool,
         typer.Option("--plan", help="Say what can be run and how long it will take, and stop.", rich_help_panel=RUN),
@@ -63,42 +95,13 @@ def reproduce(
             "--measure/--no-measure", help="Time every method on an image, for the expected hours.", rich_help_panel=RUN
         ),
     ] = True,
-    from_clean: FromClean = False,
-    limit: Limit = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this method of the table; repeatable. Default: all.", rich_help_panel=METHOD),
-    ] = None,
-    teacher: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Another teacher than the paper's, for all rows, or for those of one: ViT-H/14=NAME/TAG. Repeatable.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    coop: Annotated[
-        Path | None, typer.Option(help="A prompt that CoOp learned, for its rows.", rich_help_panel=METHOD)
-    ] = None,
-    cocoop: Annotated[
-        Path | None, typer.Option(help="A prompt that CoCoOp learned, for its rows.", rich_help_panel=METHOD)
-    ] = None,
-    views: Views = None,
-    protocol: Protocol = "published",
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch weights that are not on this machine.", rich_help_panel=METHOD)
-    ] = False,
-    *,
-    student: dict[str, Any],
     out: Annotated[
         Path | None,
         typer.Option(
             help="Folder of the runs. Default: runs/table-NUMBER. Run again to continue.", rich_help_panel=RUN
         ),
     ] = None,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    workers: Workers = 4,
-    seed: Seed = 0,
+    work: Work,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=OUTPUT)
     ] = False,
@@ -120,55 +123,21 @@ def reproduce(
 
         apm reproduce 3 --root /data --method zero-shot
     """
-    check_numbers(batch_size, workers, seed)
-
-    from apm.benchmarks.runs.plan import check_protocol
-
-    check_protocol(protocol, {"--views": views})
-
-    from apm.benchmarks.reproduce.plan import make_plan
-    from apm.benchmarks.reproduce.recipes import PAPER
-    from apm.processes import join
-
-    learned = {kind: file for kind, file in (("coop", coop), ("cocoop", cocoop)) if file is not None}
-    made = make_plan(
-        PAPER[number],
-        root,
-        methods=method or (),
-        teachers=_teachers(teacher or ()),
-        learned=learned,
-        limit=limit,
-        seed=seed,
-        from_clean=from_clean,
-        download=download and not plan,
-    )
+    made = rows.plan(number, place, work.seed, download=rows.download and not plan)
     folder = out or Path("runs") / f"table-{number}"
-    if not made.ready or not made.ready_jobs:
-        raise UsageError(f"{made.table.title}: nothing can be run. {' '.join(missing(made))}")
-
-    from apm.benchmarks.runs.run_record import RunOptions
-
-    options = RunOptions(seed=seed, limit=limit, protocol=protocol, workers=workers, command=("apm", *sys.argv[1:]))
-    running = _Running(made, folder, options, student, views, device, batch_size, download=download, quiet=quiet)
+    running = _Running(made, folder, rows, student, work, place.limit, quiet=quiet)
     if plan:
         hours = {job: running.hours(job) for job in made.ready_jobs} if measured else {}
-        print_plan(made, hours, protocol, as_json=as_json)
+        print_plan(made, hours, rows.protocol, as_json=as_json)
         return
+
+    from apm.processes import join
+
     with join() as group:
         failed = running.run(group, measured=measured)
-    if not group.first:
-        return
-
-    from apm.benchmarks.reproduce.beside import beside
-
-    compared = list(beside(made, folder, running.methods))
-    print_beside(made, compared, protocol, as_json=as_json)
-    problems = [*missing(made), *(differs(one) for one in compared if one.verdict == "differs")]
-    if failed:
-        problems.append(f"{failed} image(s) have no answer; see the rows with an error below {folder}.")
-    for text in problems:
-        failure(text)
-    if problems:
+    if group.first and (problems := running.compare(failed, as_json=as_json)):
+        for text in problems:
+            failure(text)
         raise typer.Exit(1)
 
 
@@ -193,17 +162,23 @@ class _Running:
         self,
         plan: Plan,
         out: Path,
-        options: RunOptions,
+        rows: Rows,
         student: dict[str, Any],
-        views: int | None,
-        device: str,
-        batch_size: int | None,
+        work: Work,
+        limit: int | None,
         *,
-        download: bool,
         quiet: bool,
     ) -> None:
-        self.plan, self.out, self.options, self.student, self.views = plan, out, options, student, views
-        self.device, self.batch_size, self.download, self.quiet = device, batch_size, download, quiet
+        from apm.benchmarks.runs.run_record import RunOptions
+
+        self.plan, self.out, self.rows, self.student, self.work, self.quiet = plan, out, rows, student, work, quiet
+        self.options = RunOptions(
+            seed=work.seed,
+            limit=limit,
+            protocol=rows.protocol,
+            workers=work.workers,
+            command=("apm", *sys.argv[1:]),
+        )
         self.methods: dict[Job, dict[Recipe, Method]] = {}
 
     def hours(self, job: Job) -> float:
@@ -225,11 +200,22 @@ class _Running:
             failed += self._run(job, loaded, methods, group)
         return failed
 
+    def compare(self, failed: int, *, as_json: bool) -> list[str]:
+        """Print ours beside the published cells; returns what is missing, differs or has no answer."""
+        from apm.benchmarks.reproduce.beside import beside
+
+        compared = list(beside(self.plan, self.out, self.methods))
+        print_beside(self.plan, compared, self.rows.protocol, as_json=as_json)
+        problems = [*missing(self.plan), *(differs(one) for one in compared if one.verdict == "differs")]
+        if failed:
+            problems.append(f"{failed} image(s) have no answer; see the rows with an error below {self.out}.")
+        return problems
+
     def _load(self, job: Job, group: Group) -> Teacher:
         from apm.teachers import hub
 
-        with nullcontext() if self.download else hub.no_network():
-            return load_shared_teacher(job.teacher, self.device, group)
+        with nullcontext() if self.rows.download else hub.no_network():
+            return load_shared_teacher(job.teacher, self.work.device, group)
 
     def _create(self, job: Job, teacher: Teacher, group: Group) -> list[Method]:
         from apm.benchmarks.methods import MethodOptions, create_method, parse_method
@@ -239,11 +225,11 @@ class _Running:
         student = {**self.student, "precision": shared_precision(asked, folder, teacher, False, group)}
         options = MethodOptions(
             student=StudentOptions(**student),
-            views=self.views,
+            views=self.rows.views,
             device=teacher.device,
-            seed=self.options.seed,
-            batch_size=self.batch_size,
-            protocol=self.options.protocol,
+            seed=self.work.seed,
+            batch_size=self.work.batch_size,
+            protocol=self.rows.protocol,
         )
         made = {parse_method(spec)[0]: create_method(spec, options) for spec in job.specs}
         self.methods[job] = {recipe: made[recipe.method] for recipe in job.recipes}
@@ -256,29 +242,13 @@ class _Running:
         return expected_seconds(job, self.plan, methods, rates, self.out) / 3600
 
     def _run(self, job: Job, teacher: Teacher, methods: Sequence[Method], group: Group) -> int:
-        from apm.benchmarks.runs.runner import run
-
         options = replace(
             self.options,
             prompts=job.prompts,
             templates=job.templates,
-            batch_size=images_at_a_time(self.batch_size, teacher),
+            batch_size=self.work.images_at_a_time(teacher),
         )
         stopped = f"interrupted: what was answered is in {self.out}. To continue: {shlex.join(self.options.command)}"
-        with (
-            told_when_interrupted(stopped, speaks=group.first),
-            images_progress("reproduce", silent=self.quiet or not group.first) as (report, texts),
-        ):
-            return run(
-                self.out / job.folder,
-                [cell.open for cell in self.plan.ready],
-                methods,
-                teacher,
-                options,
-                group=group,
-                on_progress=report,
-                on_texts=texts,
-                on_note=(lambda text: None) if self.quiet else notice,
-                on_failure=failure,
-                on_warning=warning,
-            ).failed
+        folder, cells = self.out / job.folder, [cell.open for cell in self.plan.ready]
+        with told_when_interrupted(stopped, speaks=group.first):
+            return answer("reproduce", folder, cells, methods, teacher, options, group, quiet=self.quiet).failed

@@ -1,19 +1,22 @@
 """`apm table`: tables in the paper's layouts from run folders, what can be trusted of them, and results that leave."""
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apm.errors import UsageError, unknown
+from apm.errors import UsageError
 from apm.images.files import write_atomically
 from apm.images.paths import printable
+from apm.settings import check_values, setting
 
-from .options import Debug
+from .options import Debug, options_of
 from .render import notice, say, say_json, warning
 
 if TYPE_CHECKING:
@@ -26,44 +29,56 @@ _ROWS = ("csv", "parquet")
 _WIDE = 4000  # columns: a table is never cut, whatever the terminal's width
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What is made of the records, and where it goes.
+
+    Raises:
+        UsageError: there is no format of this name, or options do not go together.
+    """
+
+    format: str = setting(
+        "rich",
+        f"One of {', '.join(FORMAT_NAMES)}. parquet holds rows; eval-results are files for a model card.",
+        choices=FORMAT_NAMES,
+    )
+    as_json: bool = setting(False, "The same as --format json.")
+    trust: bool = setting(
+        False, "What can be trusted instead: intervals, tests against zero-shot, ranks, calibration and cost."
+    )
+    cells: bool = setting(True, "--trust: with each cell, beside all cells together.")
+    rows: bool = setting(False, "Every row of the records instead, with the names of labels: csv or parquet.")
+    out: Path | None = setting(
+        None, "Write into this file instead of to stdout; eval-results: into this folder's .eval_results."
+    )
+    task: str = setting("default", "eval-results: id of the task, as the data set's eval.yaml on the hub calls it.")
+    published: bool = setting(True, "With the published rows, marked as such.")
+    oracle: bool = setting(False, "With the best step chosen by peeking at labels, marked; needs bench --record-steps.")
+
+    @property
+    def name(self) -> str:
+        """The format that is meant."""
+        return "json" if self.as_json else "csv" if self.rows and self.format == "rich" else self.format
+
+    def __post_init__(self) -> None:
+        """Check what goes with what."""
+        check_values(self)
+        if self.trust and (self.rows or self.name in ("parquet", "eval-results")):
+            raise UsageError(
+                "--trust is of methods: it goes with rich, markdown, csv, json and latex, and without --rows."
+            )
+        if self.rows and self.name not in _ROWS:
+            raise UsageError(f"--rows is for the formats {' and '.join(_ROWS)}, not for {self.name}.")
+        if self.out is None and self.name == "parquet":
+            raise UsageError("A Parquet file is nothing for a terminal: name it with --out FILE.")
+        if self.out is not None and self.name == "rich":
+            raise UsageError("--out is for the other formats: choose one with --format.")
+
+
+@options_of(Form, "form", spelled={"as_json": "--json"})
 def table(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders of apm bench.")],
-    format: Annotated[
-        str,
-        typer.Option(
-            help=f"One of {', '.join(FORMAT_NAMES)}. parquet holds rows; eval-results are files for a model card."
-        ),
-    ] = "rich",
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
-    trust: Annotated[
-        bool,
-        typer.Option(
-            "--trust",
-            help="What can be trusted instead: intervals, tests against zero-shot, ranks, calibration and cost.",
-        ),
-    ] = False,
-    cells: Annotated[
-        bool, typer.Option("--cells/--no-cells", help="--trust: with each cell, beside all cells together.")
-    ] = True,
-    rows: Annotated[
-        bool, typer.Option("--rows", help="Every row of the records instead, with the names of labels: csv or parquet.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Write into this file instead of to stdout; eval-results: into this folder's .eval_results."),
-    ] = None,
-    task: Annotated[
-        str, typer.Option(help="eval-results: id of the task, as the data set's eval.yaml on the hub calls it.")
-    ] = "default",
-    published: Annotated[
-        bool, typer.Option("--published/--no-published", help="With the published rows, marked as such.")
-    ] = True,
-    oracle: Annotated[
-        bool,
-        typer.Option(
-            "--oracle", help="With the best step chosen by peeking at labels, marked; needs bench --record-steps."
-        ),
-    ] = False,
+    form: Form,
     debug: Debug = False,
 ) -> None:
     """Print tables from the records of runs: the paper's Tables 1, 2 and 3, and one for each other data set.
@@ -80,56 +95,39 @@ def table(
 
         apm table runs/digits --format parquet --out rows.parquet
     """
-    name = _format(format, as_json=as_json, rows=rows, trust=trust, out=out)
-
     from apm.benchmarks.runs.records import Records
     from apm.benchmarks.tables.build import make_tables
 
     opened = [Records.open(path) for path in runs]
-    tables = make_tables(opened, published=published and not trust, oracle=oracle and not trust)
+    published, oracle = form.published and not form.trust, form.oracle and not form.trust
+    tables = make_tables(opened, published=published, oracle=oracle)
     if not tables:
         raise UsageError(f"No rows yet in {', '.join(map(str, runs))}.")
-    if rows or name == "parquet":
-        _give_rows(opened, name, out)
-    elif name == "eval-results":
-        _give_eval_results(tables, task, out)
-    elif trust:
-        from apm.benchmarks.tables.trust import make_trust
-        from apm.benchmarks.tables.trust_formats import FORMATS as TRUST_FORMATS
-
-        found = make_trust(tables, cells=cells)
-        if name == "rich":
-            show_trust(found)
-        else:
-            _give(TRUST_FORMATS[name](found), name, out)
+    if form.rows or form.name == "parquet":
+        _give_rows(opened, form.name, form.out)
+    elif form.name == "eval-results":
+        _give_eval_results(tables, form.task, form.out)
+    elif form.trust:
+        _give_trust(tables, form)
         warn(tables)
-    elif name == "rich":
+    elif form.name == "rich":
         show(tables)
     else:
         from apm.benchmarks.tables.formats import FORMATS
 
-        _give(FORMATS[name](tables), name, out)
+        _give(FORMATS[form.name](tables), form.name, form.out)
         warn(tables)
 
 
-def _format(format: str, *, as_json: bool, rows: bool, trust: bool, out: Path | None) -> str:
-    """The format that is meant.
+def _give_trust(tables: Sequence[Table], form: Form) -> None:
+    from apm.benchmarks.tables.trust import make_trust
+    from apm.benchmarks.tables.trust_formats import FORMATS
 
-    Raises:
-        UsageError: there is none of this name, or options that do not go together.
-    """
-    if format not in FORMAT_NAMES:
-        raise unknown("format", format, FORMAT_NAMES)
-    name = "json" if as_json else "csv" if rows and format == "rich" else format
-    if trust and (rows or name in ("parquet", "eval-results")):
-        raise UsageError("--trust is of methods: it goes with rich, markdown, csv, json and latex, and without --rows.")
-    if rows and name not in _ROWS:
-        raise UsageError(f"--rows is for the formats {' and '.join(_ROWS)}, not for {name}.")
-    if out is None and name == "parquet":
-        raise UsageError("A Parquet file is nothing for a terminal: name it with --out FILE.")
-    if out is not None and name == "rich":
-        raise UsageError("--out is for the other formats: choose one with --format.")
-    return name
+    found = make_trust(tables, cells=form.cells)
+    if form.name == "rich":
+        show_trust(found)
+    else:
+        _give(FORMATS[form.name](found), form.name, form.out)
 
 
 def _give(text: str, name: str, out: Path | None) -> None:

@@ -17,7 +17,7 @@ from apm.images.paths import printable
 from apm.settings import at_least, check_values, setting
 from apm.student.config import Precision
 
-from .options import options_of
+from .options import flag, options_of
 from .render import failure, notice, progress_line, progress_on_terminal, say, told_when_interrupted
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 TRAINING, RUN = "Training", "The run"  # panels of the help
 
 Out = Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")]
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +55,7 @@ class Session:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        check_values(self, _flag)
+        check_values(self, flag)
 
 
 session_options = options_of(Session, "session", RUN, spelled={"quiet": "--quiet -q"})

@@ -80,7 +80,7 @@ def test_interrupting_says_how_to_continue(fake_teacher: FakeTeacher, monkeypatc
         ([], "No data set is named."),
         (["digits", "--precision", "bf16"], 'A store in "bf16": features are kept in fp16 or fp32.'),
         (["digits", "--views", "0"], "0 views"),
-        (["digits", "--workers", "0"], "--workers is 0"),
+        (["digits", "--workers", "0"], "--workers must be 1 or more, not 0"),
         (["digits", "--limit", "0"], "leaves nothing"),
     ],
 )

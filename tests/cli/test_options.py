@@ -22,6 +22,8 @@ class Walk:
     pace: str = setting("slow", "How fast.", choices=("slow", "fast"))
     to: Path | None = setting(None, "Where to.", default_words="home")  # noqa: RUF009  (`setting` makes fields)
     hurry: bool = setting(False, "Be quick.")
+    by_night: bool = setting(False, "Go in the dark.")
+    back: bool = setting(True, "And back again.")
     shoes: str = setting("boots", "Not an option.", option=False)
 
     def __post_init__(self) -> None:
@@ -50,11 +52,12 @@ def test_a_command_gets_the_dataclass_that_its_options_say(
     app: tuple[typer.Typer, Called],
 ) -> None:
     made, called = app
-    for arguments in (["me"], ["me", "--steps", "7", "--pace", "fast", "--to", "x/y", "-h", "--times", "2"]):
+    given = ["--steps", "7", "--pace", "fast", "--to", "x/y", "-h", "--by-night", "--no-back", "--times", "2"]
+    for arguments in (["me"], ["me", *given]):
         assert CliRunner().invoke(made, arguments, catch_exceptions=False).exit_code == 0
     assert called == [
         ("me", Walk(), 1),
-        ("me", Walk(steps=7, pace="fast", to=Path("x/y"), hurry=True), 2),
+        ("me", Walk(steps=7, pace="fast", to=Path("x/y"), hurry=True, by_night=True, back=False), 2),
     ]
 
 
@@ -64,6 +67,7 @@ def test_help_holds_text_default_and_what_stands_for_a_value(
     shown = CliRunner().invoke(app[0], ["--help"], env={"COLUMNS": "120"}).stdout
     for text in ("The walk", "How many. [default: 3]", "Where to. Default: home.", "DIR", "--hurry"):
         assert text in shown
+    assert "--no-back" in shown and "--no-by-night" not in shown  # what is off has no opposite
     assert "--shoes" not in shown and "--walk" not in shown
 
 

@@ -270,7 +270,7 @@ def test_the_command_learns_a_prompt_that_bench_takes(
         (("cop", folder), 'Did you mean "coop"'),
         (("coop", folder, "--shots", 0), "0 shots"),
         (("coop", folder, "--epochs", 0), "epochs is 0"),
-        (("coop", folder, "--save-every", 0), "--save-every is 0"),
+        (("coop", folder, "--save-every", 0), "--save-every must be 1 or more, not 0"),
         (("coop", folder, "--shots", 2, "--epochs", 2, "--out", name), "epochs: 1 there, 2 here"),
     ):
         failed = learn(*arguments)

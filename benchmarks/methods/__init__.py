@@ -28,6 +28,7 @@ from .dota import DOTA
 from .dpe import DPE
 from .dynaprompt import DynaPrompt
 from .ecalp import ECALP
+from .glom_ttt import GLOMTestTimeTraining
 from .mta import MTA
 from .oga import OGA
 from .onzeta import OnZeta
@@ -82,6 +83,7 @@ REGISTRY: dict[str, Callable[[MethodOptions], Method]] = {
     "clipartt": CLIPArTT,
     "watt": WATT,
     "apm": APMTestTimeTraining,
+    "glom-ttt": GLOMTestTimeTraining,
 }
 
 

@@ -29,6 +29,7 @@ TOKEN_ONLY = (
     "coop",
     "cocoop",
     "apm",
+    "glom-ttt",
     "ttl",
     "tent",
     "clipartt",

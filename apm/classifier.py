@@ -29,10 +29,12 @@ from apm.labels import (
     choose_templates,
     prompt_templates,
 )
+from apm.student.cells import Cells
 from apm.student.drawn_ahead import DrawnAhead
 from apm.student.field import resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher
+from apm.test_time.grid_views import number_of, view_cells
 from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
 from apm.test_time.options import StudentOptions
 from apm.test_time.targets import aggregate
@@ -135,7 +137,7 @@ class Classifier:
         elif isinstance(teacher, str):
             teacher = load_teacher(teacher, device=self.device)
         self.teacher: Teacher = teacher
-        if self.student.distil != "cls":
+        if self.student.distil != "cls" and not number_of(self.student.grid_views)[1]:
             check_grid(teacher)
         self.fell_back = asked is None and teacher.name != DEFAULT
         self.top_k = top_k
@@ -294,14 +296,24 @@ class Classifier:
         )  # (V − 1, D)
         return aggregate(self._policy, torch.cat((token[None], others)), self.head)
 
-    def _target_grids(self, batch: Sequence[_Prepared]) -> Tensor:
-        """Return the teacher's grids at the student's own locations (B, N, D)."""
-        rows = []
-        for one in batch:
-            assert one.image is not None
-            grid = teacher_grids(self.teacher, [one.image])[0] if one.grid is None else one.grid
-            rows.append(resample(grid, self.student_config.grid))
-        return torch.stack(rows)
+    def _target_grids(self, batch: Sequence[_Prepared]) -> Tensor | Cells:
+        """Return the teacher's grids at the student's own locations (B, N, D), or those of several views."""
+        images = [one.image for one in batch if one.image is not None]
+        if self.student.grid_views != 1:
+            return view_cells(
+                images,
+                self.teacher,
+                self.student_config.grid,
+                self.student.grid_views,
+                seed=self.adapt_config.seed,
+                sample_ids=[pixels_id(image) for image in images],
+                grids=[one.grid for one in batch],
+            )
+        grids = [
+            teacher_grids(self.teacher, [image])[0] if one.grid is None else one.grid
+            for one, image in zip(batch, images, strict=True)
+        ]
+        return torch.stack([resample(grid, self.student_config.grid) for grid in grids])
 
     def _one_answer(self, one: _Prepared, result: AdaptResult, row: int, teacher_token: Tensor) -> Answer:
         adaptation = Adaptation.of(result, row)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apm.student.cells import Cells
 from apm.student.config import APMConfig, Distil, Loss
 from apm.student.engine_losses import FieldLosses, Locations
 from apm.student.engine_readout import MeanPooling, Parameters, Pooling, QueryPooling
@@ -70,6 +71,7 @@ class Engine:
         seed: int = 0,
         distil: Distil = "cls",
         rgb_weight: float = 0.0,
+        view_cells: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Make all buffers.
@@ -86,12 +88,13 @@ class Engine:
             seed: of that draw.
             distil: what has a loss: ``cls``, the token; ``grid``, the field, towards the teacher's grid; ``both``.
             rgb_weight: of the loss of the colours, which is added; 0: none.
+            view_cells: R, where the field's target are R cells of views; None: a grid at the student's own locations.
             device: where.
         """
         self.config, self.batch, self.lr, self.loss_name, self.tolerance = config, batch, lr, loss, tolerance
         self.device = torch.device(device)
         self.queries, self.seed = queries, seed
-        self.distil, self.rgb_weight = distil, rgb_weight
+        self.distil, self.rgb_weight, self.view_cells = distil, rgb_weight, view_cells
         self._make_state({n: value for n, value in initial.items() if rgb_weight or not n.startswith("rgb_head.")})
         self._make_workspace(torch.bfloat16 if precision == "bf16" else torch.float32)
         self.pooling: Pooling = (
@@ -102,7 +105,13 @@ class Engine:
         self._field_losses: FieldLosses | None = None
         if distil != "cls" or rgb_weight:
             self._field_losses = FieldLosses(
-                config, self.weights, self.gradients, self._axis, distil=distil, rgb_weight=rgb_weight
+                config,
+                self.weights,
+                self.gradients,
+                self._axis,
+                distil=distil,
+                rgb_weight=rgb_weight,
+                view_cells=view_cells,
             )
         self._graph: torch.cuda.CUDAGraph | None = None
         self.reset()
@@ -178,18 +187,24 @@ class Engine:
             selector.to(device, dtype).contiguous(),
             positions.to(device),
             exact_selector=selector.to(device, torch.float32).contiguous() if self.rgb_weight else None,
-            grid=buffer(count, config.dim) if self.distil != "cls" else None,
+            grid=buffer(count, config.dim) if self.distil != "cls" and self.view_cells is None else None,
             colours=buffer(count, 3) if self.rgb_weight else None,
         )
         self._read = self._all if self.queries is None else self._all.like(self.queries)
 
     @torch.no_grad()
-    def load(self, images: Tensor, targets: Tensor, grids: Tensor | None = None) -> None:
-        """Take images (B, 3, S, S), targets (B, D) and, where they have a loss, grids (B, N, D); B is the engine's."""
+    def load(self, images: Tensor, targets: Tensor, grids: Tensor | Cells | None = None) -> None:
+        """Take images (B, 3, S, S), targets (B, D) and, where they have a loss, grids (B, N, D) or `Cells`.
+
+        B is the engine's.
+        """
         patch = self.config.patch_size
         self.patches.copy_(F.unfold(images.to(self.device, torch.float32), kernel_size=patch, stride=patch))
         self.target.copy_(targets)
-        if self._all.grid is not None and grids is not None:
+        if isinstance(grids, Cells):
+            assert self._field_losses is not None and self._field_losses.cells is not None
+            self._field_losses.cells.load(grids)
+        elif self._all.grid is not None and grids is not None:
             self._all.grid.copy_(grids)
         if self._all.colours is not None:
             self._all.colours.copy_(self.patches.unflatten(1, (3, patch**2)).mean(dim=2).mT)

@@ -1,10 +1,11 @@
-"""Losses of the field itself: towards a teacher's grid, and towards the image's colours. Gradients by hand.
+"""Losses of the field itself: towards a teacher's grid or grids, and towards the image's colours. Gradients by hand.
 
 The same numbers as `apm.student.model` (the tests hold them together). The field ``f = W h + b`` is built here, as its
 losses are of every location. The colour head's first layer is separable as the coordinate MLP's is: ``W [f ; T ; p] =
 W_f f + W_T T + W_x e(x) + W_y e(y)``, one product for the column and one for each row and column of the grid. All in
 float32: the difference of two fields that are nearly alike has few digits to lose, and these products are small
-beside those of the middle layers.
+beside those of the middle layers. What is read in the cells of views (`apm.student.cells`) needs no field: the head is
+linear and each cell's shares add up to 1, so ``A (W h + b) = W (A h) + b``.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apm.student.cells import Cells
 from apm.student.config import APMConfig, Distil
 from apm.student.engine_readout import Parameters
-from apm.student.matmul import accumulate, affine, mean_square, product, relu_backward
+from apm.student.matmul import accumulate, affine, mean_of, mean_square, mean_square_of_rows, product, relu_backward
 
 
 @dataclass
@@ -51,6 +53,55 @@ class Locations:
                 torch.index_select(getattr(source, name), dim, which, out=mine)
 
 
+class CellLosses:
+    """`apm.student.cells.robust_loss` of what is read in the cells of views: forward and hand-written backward."""
+
+    def __init__(
+        self,
+        config: APMConfig,
+        weights: Parameters,
+        gradients: Parameters,
+        batch: int,
+        count: int,
+        device: torch.device,
+    ) -> None:
+        """Use these weights; write gradients into these; `count` cells of `batch` samples."""
+        self.weights, self.gradients = weights, gradients
+
+        def buffer(*shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, device=device)
+
+        self.shares, self.wanted = buffer(count, config.cells), buffer(count, config.dim)
+        self.spread, self._error = torch.ones(batch, device=device), buffer(count)
+        self._pooled, self._d_pooled = buffer(count, config.hidden[2]), buffer(count, config.hidden[2])
+        self._off = buffer(count, config.dim)
+
+    def load(self, cells: Cells) -> None:
+        """Take what is wanted where."""
+        self.shares.copy_(cells.shares)
+        self.wanted.copy_(cells.features)
+        self.spread.copy_(cells.spread())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Losses (B,) from the last hidden layer (B, N, H) at all locations."""
+        product(self.shares, hidden, out=self._pooled)
+        affine(self._pooled, self.weights["mlp.head.weight"], self.weights["mlp.head.bias"], out=self._off)
+        self._off -= self.wanted
+        self._error.copy_(mean_square_of_rows(self._off))
+        root = (1 + self._error / self.spread[:, None]).sqrt()  # (B, R)
+        return mean_of(2 * self._error / (1 + root))
+
+    def backward(self, out: Tensor) -> None:
+        """Add the gradient of the hidden layer to ``out`` (B, N, H) and the feature head's to what is there."""
+        _, count, dim = self._off.shape
+        weight = (1 + self._error / self.spread[:, None]).rsqrt() * (2 / (count * dim))
+        self._off *= weight[..., None]
+        product(self._off, self.weights["mlp.head.weight"], out=self._d_pooled)
+        accumulate(self.shares.mT, self._d_pooled, out=out)
+        accumulate(self._off.mT, self._pooled, out=self.gradients["mlp.head.weight"])
+        self.gradients["mlp.head.bias"] += self._off.sum(dim=1)
+
+
 class FieldLosses:
     """``mean((f - G)^2) + rgb_weight * mean((rgb - colours)^2)`` of B samples: forward and hand-written backward."""
 
@@ -63,6 +114,7 @@ class FieldLosses:
         *,
         distil: Distil,
         rgb_weight: float,
+        view_cells: int | None = None,
     ) -> None:
         """Use these weights; write gradients into these.
 
@@ -73,6 +125,7 @@ class FieldLosses:
             axis: (B, grid, position_dim / 2) position code of one axis of the grid.
             distil: whether the teacher's grid is wanted.
             rgb_weight: of the colours' loss; 0: none.
+            view_cells: R, the cells of views in which a grid is wanted; None: at the student's own locations.
         """
         self.config, self.weights, self.gradients, self._axis = config, weights, gradients, axis
         self.with_grid, self.rgb_weight = distil != "cls", rgb_weight
@@ -81,7 +134,12 @@ class FieldLosses:
             return torch.zeros(len(axis), *shape, device=axis.device)
 
         count, width = config.cells, config.rgb_hidden
-        self._field, self._d_field = buffer(count, config.dim), buffer(count, config.dim)
+        self.cells: CellLosses | None = None
+        if self.with_grid and view_cells is not None:
+            self.cells = CellLosses(config, weights, gradients, len(axis), view_cells, axis.device)
+        self._builds_field = self.cells is None or bool(rgb_weight)
+        if self._builds_field:
+            self._field, self._d_field = buffer(count, config.dim), buffer(count, config.dim)
         if rgb_weight:
             self._sums, self._d_sums = buffer(2 * config.grid, width), buffer(2 * config.grid, width)
             self._r1, self._d1, self._r2, self._d2 = (buffer(count, width) for _ in range(4))
@@ -90,9 +148,13 @@ class FieldLosses:
     def forward(self, hidden: Tensor, column: Tensor, at: Locations) -> Tensor:
         """Losses (B,) from the last hidden layer (B, Q, H) at the locations and the trigger column (B, 1, N)."""
         n, w = at.count, self.weights
+        loss = torch.zeros(len(hidden), device=hidden.device)
+        if self.cells is not None:
+            loss += self.cells.forward(hidden)
+        if not self._builds_field:
+            return loss
         field, d_field = self._field[:, :n], self._d_field[:, :n]
         affine(hidden, w["mlp.head.weight"], w["mlp.head.bias"], out=field)
-        loss = torch.zeros(len(hidden), device=hidden.device)
         if at.grid is not None:
             torch.sub(field, at.grid, out=d_field)
             loss += mean_square(d_field)
@@ -111,6 +173,10 @@ class FieldLosses:
         RGB head's; returns that of the column (B, 1, N), if it has one.
         """
         n, g = at.count, self.gradients
+        if self.cells is not None:
+            self.cells.backward(out)
+        if not self._builds_field:
+            return None
         field, d_field = self._field[:, :n], self._d_field[:, :n]
         if at.grid is None:
             d_field.zero_()

@@ -60,11 +60,23 @@ def accumulate(a: Tensor, b: Tensor, out: Tensor) -> None:
         z.addmm_(x, y)
 
 
+def mean_of(x: Tensor) -> Tensor:
+    """Mean of each sample: (B, ...) -> (B,)."""
+    if not _one_by_one(x):
+        return x.flatten(1).mean(dim=1)
+    return torch.stack([y.mean() for y in x])
+
+
 def mean_square(x: Tensor) -> Tensor:
     """Mean of the squares of each sample: (B, ...) -> (B,)."""
+    return mean_of(x.square())
+
+
+def mean_square_of_rows(x: Tensor) -> Tensor:
+    """Mean of the squares of each row of each sample: (B, R, D) -> (B, R)."""
     if not _one_by_one(x):
-        return x.square().flatten(1).mean(dim=1)
-    return torch.stack([y.square().mean() for y in x])
+        return x.square().mean(dim=2)
+    return torch.stack([y.square().mean(dim=1) for y in x])
 
 
 def relu_backward(gradient: Tensor, activation: Tensor) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from apm.errors import UsageError
 from apm.settings import at_least, check_values, not_negative, positive, setting, settings_of
 from apm.student.config import PRESETS, APMConfig, Distil, Loss, Precision, Readout
-from apm.test_time.queries import AUTO, check_queries, locations_a_step, parse_queries
+from apm.test_time.grid_views import check_grid_views, parse_grid_views
+from apm.test_time.queries import ALL, AUTO, check_queries, locations_a_step, parse_queries
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +137,13 @@ class StudentOptions(TrainingOptions):
         check=_queries,
         parse=parse_queries,
     )
+    grid_views: int | str = setting(
+        1,
+        "Looks at the image whose grids are the field's target, with --distil grid or both: 1 (the whole image), a "
+        "number (with zoomed, shifted, mirrored parts), or tokens, tokens:N (the tokens of N parts instead of grids).",
+        check=check_grid_views,
+        parse=parse_grid_views,
+    )
     target: str = setting(
         "cls",
         "Which token the student is overfit to: cls (the teacher's token of the image, as in the paper), or "
@@ -155,6 +163,14 @@ class StudentOptions(TrainingOptions):
 
         check_distilled(self.target, self.distil)
         self.policy()
+        if self.grid_views != 1 and self.distil == "cls":
+            raise UsageError(
+                f"grid_views={self.grid_views} but distil=cls, which has no target for the field; add distil=both."
+            )
+        if self.grid_views != 1 and self.queries not in (ALL, AUTO):
+            raise UsageError(
+                f"queries={self.queries} but grid_views={self.grid_views}, which reads all: leave one out."
+            )
 
     @property
     def chosen_readout(self) -> Readout:

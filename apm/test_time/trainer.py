@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from apm.errors import ApmError, UsageError
+from apm.student.cells import Cells
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.student.engine_readout import Parameters
@@ -140,7 +141,7 @@ class TestTimeTrainer:
         images: Tensor,
         targets: Tensor,
         *,
-        grids: Tensor | None = None,
+        grids: Tensor | Cells | None = None,
         keep_field: bool = False,
         record_tokens: bool = False,
         snapshots: Sequence[int] = (),
@@ -152,7 +153,8 @@ class TestTimeTrainer:
             targets: (B, D) float, what each student's token is to become; not normalised. With distil="grid" they have
                 no loss, but the cosines are to them.
             grids: (B, N, D) float, what the field is to become at the student's own locations, in reading order
-                (`apm.student.field.resample`); needed unless distil="cls".
+                (`apm.student.field.resample`); or `Cells`, what its means over the cells of views are to become.
+                Needed unless distil="cls".
             keep_field: keep columns and weights, so that the result can tell features at any location.
             record_tokens: keep the token before each update as well.
             snapshots: numbers of steps, from 0 to all, after which to keep the field at the student's own locations,
@@ -169,8 +171,9 @@ class TestTimeTrainer:
         began = time.perf_counter()
         parts: list[AdaptResult] = []
         start = 0
+        view_cells = grids.features.shape[1] if isinstance(grids, Cells) else None
         while start < len(images):
-            size = min(self._batch_size(), len(images) - start)
+            size = min(self._batch_size(view_cells), len(images) - start)
             some = slice(start, start + size)
             try:
                 wanted = None if grids is None else grids[some]
@@ -183,14 +186,14 @@ class TestTimeTrainer:
                 if not _out_of_memory(error):
                     raise
             # outside of the except block: the error's traceback would keep alive what did not fit
-            self._halve_batch(size)
+            self._halve_batch(size, view_cells)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that `seconds` holds the work and not only its launch
         joined = AdaptResult.join(parts, targets.device)
         joined.seconds = time.perf_counter() - began
         return joined
 
-    def _check(self, images: Tensor, targets: Tensor, grids: Tensor | None, snapshots: Sequence[int]) -> None:
+    def _check(self, images: Tensor, targets: Tensor, grids: Tensor | Cells | None, snapshots: Sequence[int]) -> None:
         side = self.model.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side) or not len(images):
             raise UsageError(f"images must have shape (B, 3, {side}, {side}), B at least 1, not {tuple(images.shape)}.")
@@ -203,35 +206,49 @@ class TestTimeTrainer:
             given = "and none are given" if grids is None else "which has no use for those given"
             raise UsageError(f'grids go with distil="grid" or "both"; it is "{self.config.distil}", {given}.')
         shape = (len(images), self.model.cells, self.model.dim)
-        if grids is not None and tuple(grids.shape) != shape:
+        if isinstance(grids, Cells):
+            self._check_cells(grids, len(images))
+        elif grids is not None and tuple(grids.shape) != shape:
             raise UsageError(f"grids must have shape {shape}, a row for each location, not {tuple(grids.shape)}.")
         if any(not 0 <= step <= self.config.steps for step in snapshots):
             raise UsageError(f"snapshots must lie between 0 and the {self.config.steps} steps; got {list(snapshots)}.")
 
-    def _batch_size(self) -> int:
+    def _check_cells(self, cells: Cells, count: int) -> None:
+        rows = cells.features.shape[1] if cells.features.ndim == 3 else 0
+        expected = ((count, rows, self.model.cells), (count, rows, self.model.dim))
+        if not rows or (tuple(cells.shares.shape), tuple(cells.features.shape)) != expected:
+            raise UsageError(
+                f"Cells of views must have shares ({count}, R, {self.model.cells}) and features ({count}, R, "
+                f"{self.model.dim}), not {tuple(cells.shares.shape)} and {tuple(cells.features.shape)}."
+            )
+        if self.config.queries is not None:
+            raise UsageError("Cells of views are read from all locations: leave queries out, or give a grid.")
+
+    def _batch_size(self, view_cells: int | None) -> int:
         """Students in memory at a time: decided once, and from then on only ever lowered."""
         if self._limit is None:
             self._limit = 1 if self.device.type == "cpu" else LARGEST_BATCH
             if self.device.type == "cuda":
                 free, _ = torch.cuda.mem_get_info(self.device)
-                self._limit = max(1, min(LARGEST_BATCH, int(0.8 * free) // self._bytes_per_student()))
+                self._limit = max(1, min(LARGEST_BATCH, int(0.8 * free) // self._bytes_per_student(view_cells)))
         return self._limit
 
-    def _bytes_per_student(self) -> int:
+    def _bytes_per_student(self, view_cells: int | None = None) -> int:
         """Memory of one student in the engine: weights, gradients, moments; hidden layers and their gradients."""
         parameters = sum(value.numel() for value in self._initial.values())
         hidden = sum(self.model.hidden)
         if self.config.distil != "cls" or self.config.rgb_weight:  # the field, its gradient, what is wanted; colours
             hidden += 2 * self.model.dim + 2 * self.model.rgb_hidden
-        return 4 * (5 * parameters + 2 * self.model.cells * hidden)
+        in_views = (view_cells or 0) * (self.model.cells + 2 * self.model.dim + 2 * self.model.hidden[2])
+        return 4 * (5 * parameters + 2 * self.model.cells * hidden + in_views)
 
-    def _halve_batch(self, size: int) -> None:
+    def _halve_batch(self, size: int, view_cells: int | None) -> None:
         """Give up what did not fit, and go on with half of it. Said once."""
         self._engine = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if size == 1:
-            gib = self._bytes_per_student() / 2**30
+            gib = self._bytes_per_student(view_cells) / 2**30
             raise ApmError(
                 f"Out of memory on {self.device}: one image at a time needs about {gib:.1f} GiB. "
                 'Free some memory, or choose the preset "small".'
@@ -241,9 +258,9 @@ class TestTimeTrainer:
             log.warning("Out of memory with %d images at a time: going on with fewer.", size)
         self._said = True
 
-    def _engine_for(self, size: int) -> Engine:
+    def _engine_for(self, size: int, view_cells: int | None) -> Engine:
         """The engine in use if it holds ``size`` samples, else a new one, reset. A smaller rest will be padded."""
-        if self._engine is not None and self._engine.batch >= size:
+        if self._engine is not None and self._engine.batch >= size and self._engine.view_cells == view_cells:
             self._engine.reset()  # before and not after: whatever an interrupted call left behind is gone
         else:
             self._engine = None  # its memory goes first
@@ -259,6 +276,7 @@ class TestTimeTrainer:
                 seed=self.config.seed,
                 distil=self.config.distil,
                 rgb_weight=self.config.rgb_weight,
+                view_cells=view_cells,
                 device=self.device,
             )
         return self._engine
@@ -267,18 +285,21 @@ class TestTimeTrainer:
         self,
         images: Tensor,
         targets: Tensor,
-        grids: Tensor | None,
+        grids: Tensor | Cells | None,
         keep_field: bool,
         record_tokens: bool,
         snapshots: Sequence[int],
     ) -> AdaptResult:
         size = len(images)
-        engine = self._engine_for(size)
+        engine = self._engine_for(size, grids.features.shape[1] if isinstance(grids, Cells) else None)
         spare = engine.batch - size
         if spare:  # repeat the first sample: no sample sees another, so it changes nothing
             images = torch.cat((images, images[:1].expand(spare, -1, -1, -1)))
             targets = torch.cat((targets, targets[:1].expand(spare, -1)))
-            grids = None if grids is None else torch.cat((grids, grids[:1].expand(spare, -1, -1)))
+            if isinstance(grids, Cells):
+                grids = grids.padded(spare)
+            elif grids is not None:
+                grids = torch.cat((grids, grids[:1].expand(spare, -1, -1)))
         engine.load(images, targets, grids)
         history = engine.run(self.config.steps, record_tokens=record_tokens, snapshots=frozenset(snapshots))
         finite = engine.finite[:size].clone()

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from apm.classifier import check_grid
 from apm.settings import settings_of
+from apm.student.cells import Cells
 from apm.student.field import resample
+from apm.test_time.grid_views import number_of
 from apm.test_time.options import StudentOptions
 from apm.test_time.targets import aggregate
 from apm.test_time.trainer import TestTimeTrainer
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings
 
-_UNSAID = ("distil", "rgb_weight")
+_UNSAID = ("distil", "rgb_weight", "grid_views")
 """Settings that records hold only where they are not the default."""
 
 
@@ -54,7 +56,7 @@ class APMTestTimeTraining:
         """
         trainer = self._trainer_for(batch)
         images = batch.student_images(trainer.model.image_size)
-        grids = None if self._adapt.distil == "cls" else resample(batch.grids(), trainer.model.grid)  # (B, N, D)
+        grids = self._grids(batch, trainer.model.grid)
         result = trainer.adapt(images, self._targets(batch), grids=grids, record_tokens=self._record_steps)
         return Prediction(
             logits=batch.head.logits(result.tokens),
@@ -69,10 +71,18 @@ class APMTestTimeTraining:
         features = batch.views(self._policy.views, min_area=self._policy.min_area)  # (B, V, D)
         return torch.stack([aggregate(self._policy, views, batch.head) for views in features])
 
+    def _grids(self, batch: Batch, side: int) -> Tensor | Cells | None:
+        """What the fields are overfit to: at the students' own locations (B, N, D), or in the cells of views."""
+        if self._adapt.distil == "cls":
+            return None
+        if self._student.grid_views == 1:
+            return resample(batch.grids(), side)
+        return batch.view_cells(self._student.grid_views, side)
+
     def _trainer_for(self, batch: Batch) -> TestTimeTrainer:
         """The trainer for students as wide as the teacher's token; it keeps nothing of the images it has seen."""
         if self._trainer is None or self._trainer.model.dim != batch.teacher.dim:
-            if self._adapt.distil != "cls":
+            if self._adapt.distil != "cls" and not number_of(self._student.grid_views)[1]:
                 check_grid(batch.teacher)
             model = self._student.model(batch.teacher.dim)
             self._trainer = TestTimeTrainer(model, self._adapt, device=self._device, batch_size=self._batch_size)
@@ -84,6 +94,8 @@ class APMTestTimeTraining:
         parts: tuple[str, ...] = () if policy.kind == "cls" else (student.target, str(policy.views))
         if student.distil != "cls":
             parts += (student.distil,)
+        if student.grid_views != 1 and "grid_views" not in options.overrides:
+            parts += (f"grid_views={student.grid_views}",)
         if self._adapt.queries is not None and "queries" not in options.overrides:  # never unmarked: an approximation
             parts += (f"queries={self._adapt.queries}",)
         others = {name: text for name, text in options.overrides.items() if name not in ("target", "views", "distil")}

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from apm.errors import UsageError, unknown
 from apm.settings import Setting, text_type
+from apm.student.cells import Cells
+from apm.test_time.grid_views import view_cells
 from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
 from apm.test_time.options import StudentOptions
 from apm.test_time.views import MIN_AREA, check, view_tokens
@@ -102,6 +104,7 @@ class Batch:
         self._views: dict[tuple[float, bool], Tensor] = {}
         self._student_images: dict[int, Tensor] = {}
         self._grids: Tensor | None = None
+        self._cells: dict[tuple[int | str, int], Cells] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -178,6 +181,18 @@ class Batch:
         if self._grids is None:
             self._grids = teacher_grids(self.teacher, self.images)
         return self._grids
+
+    def view_cells(self, views: int | str, side: int) -> Cells:
+        """The teacher's grids, or tokens, of many views of each image, see `apm.test_time.grid_views`.
+
+        Args:
+            views: how many, or ``tokens``, or ``tokens:N``.
+            side: of the student's grid, in cells.
+        """
+        key = (views, side)
+        if key not in self._cells:
+            self._cells[key] = view_cells(self.images, self.teacher, side, views, seed=self.seed, sample_ids=self._keys)
+        return self._cells[key]
 
     def student_images(self, size: int) -> Tensor:
         """The images as the student takes them: (B, 3, size, size) float32 on the CPU."""

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apm.student.cells import Cells
 from apm.teachers.base import Teacher
 from apm.test_time.views import MIN_AREA
 from apm.text.zeroshot import ZeroShotHead
@@ -89,6 +90,11 @@ class TimedBatch(Batch):
         """As `Batch.grids`."""
         with self._charged("grids", 1.0):
             return super().grids()
+
+    def view_cells(self, views: int | str, side: int) -> Cells:
+        """As `Batch.view_cells`."""
+        with self._charged(f"grid views {views}, {side}", 1.0):
+            return super().view_cells(views, side)
 
     @contextmanager
     def _charged(self, part: Hashable, share: float) -> Iterator[None]:

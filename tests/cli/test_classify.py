@@ -448,9 +448,19 @@ def test_fewer_queries_are_used_and_said(picture: Path, fake_teacher: FakeTeache
     assert few["losses"] != every["losses"] != fewer["losses"]
 
 
+def test_grid_views_are_made_and_said(picture: Path, fake_teacher: FakeTeacher) -> None:
+    result = classify("--json", "--distil", "both", "--grid-views", "5", picture)
+    assert json.loads(result.stdout)["adaptation"]["grid_views"] == 5
+    assert fake_teacher.grid_calls == 1 + 5
+    tokens = classify("--json", "--distil", "grid", "--grid-views", "tokens:4", picture)
+    assert json.loads(tokens.stdout)["adaptation"]["grid_views"] == "tokens:4" and fake_teacher.grid_calls == 6
+
+
 def test_wrong_distil_is_refused(picture: Path) -> None:
     for arguments, words in (
         (("--distil", "grids"), 'Unknown distil "grids"'),
+        (("--grid-views", "16"), "add distil=both"),
+        (("--distil", "grid", "--grid-views", "few"), 'grid_views is "few"'),
         (("--distil", "grid", "--readout", "query"), 'choose readout="mean"'),
         (("--rgb-weight", "-1"), "rgb_weight must be 0 or a positive number"),
         (("--queries", "257"), "queries must not exceed the 256 locations"),

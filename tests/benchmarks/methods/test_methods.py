@@ -159,6 +159,27 @@ def test_grids_are_computed_once_and_shared() -> None:
     torch.testing.assert_close(again.logits.flip(0), logits[2], rtol=1e-5, atol=1e-5)
 
 
+def test_grids_of_views_are_made_once_and_shared_and_depend_on_no_batch() -> None:
+    batch = make_batch(3)
+    specs = ["apm:distil=both,grid_views=4", "apm:distil=grid,grid_views=4", "apm:distil=both,grid_views=tokens:3"]
+    methods = create_methods([*specs, "apm:distil=both"], SMALL)
+    assert [method.name for method in methods] == [
+        *("apm[both,grid_views=4]", "apm[grid,grid_views=4]", "apm[both,grid_views=tokens:3]", "apm[both]")
+    ]
+    assert create_method("apm", run_options(distil="both", grid_views=4)).name == methods[0].name
+    assert methods[0].settings["grid_views"] == 4 and "grid_views" not in methods[3].settings
+    logits = [method.predict(batch).check(method.name, batch).logits for method in methods]
+    assert (
+        batch.teacher.grid_calls == 3 * 4 + 3 + 3
+    )  # views once, the plain grids, and three looks whether there are any
+    assert not torch.equal(logits[0], logits[3]) and not torch.equal(logits[2], logits[3])
+    for spec, expected in zip(specs, logits, strict=False):
+        again = create_method(spec, SMALL).predict(make_batch(3, order=[2, 1, 0]))
+        torch.testing.assert_close(again.logits.flip(0), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="add distil=both"):
+        create_method("apm:grid_views=4", SMALL)
+
+
 def test_settings_say_what_is_distilled_only_where_it_is_not_the_token_alone() -> None:
     settings = {spec: create_method(spec, SMALL).settings for spec in ("apm", "apm:distil=cls", "apm:distil=grid")}
     assert settings["apm"]["readout"] == "query" and not {"distil", "rgb_weight"} & set(settings["apm"])

@@ -1,0 +1,184 @@
+"""Many looks at one image as targets of one field: zoomed, shifted and mirrored parts, each seen by the teacher alone.
+
+A query of the field is a place, and every view speaks about places: its cells (or, of a teacher without a grid, its one
+token) are about rectangles of the square that the student sees. View 0 is that square itself. View i depends on (seed,
+sample id, i) alone, so 8 views are the first 8 of 16; side and place of the views follow a sequence that covers all of
+them evenly (Roberts 2018's generalised golden ratio, shifted at random for each image) rather than by chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from apm.errors import UsageError
+from apm.images.crops import view_generator
+from apm.student.cells import Box, Cells, shares_of
+
+if TYPE_CHECKING:
+    from apm.teachers.base import Teacher
+
+TOKENS = "tokens"
+CROPS = 64
+"""Views of ``tokens`` without a number."""
+GRID_SIDES = (0.4, 0.8)
+"""Sides of the parts whose grids are targets, as shares of the square's."""
+TOKEN_SIDES = (0.2, 0.5)
+"""The same of the parts whose tokens are: a token says nothing of what is where in its part."""
+PAST = 0.25
+"""How far past the border parts are laid, as a share of their range, to be pushed back: corners are seen as well."""
+_GOLDEN = 1.2207440846057596  # x**4 = x + 1: for sequences of three numbers
+
+
+@dataclass(frozen=True)
+class GridView:
+    """One look at an image."""
+
+    box: Box = (0.0, 0.0, 1.0, 1.0)
+    """The part of the square that it shows."""
+    flipped: bool = False
+    """Whether it is shown mirrored."""
+
+
+def parse_grid_views(text: str) -> int | str:
+    """Read a number of views, ``tokens``, or ``tokens:N``.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    value = int(text) if text.isdecimal() else text
+    check_grid_views("grid_views", value)
+    return value
+
+
+def check_grid_views(_: str, value: int | str) -> None:
+    """Refuse what is no number of views.
+
+    Raises:
+        UsageError: with the value.
+    """
+    count = value if isinstance(value, int) else _tokens(value)
+    if count is None or count < 1:
+        raise UsageError(f'grid_views is "{value}"; it must be a number from 1 on, tokens, or tokens:N.')
+
+
+def number_of(value: int | str) -> tuple[int, bool]:
+    """How many views there are, the image itself included, and whether their tokens are the targets."""
+    if isinstance(value, int):
+        return value, False
+    count = _tokens(value)
+    assert count is not None
+    return count, True
+
+
+def _tokens(value: str) -> int | None:
+    word, _, number = value.partition(":")
+    if word != TOKENS or (number and not number.isdecimal()) or (":" in value and not number):
+        return None
+    return int(number) if number else CROPS
+
+
+def grid_views(count: int, *, seed: int, sample_id: str, sides: tuple[float, float] = GRID_SIDES) -> list[GridView]:
+    """Draw `count` views of an image, the whole square first.
+
+    Args:
+        count: 1 or more.
+        seed: of the run.
+        sample_id: names the image among all of its data set.
+        sides: least and largest side of the others, as shares of the square's.
+    """
+    generator = view_generator(seed, f"grid|{sample_id}", 0)
+    start, flips = generator.random(3), int(generator.integers(2))
+    steps = _GOLDEN ** -np.arange(1.0, 4.0)
+    drawn = [GridView()]
+    for index in range(1, count):
+        along, down, across = np.mod(start + index * steps, 1.0)
+        side = sides[0] + (sides[1] - sides[0]) * along
+        top, left = (float(np.clip((1 + 2 * PAST) * share - PAST, 0, 1) * (1 - side)) for share in (down, across))
+        drawn.append(GridView((top, left, top + float(side), left + float(side)), flipped=(index + flips) % 2 == 0))
+    return drawn
+
+
+def cut(image: Image.Image, view: GridView) -> tuple[Image.Image, GridView]:
+    """Cut a view out of an image's central square, in whole pixels: the picture, and the view as it came out."""
+    if view == GridView():
+        return image, view
+    edge = min(image.size)
+    left, top = (image.width - edge) / 2, (image.height - edge) / 2  # one of them may be half a pixel
+    size = min(max(1, round((view.box[2] - view.box[0]) * edge)), *(_whole(start, edge)[1] for start in (left, top)))
+
+    def placed(start: float, share: float) -> int:
+        first, room = _whole(start, edge)
+        return min(max(round(start + share * edge), first), first + room - size)
+
+    x, y = placed(left, view.box[1]), placed(top, view.box[0])
+    part = image.crop((x, y, x + size, y + size))
+    if view.flipped:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    box = ((y - top) / edge, (x - left) / edge, (y + size - top) / edge, (x + size - left) / edge)
+    return part, GridView(box, view.flipped)
+
+
+def _whole(start: float, length: int) -> tuple[int, int]:
+    """The first whole pixel from `start` on, and how many there are up to `start + length`."""
+    first = math.ceil(start)
+    return first, math.floor(start + length) - first
+
+
+@torch.no_grad()
+def view_cells(
+    images: Sequence[Image.Image],
+    teacher: Teacher,
+    side: int,
+    views: int | str,
+    *,
+    seed: int,
+    sample_ids: Sequence[str],
+    grids: Sequence[Tensor | None] | None = None,
+) -> Cells:
+    """Have the teacher look at every view of B images.
+
+    Args:
+        images: RGB.
+        teacher: gives grids, or tokens where these are asked for.
+        side: of the student's grid, in cells.
+        views: how many, or ``tokens``, or ``tokens:N``.
+        seed: of the run.
+        sample_ids: one for each image.
+        grids: the teacher's grids (h', w', D) of the whole images, where they are there already.
+
+    Returns:
+        Each view's cells, in the order of the views, on the teacher's device.
+    """
+    count, by_token = number_of(views)
+    found = []
+    for number, (image, name) in enumerate(zip(images, sample_ids, strict=True)):
+        drawn = grid_views(count, seed=seed, sample_id=name, sides=TOKEN_SIDES if by_token else GRID_SIDES)
+        parts = [cut(image, view) for view in drawn]
+        if by_token:
+            known = [_token(teacher, part) for part, _ in parts]
+        else:
+            whole = None if grids is None else grids[number]
+            known = [
+                whole if whole is not None and at == 0 else teacher.encode_grid(part)
+                for at, (part, _) in enumerate(parts)
+            ]
+        shares = [
+            shares_of(view.box, grid.shape[0], grid.shape[1], side, flipped=view.flipped)
+            for grid, (_, view) in zip(known, parts, strict=True)
+        ]
+        found.append((torch.cat(shares), torch.cat([grid.flatten(0, 1) for grid in known])))
+    shares_, features = (torch.stack(one) for one in zip(*found, strict=True))
+    return Cells(shares_.to(features.device), features.float())
+
+
+def _token(teacher: Teacher, part: Image.Image) -> Tensor:
+    """The teacher's token of a part, as a grid of one cell (1, 1, D)."""
+    return teacher.encode_image(teacher.preprocess(part)[None].to(teacher.device))[None]

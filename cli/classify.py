@@ -114,9 +114,7 @@ def classify(
     inputs = Inputs(paths)
     inputs.name_problems(form)
     try:
-        classifier = load_classifier(
-            source, names, student, form, device=device, batch_size=size, max_pixels=max_pixels
-        )
+        classifier = _classifier(source, names, student, form, device=device, batch_size=size, max_pixels=max_pixels)
     except KeyboardInterrupt:
         raise interrupted(0, inputs.total, form) from None
     for note in _notes(classifier, quiet=form.quiet, chosen=chosen):
@@ -125,7 +123,7 @@ def classify(
     Answering(classifier, inputs, form).run()
 
 
-def load_classifier(
+def _classifier(
     source: Source,
     names: tuple[str, ...] | None,
     student: dict[str, Any],

@@ -27,7 +27,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module of this package; what `apm --help` says). The module holds a function of the same name, or `app`, a
     # group of commands
     "classify": (".classify", "Say what is on photographs, adapting a fresh student to each."),
-    "segment": (".segment", "Say what is where on photographs: label maps, overlays, shares and boxes."),
     "teachers": (".teachers", "List the teachers, and which are on this machine."),
     "encode": (".encode", "Encode images and views once, into a store for many runs."),
     "bench": (".bench", "Run methods on data sets, resumably, into records."),
@@ -41,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "interpolate": (".interpolate", "Walk from one image to another between their trigger columns."),
     "field": (".field", "Query a trained student's field of an image, at any locations."),
     "glom": (".glom", "Train GLOM on images, look at its columns, probe its levels."),
+    "mae": (".mae", "Train masked autoencoders, and heads on them, for vit-probe and ttt-mae."),
     "prompts": (".prompts", "Convert prompts that CoOp and CoCoOp learned, for apm bench."),
     "corrupt": (".corrupt", "Write the corruptions of ImageNet-C for a folder of images."),
 }

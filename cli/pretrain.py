@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,17 @@ from apm.student.config import PRESETS
 
 from .options import Debug, options_of
 from .render import notice, notice_if_slow
-from .training import TRAINING, Out, Session, check_checkpoint, images_of, say_result, session_options, train
+from .training import (
+    TRAINING,
+    Out,
+    Session,
+    check_checkpoint,
+    images_of,
+    place_of,
+    say_result,
+    session_options,
+    train,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +76,7 @@ def pretrain(
     from apm.teachers import load_grid_teacher
 
     source = open_images(folder)
-    place = _place(session.device)
+    place = place_of(session.device)
     teacher = load_grid_teacher(teacher_grid, device=place)
     student = APMConfig.preset(preset, dim=teacher.dim, readout="mean")
     side = teacher.grid_size if grid_size is None else grid_size
@@ -112,14 +121,3 @@ def _train(
         train(trainer, {"grid": "grid", "rgb": "colours"}, session, wanted=talks, speaks=group.first)
         if group.first:
             say_result(trainer, "held-out mean squared error on {held_out:,}: grid {grid:.5f}, colours {rgb:.5f}")
-
-
-def _place(device: str) -> torch.device:
-    """Where to train; under torchrun a GPU for each process."""
-    from apm.classifier import pick_device
-    from apm.processes import local_rank
-
-    place = pick_device(device)
-    if place.type == "cuda" and place.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return pick_device(f"cuda:{local_rank()}")
-    return place

@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
+import os
 import time
 import typing
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from .options import flag, options_of
 from .render import failure, notice, progress_line, progress_on_terminal, say, told_when_interrupted
 
 if TYPE_CHECKING:
+    import torch
+
     from apm.pretrain.cache import GridCache
     from apm.pretrain.images import ImageSource
     from apm.pretrain.loop import Trainer
@@ -76,6 +79,17 @@ def check_checkpoint(out: Path) -> None:
         )
     if out.suffix != ".safetensors":
         raise UsageError(f"{printable(out)}: a checkpoint's name ends in .safetensors.")
+
+
+def place_of(device: str) -> torch.device:
+    """Where to train; under torchrun a GPU for each process."""
+    from apm.classifier import pick_device
+    from apm.processes import local_rank
+
+    place = pick_device(device)
+    if place.type == "cuda" and place.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return pick_device(f"cuda:{local_rank()}")
+    return place
 
 
 def images_of(

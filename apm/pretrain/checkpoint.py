@@ -28,7 +28,7 @@ from apm.student.config import APMConfig
 from apm.student.model import APM, parameter_shapes
 
 _FORMAT = 1
-_NAMES = ("student", "glom")  # of all networks
+_NAMES = ("student", "glom", "mae")  # of all networks
 _MOST_STEPS = 10**9
 
 

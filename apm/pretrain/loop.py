@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from apm.errors import ApmError, unknown
 from apm.images.files import alone_with, write_atomically
@@ -71,6 +71,7 @@ class Trainer(ABC):
     """
 
     network: ClassVar[Network[Any]]
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # of AdamW
     model: Any
 
     def __init__(
@@ -108,7 +109,7 @@ class Trainer(ABC):
         self.device = torch.device(device)
         self.check(sizes)
         self.model = self.network.draw(sizes, config.seed).to(self.device)
-        self.optimiser = _optimiser(self.model, config)
+        self.optimiser = _optimiser(self.model, config, self.betas)
         self.step = 0
         self.train, self.held_out = config.split(len(cache.names))
         checkpoint = read_network(self.path, self.network) if self.path.exists() else None
@@ -136,6 +137,21 @@ class Trainer(ABC):
     @abstractmethod
     def held_out_losses(self) -> dict[str, float]:
         """Measure the held-out images, in float32: the same losses."""
+
+    def add_up(self, sums: Tensor) -> None:
+        """Sum the numbers in `sums` (n,) and the gradients over the processes, in one exchange."""
+        if self.processes.world == 1:
+            return
+        from torch import distributed
+
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        joined = torch.cat([sums, *(gradient.flatten() for gradient in gradients)])
+        distributed.all_reduce(joined)
+        sums.copy_(joined[: len(sums)])
+        each = joined[len(sums) :].split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, each, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
 
     @property
     def finished(self) -> bool:
@@ -244,7 +260,7 @@ class Trainer(ABC):
                 }
 
 
-def _optimiser(model: nn.Module, config: Schedule) -> torch.optim.AdamW:
+def _optimiser(model: nn.Module, config: Schedule, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW, whose weight decay leaves biases and other vectors alone."""
     named = list(model.named_parameters())
     decayed = [p for name, p in named if p.ndim > 1 and "bias" not in name]
@@ -252,6 +268,7 @@ def _optimiser(model: nn.Module, config: Schedule) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.lr,
+        betas=betas,
     )
 
 

@@ -78,7 +78,7 @@ class Pretrainer(Trainer):
             # each process's part of the mean over the whole batch: the sum of gradients is the whole batch's gradient
             ((grid.sum() + self.config.rgb_weight * rgb.sum()) / len(numbers)).backward()
             sums = torch.stack((grid.detach().sum(), rgb.detach().sum()))
-        self._add_up(sums)
+        self.add_up(sums)
         grid_loss, rgb_loss = (sums / len(numbers)).tolist()
         return {"grid": grid_loss, "rgb": rgb_loss}
 
@@ -94,20 +94,6 @@ class Pretrainer(Trainer):
         with torch.no_grad():
             self.model.mlp.head.bias.copy_(torch.from_numpy(features / len(self.train)))
             self.model.rgb_head.layer3.bias.copy_(torch.from_numpy(colours / len(self.train)))
-
-    def _add_up(self, sums: Tensor) -> None:
-        """Sum losses and gradients over the processes, in one exchange."""
-        if self.processes.world == 1:
-            return
-        from torch import distributed
-
-        parameters = list(self.model.parameters())
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        joined = torch.cat([sums, *(gradient.flatten() for gradient in gradients)])
-        distributed.all_reduce(joined)
-        sums.copy_(joined[:2])
-        for parameter, part in zip(parameters, joined[2:].split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
 
 
 def pooled_colours(images: Tensor, patch_size: int) -> Tensor:

@@ -215,3 +215,30 @@ def _few_of_each(listing: Listing, shots: int, seed: int) -> tuple[tuple[Sample,
             f"{len(short)} class(es) have fewer than {shots} images: all of theirs are used, {fewest} at least."
         )
     return tuple(listing.samples[number] for number in chosen), notes
+
+
+def class_of_each(place: Path, *, allow_test: bool = False) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The class of every labelled image in a tree of class folders or in a Parquet file.
+
+    Returns:
+        By the names that `apm.pretrain.images.open_images` gives the images, the number of their class; the names of
+        the classes.
+
+    Raises:
+        UsageError: nothing that fits is there, or it is for testing and `allow_test` is not set.
+    """
+    if not place.exists():
+        raise UsageError(f"{printable(place)}: no such folder or file.")
+    if not allow_test and (word := _for_testing(place)):
+        raise UsageError(
+            f'{printable(place)} is for testing, by its name "{word}": what is trained on its labels could not be '
+            "measured with it. Give the training part, or --allow-test if that is what you want."
+        )
+    if place.suffix == ".parquet":
+        listing = _read_table(place)
+        rows = (int(sample.id.rpartition("/")[2]) for sample in listing.samples)
+        names = [f"{place.name}, row {row}" for row in rows]
+    else:
+        listing = _read_folder(place)
+        names = [Path(sample.path or sample.id).relative_to(place).as_posix() for sample in listing.samples]
+    return dict(zip(names, (sample.label for sample in listing.samples), strict=True)), listing.class_names

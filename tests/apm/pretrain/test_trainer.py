@@ -197,7 +197,7 @@ def test_processes_that_share_a_batch_unevenly_weigh_each_image_the_same(cache: 
     total = [torch.zeros_like(gradient) for gradient in want]
     for rank in (0, 1):
         part = trainer(tmp_path / "b.safetensors", cache, replace(TRAINING, batch_size=3), processes=Part(rank))
-        part._add_up = lambda sums: None  # type: ignore[method-assign]
+        part.add_up = lambda sums: None  # type: ignore[method-assign]
         part.config = replace(part.config, clip=1e9)
         part.advance()
         for gradient, parameter in zip(total, part.model.parameters(), strict=True):

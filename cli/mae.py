@@ -1,0 +1,258 @@
+"""`apm mae`: train a masked autoencoder on images, and heads on it with labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apm.errors import UsageError
+from apm.images.paths import printable
+from apm.mae.config import HeadConfig, HeadTraining, Kind, MAEConfig, MAETraining
+
+from .groups import Group
+from .options import Debug, options_of
+from .render import notice, notice_if_slow
+from .training import (
+    TRAINING,
+    Out,
+    Session,
+    check_checkpoint,
+    images_of,
+    place_of,
+    say_result,
+    session_options,
+    train,
+)
+
+if TYPE_CHECKING:
+    from apm.mae.published import Start
+    from apm.pretrain.cache import GridCache
+    from apm.pretrain.loop import Trainer
+
+NETWORK, HEAD = "The network", "The head"
+SOURCES = "a checkpoint of apm mae, MAE's published file, timm:NAME or timm:NAME@FILE"
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Masked autoencoders (He et al. 2022), and heads on them: what vit-probe and ttt-mae of apm bench use.",
+)
+
+Images = Annotated[
+    Path, typer.Argument(help="Images in and below a folder, or Parquet files with a column image.", metavar="DATA")
+]
+Labelled = Annotated[
+    Path,
+    typer.Argument(
+        help="A folder of class folders, or a Parquet file with the columns image and label and the classes' names.",
+        metavar="DATA",
+    ),
+]
+Base = Annotated[str, typer.Option(help=f"Where encoder and decoder begin: {SOURCES}.", metavar="SOURCE")]
+OptionalBase = Annotated[
+    str | None,
+    typer.Option(help=f"Begin with these weights, not with drawn ones: {SOURCES}.", metavar="SOURCE"),
+]
+AllowTest = Annotated[
+    bool, typer.Option("--allow-test", help="Also take data whose name says that they are for testing.")
+]
+
+
+@app.command("train")
+@options_of(MAEConfig, "sizes", NETWORK)
+@options_of(MAETraining, "config", TRAINING)
+@session_options
+def train_(
+    data: Images,
+    out: Out,
+    sizes: MAEConfig,
+    config: MAETraining,
+    session: Session,
+    base: OptionalBase = None,
+    debug: Debug = False,
+) -> None:
+    """Train a masked autoencoder: most patches of an image are hidden, and said from the others. No labels.
+
+    With --base the sizes are those of its parts. Progress goes to stderr, the curves to CKPT.log.jsonl. The same
+    command after a kill goes on exactly where the last checkpoint was. Started by torchrun, the processes share each
+    batch.
+
+    Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
+    """
+    check_checkpoint(out)
+    start = _start(base, sizes)
+    chosen = replace(start.sizes if start else sizes, classes=0)
+
+    def make(cache: GridCache, known: dict[str, Any], **options: Any) -> Trainer:
+        from apm.mae.training import MAETrainer
+
+        return MAETrainer(out, cache, chosen, config, start=start, data=known, **options)
+
+    _train(
+        data,
+        out,
+        chosen,
+        session,
+        make,
+        names={"reconstruction": "masked patches"},
+        result="held out on {held_out:,}: mean squared error of masked patches {reconstruction:.5f}",
+    )
+
+
+@app.command()
+@options_of(HeadConfig, "head", HEAD)
+@options_of(HeadTraining, "config", TRAINING)
+@session_options
+def probe(
+    data: Labelled,
+    base: Base,
+    out: Out,
+    head: HeadConfig,
+    config: HeadTraining,
+    session: Session,
+    allow_test: AllowTest = False,
+    debug: Debug = False,
+) -> None:
+    """Train a head on labels, the encoder frozen: the ViT probe, where TTT-MAE begins too.
+
+    Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
+    """
+    _train_head("probe", data, base, out, head, config, session, allow_test)
+
+
+@app.command()
+@options_of(HeadConfig, "head", HEAD)
+@options_of(HeadTraining, "config", TRAINING)
+@session_options
+def finetune(
+    data: Labelled,
+    base: Base,
+    out: Out,
+    head: HeadConfig,
+    config: HeadTraining,
+    session: Session,
+    allow_test: AllowTest = False,
+    debug: Debug = False,
+) -> None:
+    """Train head and encoder together on labels.
+
+    Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
+    """
+    _train_head("finetune", data, base, out, head, config, session, allow_test)
+
+
+@app.command()
+@options_of(HeadConfig, "head", HEAD)
+@options_of(MAEConfig, "sizes", NETWORK)
+@options_of(HeadTraining, "config", TRAINING)
+@session_options
+def joint(
+    data: Labelled,
+    out: Out,
+    head: HeadConfig,
+    sizes: MAEConfig,
+    config: HeadTraining,
+    session: Session,
+    base: OptionalBase = None,
+    allow_test: AllowTest = False,
+    debug: Debug = False,
+) -> None:
+    """Train head, encoder and decoder at once, on labels and on masked patches.
+
+    Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
+    """
+    _train_head("joint", data, base, out, head, config, session, allow_test, sizes)
+
+
+def _start(base: str | None, sizes: MAEConfig) -> Start | None:
+    """The weights to begin with, without a head: each training has its own."""
+    if base is None:
+        return None
+    from apm.mae.published import read_start
+
+    found = read_start(base, sizes)
+    return replace(found, weights={n: w for n, w in found.weights.items() if not n.startswith("head.")})
+
+
+def _train_head(
+    kind: Kind,
+    data: Path,
+    base: str | None,
+    out: Path,
+    head: HeadConfig,
+    config: HeadTraining,
+    session: Session,
+    allow_test: bool,
+    sizes: MAEConfig | None = None,
+) -> None:
+    check_checkpoint(out)
+    from apm.benchmarks.datasets.training import class_of_each
+
+    classes, class_names = class_of_each(data, allow_test=allow_test)
+    start = _start(base, sizes or MAEConfig())
+    if start is not None and kind == "probe" and not start.has_decoder:
+        notice("The base has no decoder: one is drawn. The probe can be used as it is, but not by ttt-mae.")
+    chosen = (start.sizes if start else sizes or MAEConfig()).with_head(head, len(class_names))
+    digest = hashlib.sha256(json.dumps([class_names, sorted(classes.items())]).encode()).hexdigest()[:16]
+
+    def make(cache: GridCache, known: dict[str, Any], **options: Any) -> Trainer:
+        import numpy as np
+
+        from apm.mae.training import HeadTrainer
+
+        if unknown := [name for name in cache.names if name not in classes]:
+            raise UsageError(f"{len(unknown)} image(s) have no class, first {printable(unknown[0])}.")
+        labels = np.array([classes[name] for name in cache.names], dtype=np.int64)
+        settings = replace(config, kind=kind)
+        return HeadTrainer(
+            out, cache, chosen, settings, labels=labels, class_names=class_names, start=start, data=known, **options
+        )
+
+    names = {"cross_entropy": "cross-entropy", "accuracy": "accuracy"}
+    result = "held out on {held_out:,}: accuracy {accuracy:.2%}, cross-entropy {cross_entropy:.4f}"
+    if kind == "joint":
+        names["reconstruction"] = "masked patches"
+    _train(data, out, chosen, session, make, names=names, result=result, labels=digest)
+
+
+def _train(
+    data: Path,
+    out: Path,
+    sizes: MAEConfig,
+    session: Session,
+    make: Callable[..., Trainer],
+    *,
+    names: Mapping[str, str],
+    result: str,
+    labels: str | None = None,
+) -> None:
+    """Train in one process, or in each of several; the first of them talks."""
+    from apm.mae.published import NETWORK as KIND
+    from apm.pretrain.checkpoint import check_settings, read_network
+    from apm.pretrain.images import open_images
+    from apm.processes import join
+
+    source, place = open_images(data), place_of(session.device)
+    known = {"data": source.fingerprint, **({} if labels is None else {"labels": labels})}
+    if out.exists():  # told now, and not after many images are read
+        check_settings(out, read_network(out, KIND), sizes, known)
+    with join() as group:
+        talks = group.first and not session.quiet
+        if group.first:
+            notice_if_slow(session.precision, place)
+            cache = images_of(source, out, session, size=sizes.image_size, wanted=talks)
+        group.barrier()
+        if not group.first:
+            cache = images_of(source, out, session, size=sizes.image_size, wanted=False)
+        trainer = make(cache, known, precision=session.precision, device=place, processes=group)
+        train(trainer, names, session, wanted=talks, speaks=group.first)
+        if group.first:
+            say_result(trainer, result)

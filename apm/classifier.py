@@ -29,16 +29,18 @@ from apm.labels import (
     choose_templates,
     prompt_templates,
 )
+from apm.segmentation import PLACES, Segmentation, segment_image
 from apm.student.cells import Cells
 from apm.student.drawn_ahead import DrawnAhead
-from apm.student.field import resample
+from apm.student.field import SavedField, resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.grid_views import number_of, view_cells
+from apm.test_time.grid_views import view_cells
 from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
 from apm.test_time.options import StudentOptions
 from apm.test_time.targets import aggregate
 from apm.test_time.trainer import LARGEST_BATCH, AdaptResult, TestTimeTrainer
+from apm.test_time.view_numbers import number_of
 from apm.test_time.views import pixels_id, view_tokens
 from apm.text.zeroshot import ZeroShotHead
 
@@ -205,6 +207,54 @@ class Classifier:
         if answer.error is not None:
             raise ImageError(answer.error)
         return Perception(answer=answer, image=whole, result=result, token=tokens[0], grid=grid)
+
+    def segment(
+        self,
+        image: str | os.PathLike[str] | Image.Image,
+        *,
+        background: Sequence[str] = (),
+        min_area: float = 0.001,
+        places: int = PLACES,
+    ) -> Segmentation:
+        """Say which label is where on the whole of a file, or a PIL image, of any shape.
+
+        Args:
+            image: path, or pixels.
+            background: labels of this classifier that count as none; so do places where the best label is less probable
+                than its `min_probability`.
+            min_area: connected pieces with a smaller share of the image's area are given to what is next to them.
+            places: along the shorter side, at which the fields are read.
+
+        Raises:
+            ImageError: the file cannot be read, or the steps gave no finite result.
+            UsageError: only the token is distilled, which says nothing of places; or a value that cannot work.
+        """
+        if self.student.distil == "cls":
+            raise UsageError("To segment takes a target that says what is where: distil both, or grid, not cls.")
+        if isinstance(image, Image.Image):
+            path, loaded = None, from_pixels(image)
+        else:
+            path, loaded = Path(image), load_image(image, max_pixels=self.max_pixels)
+
+        def adapted(tile: Image.Image) -> SavedField:
+            (answer,), result, _ = self._adapt(
+                [self._prepare(path, LoadedImage(image=tile), keep_image=True)], keep_field=True
+            )
+            if answer.error is not None:
+                raise ImageError(answer.error)
+            assert result.folded is not None
+            return result.folded
+
+        return segment_image(
+            loaded.image,
+            adapted,
+            self.head,
+            background=background,
+            min_probability=self.min_probability,
+            min_area=min_area,
+            places=places,
+            notes=loaded.notes,
+        )
 
     def classify(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[Answer]:
         """Yield one answer a path, in the order of `paths`, each as soon as its batch is done.

@@ -114,7 +114,9 @@ def classify(
     inputs = Inputs(paths)
     inputs.name_problems(form)
     try:
-        classifier = _classifier(source, names, student, form, device=device, batch_size=size, max_pixels=max_pixels)
+        classifier = load_classifier(
+            source, names, student, form, device=device, batch_size=size, max_pixels=max_pixels
+        )
     except KeyboardInterrupt:
         raise interrupted(0, inputs.total, form) from None
     for note in _notes(classifier, quiet=form.quiet, chosen=chosen):
@@ -123,7 +125,7 @@ def classify(
     Answering(classifier, inputs, form).run()
 
 
-def _classifier(
+def load_classifier(
     source: Source,
     names: tuple[str, ...] | None,
     student: dict[str, Any],

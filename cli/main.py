@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module of this package; what `apm --help` says). The module holds a function of the same name, or `app`, a
     # group of commands
     "classify": (".classify", "Say what is on photographs, adapting a fresh student to each."),
+    "segment": (".segment", "Say what is where on photographs: label maps, overlays, shares and boxes."),
     "teachers": (".teachers", "List the teachers, and which are on this machine."),
     "encode": (".encode", "Encode images and views once, into a store for many runs."),
     "bench": (".bench", "Run methods on data sets, resumably, into records."),

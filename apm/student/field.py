@@ -1,6 +1,7 @@
 """Fields of adapted students: what is kept, how they unfold again at any location, and grids at their places."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,23 @@ class SavedField:
     def features(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Features (B, Q, D) at Q locations, rows and columns in grid cells; bounded memory besides the result."""
         return torch.cat([features for _, _, features in self._parts(rows, cols)], dim=1)
+
+    def read(self, points: Tensor | Sequence[Sequence[float]]) -> Tensor:
+        """Features (B, Q, D) at any places of the square that the students saw, in any order and number.
+
+        Args:
+            points: (Q, 2): y and x of each place, as shares of the side from the top left, in [0, 1].
+
+        Raises:
+            UsageError: another shape, or a place that is not in the square.
+        """
+        where = torch.as_tensor(points, dtype=torch.float64)
+        if where.ndim != 2 or where.shape[1] != 2:
+            raise UsageError(f"Places must have the shape (Q, 2), y and x of each, not {tuple(where.shape)}.")
+        if not bool(((where >= 0) & (where <= 1)).all()):
+            raise UsageError("Places are shares of the square's side: y and x must lie between 0 and 1.")
+        rows, cols = (where * math.isqrt(self.columns.shape[1]) - 0.5).unbind(dim=1)
+        return self.features(rows, cols)
 
     @torch.no_grad()
     def attention(self, rows: Tensor, cols: Tensor) -> Tensor:

@@ -18,16 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apm.errors import UsageError
 from apm.images.crops import view_generator
 from apm.student.cells import Box, Cells, shares_of
+from apm.test_time.view_numbers import number_of
 
 if TYPE_CHECKING:
     from apm.teachers.base import Teacher
 
-TOKENS = "tokens"
-CROPS = 64
-"""Views of ``tokens`` without a number."""
 GRID_SIDES = (0.4, 0.8)
 """Sides of the parts whose grids are targets, as shares of the square's."""
 TOKEN_SIDES = (0.2, 0.5)
@@ -45,44 +42,6 @@ class GridView:
     """The part of the square that it shows."""
     flipped: bool = False
     """Whether it is shown mirrored."""
-
-
-def parse_grid_views(text: str) -> int | str:
-    """Read a number of views, ``tokens``, or ``tokens:N``.
-
-    Raises:
-        UsageError: it is none of them.
-    """
-    value = int(text) if text.isdecimal() else text
-    check_grid_views("grid_views", value)
-    return value
-
-
-def check_grid_views(_: str, value: int | str) -> None:
-    """Refuse what is no number of views.
-
-    Raises:
-        UsageError: with the value.
-    """
-    count = value if isinstance(value, int) else _tokens(value)
-    if count is None or count < 1:
-        raise UsageError(f'grid_views is "{value}"; it must be a number from 1 on, tokens, or tokens:N.')
-
-
-def number_of(value: int | str) -> tuple[int, bool]:
-    """How many views there are, the image itself included, and whether their tokens are the targets."""
-    if isinstance(value, int):
-        return value, False
-    count = _tokens(value)
-    assert count is not None
-    return count, True
-
-
-def _tokens(value: str) -> int | None:
-    word, _, number = value.partition(":")
-    if word != TOKENS or (number and not number.isdecimal()) or (":" in value and not number):
-        return None
-    return int(number) if number else CROPS
 
 
 def grid_views(count: int, *, seed: int, sample_id: str, sides: tuple[float, float] = GRID_SIDES) -> list[GridView]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from apm.errors import UsageError
 from apm.settings import at_least, check_values, not_negative, positive, setting, settings_of
 from apm.student.config import PRESETS, APMConfig, Distil, Loss, Precision, Readout
-from apm.test_time.grid_views import check_grid_views, parse_grid_views
 from apm.test_time.queries import ALL, AUTO, check_queries, locations_a_step, parse_queries
+from apm.test_time.view_numbers import check_grid_views, parse_grid_views
 
 if TYPE_CHECKING:
     import torch

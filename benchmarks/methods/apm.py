@@ -15,10 +15,10 @@ from apm.classifier import check_grid
 from apm.settings import settings_of
 from apm.student.cells import Cells
 from apm.student.field import resample
-from apm.test_time.grid_views import number_of
 from apm.test_time.options import StudentOptions
 from apm.test_time.targets import aggregate
 from apm.test_time.trainer import TestTimeTrainer
+from apm.test_time.view_numbers import number_of
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings
 

@@ -10,15 +10,8 @@ from PIL import Image
 from apm import Classifier, StudentOptions
 from apm.errors import TeacherError, UsageError
 from apm.student.cells import shares_of
-from apm.test_time.grid_views import (
-    GridView,
-    check_grid_views,
-    cut,
-    grid_views,
-    number_of,
-    parse_grid_views,
-    view_cells,
-)
+from apm.test_time.grid_views import GridView, cut, grid_views, view_cells
+from apm.test_time.view_numbers import check_grid_views, number_of, parse_grid_views
 from apm.test_time.views import pixels_id
 from tests.fakes import FakeTeacher
 

@@ -38,6 +38,7 @@ from apm.teachers.base import Teacher
 from apm.test_time.grid_views import view_cells
 from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
 from apm.test_time.options import StudentOptions
+from apm.test_time.readings import read_modes
 from apm.test_time.targets import aggregate
 from apm.test_time.trainer import LARGEST_BATCH, AdaptResult, TestTimeTrainer
 from apm.test_time.view_numbers import number_of
@@ -326,7 +327,10 @@ class Classifier:
         targets = torch.stack([self._target(one, token) for one, token in zip(batch, tokens, strict=True)])  # (B, D)
         images = torch.stack([one.student_pixels for one in batch])  # (B, 3, S, S)
         grids = self._target_grids(batch) if self.adapt_config.distil != "cls" else None
-        result = self.trainer.adapt(images, targets, grids=grids, keep_field=keep_field, snapshots=snapshots)
+        modes = self.student.readout == "mode"
+        result = self.trainer.adapt(images, targets, grids=grids, keep_field=keep_field or modes, snapshots=snapshots)
+        if modes:
+            result = read_modes(result, self.head, self.student_config.grid, targets)
         answers = [self._one_answer(one, result, row, tokens[row]) for row, one in enumerate(batch)]
         return answers, result, tokens
 

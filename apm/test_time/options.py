@@ -9,7 +9,7 @@ A field of `StudentOptions` with a `setting` is an option of ``apm classify`` an
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from apm.errors import UsageError
 from apm.settings import at_least, check_values, not_negative, positive, setting, settings_of
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from apm.test_time.targets import TargetPolicy
+
+
+Reading = Literal["query", "mean", "mode"]
 
 
 def _queries(_: str, value: int | str) -> None:
@@ -124,11 +127,12 @@ class StudentOptions(TrainingOptions):
     """
 
     preset: str = setting("paper", "The student's size: paper or small.", choices=PRESETS)
-    readout: Readout | None = setting(
+    readout: Reading | None = setting(
         None,
-        "How the student's token is read: query (attention of a learned object query) or mean (the field's mean).",
+        "How the student's token is read: query (attention of a learned object query), mean (the field's mean) or mode "
+        "(the field's mode by mean shift; fitted as mean, with --distil grid or both).",
         default_words="query; mean with --distil grid",  # the grid alone would leave the object query as it was drawn
-        choices=typing.get_args(Readout),
+        choices=typing.get_args(Reading),
     )
     queries: int | str = setting(
         AUTO,
@@ -163,6 +167,8 @@ class StudentOptions(TrainingOptions):
 
         check_distilled(self.target, self.distil)
         self.policy()
+        if self.readout == "mode" and self.distil == "cls":
+            raise UsageError("readout=mode but distil=cls, which says nothing of places; add distil=both.")
         if self.grid_views != 1 and self.distil == "cls":
             raise UsageError(
                 f"grid_views={self.grid_views} but distil=cls, which has no target for the field; add distil=both."
@@ -174,7 +180,9 @@ class StudentOptions(TrainingOptions):
 
     @property
     def chosen_readout(self) -> Readout:
-        """The readout: the one given, else what suits what is distilled."""
+        """The readout of the network: the one given, else what suits what is distilled; the mode's is the mean."""
+        if self.readout == "mode":
+            return "mean"
         return self.readout or ("mean" if self.distil == "grid" else "query")
 
     def model(self, dim: int) -> APMConfig:
@@ -216,5 +224,5 @@ class StudentOptions(TrainingOptions):
         """All settings as they are used on a device, as JSON values; ``queries`` is None for all locations."""
         policy = dataclasses.asdict(self.policy())
         del policy["kind"]
-        used = {**dataclasses.asdict(self.training(device)), **policy, "readout": self.chosen_readout}
+        used = {**dataclasses.asdict(self.training(device)), **policy, "readout": self.readout or self.chosen_readout}
         return {**dataclasses.asdict(self), **used}

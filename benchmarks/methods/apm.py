@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from apm.classifier import check_grid
+from apm.errors import UsageError
 from apm.settings import settings_of
 from apm.student.cells import Cells
 from apm.student.field import resample
 from apm.test_time.options import StudentOptions
+from apm.test_time.readings import read_modes
 from apm.test_time.targets import aggregate
 from apm.test_time.trainer import TestTimeTrainer
 from apm.test_time.view_numbers import number_of
@@ -39,6 +41,10 @@ class APMTestTimeTraining:
         self._adapt = self._student.training(self._device)
         self._record_steps = options.record_steps
         self._trainer: TestTimeTrainer | None = None
+        if self._record_steps and self._student.readout == "mode":
+            raise UsageError(
+                "readout=mode is read after the last step alone: record no steps, or choose another readout."
+            )
         TestTimeTrainer.check(self._student.model(dim=512), self._adapt)  # found wrong before any image is read
         self.name = self._name(options)
         defaults = {name: getattr(StudentOptions, name) for name in _UNSAID}
@@ -57,7 +63,10 @@ class APMTestTimeTraining:
         trainer = self._trainer_for(batch)
         images = batch.student_images(trainer.model.image_size)
         grids = self._grids(batch, trainer.model.grid)
-        result = trainer.adapt(images, self._targets(batch), grids=grids, record_tokens=self._record_steps)
+        targets, modes = self._targets(batch), self._student.readout == "mode"
+        result = trainer.adapt(images, targets, grids=grids, record_tokens=self._record_steps, keep_field=modes)
+        if modes:
+            result = read_modes(result, batch.head, trainer.model.grid, targets)
         return Prediction(
             logits=batch.head.logits(result.tokens),
             extras={"loss": result.final_losses, "cosine": result.final_cosines, "steps": result.steps},

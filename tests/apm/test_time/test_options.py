@@ -118,6 +118,7 @@ def test_the_trainer_gets_every_setting_it_shares() -> None:
     ("changes", "words"),
     [
         ({"views": 8}, 'views with the target "cls"'),
+        ({"readout": "mode"}, "add distil=both"),
         ({"target": "mat"}, 'Did you mean "mta"'),
         ({"target": "mta", "distil": "grid"}, "has no loss for it; add distil=both"),
         ({"target": "mta", "views": 0}, "0 views"),

@@ -110,11 +110,9 @@ def open_dataset(
     Args:
         name: a key of `DATASETS`.
         root: folder that holds data sets, or the data set's own folder; default: the environment variable APM_DATA.
-        corruption: one of the 15 of ImageNet-C. For imagenet-c it chooses the folder (or, with `from_clean`, what is
-            made from clean ImageNet); for any other set the corruption is made on the fly.
-        level: severity of the corruption, 1 to 5.
-        limit: take that many samples, as evenly from all classes as they allow. Which ones depends on `seed` and the
-            samples' ids only, and a larger limit keeps those of a smaller one. Their order is the data set's.
+        corruption, level: one of the 15 of ImageNet-C, and its severity, 1 to 5. For imagenet-c they choose the folder
+            (or, with `from_clean`, what is made from clean ImageNet); any other set is corrupted on the fly.
+        limit: take that many samples, as evenly from all classes as they allow: see `balanced_subset`.
         seed: for `limit` and for corruptions made here.
         from_clean: make imagenet-c from clean ImageNet: short side to 256, central 224×224, as the official files.
         source: ``hf:REPO[:SPLIT]`` instead of a folder.
@@ -124,65 +122,71 @@ def open_dataset(
         UsageError: unknown names, missing data, a wrong folder, a limit below 1. The message says what to do.
     """
     spec = spec_of(name)
-    if limit is not None and limit < 1:
-        raise UsageError(f"A limit of {limit} samples leaves nothing: use 1 or more.")
-    if label_set is not None and spec.reader != "folder":
-        raise UsageError(f"The label space of {name} is its own: --label-set is for the data set folder.")
-    if corruption is not None:
-        if corruption not in CORRUPTIONS:
-            raise unknown("corruption", corruption, CORRUPTIONS)
-        check_level(level)
-    elif spec.reader == "corrupted":
-        raise UsageError(f"{name} needs a corruption: {', '.join(CORRUPTIONS)}.")
-    elif from_clean:
-        raise UsageError(f"--from-clean makes corrupted images: name a --corruption for {name}.")
-
+    _check_asked(spec, corruption, level, limit, label_set, from_clean=from_clean)
     generated = corruption is not None and (from_clean or spec.reader != "corrupted")
     clean = spec_of("imagenet") if generated and spec.reader == "corrupted" else spec
     listing, layout, place = _read(clean, data_root(root), corruption or "", level, source, label_set)
-    notes = [*listing.notes, *_name_notes(listing.class_names)]
-    if spec.images and len(listing.samples) != spec.images:
-        which = " (the usual subset of 5,000)" if spec.reader == "corrupted" and len(listing.samples) == 5000 else ""
-        notes.append(f"{len(listing.samples):,} images{which}; {name} has {spec.images:,}: compare with care.")
-    variant = variant_of(spec, place)
-    if variant is not None and len(listing.samples) > spec.images:
-        variant = UNKNOWN_VARIANT  # several in one tree
-    warnings = [*_variant_warnings(spec, variant, place), *_corrupted_warnings(clean, place, source)]
-    if source is None and (other := other_set(clean, Path(place))):
-        warnings.append(f"By the names of its folders, {place} is {other}: do not report it as {clean.name}.")
+    notes = [*listing.notes, *_name_notes(listing.class_names), *_count_notes(spec, len(listing.samples))]
+    warnings, variant = _warnings(spec, clean, place, source, len(listing.samples))
     if not generated and spec.reader in ("corrupted", "folder") and source is None and _was_generated(place):
         generated = True
         notes.append(f"The corrupted images were {MARK}.")
     elif generated and corruption is not None:
-        # Official pictures were cut from a short side of 256; other sets keep their whole field of view.
-        resize = RESIZE if spec.reader == "corrupted" else CROP
-        listing = replace(listing, samples=_corrupted(listing.samples, corruption, level, seed, resize))
-        notes.append(f"Corruption {corruption}, level {level}, {MARK} (seed {seed}, short side {resize}, crop {CROP}).")
-    samples = listing.samples if limit is None else balanced_subset(listing.samples, limit, seed)
-    limited = len(samples) < len(listing.samples)
-    if limited:
-        notes.append(
-            f"Subset: {len(samples):,} of {len(listing.samples):,} images, class-balanced, drawn with seed {seed}."
-        )
-    return Dataset(
+        samples, note = _corrupted(spec, listing.samples, corruption, level, seed)
+        listing, notes = replace(listing, samples=samples), [*notes, note]
+    opened = Dataset(
         name=name,
-        samples=samples,
+        samples=listing.samples,
         class_names=listing.class_names,
         templates=(spec.template,),
         prompts_name=spec.prompts_name,
         layout=layout,
         source=place,
         split=listing.split,
-        fingerprint=fingerprint(samples, listing.content),
+        fingerprint="",
         notes=tuple(notes),
         warnings=tuple(warnings),
         variant=variant,
         total=len(listing.samples),
-        limit=limit if limited else None,
         corruption=corruption,
         level=level if corruption else None,
         generated=generated,
     )
+    return _limited(opened, limit, seed, listing.content)
+
+
+def _check_asked(
+    spec: DatasetSpec,
+    corruption: str | None,
+    level: int,
+    limit: int | None,
+    label_set: str | None,
+    *,
+    from_clean: bool,
+) -> None:
+    """Refuse, before anything is read, what no data set has, or this one has not."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"A limit of {limit} samples leaves nothing: use 1 or more.")
+    if label_set is not None and spec.reader != "folder":
+        raise UsageError(f"The label space of {spec.name} is its own: --label-set is for the data set folder.")
+    if corruption is not None:
+        if corruption not in CORRUPTIONS:
+            raise unknown("corruption", corruption, CORRUPTIONS)
+        check_level(level)
+    elif spec.reader == "corrupted":
+        raise UsageError(f"{spec.name} needs a corruption: {', '.join(CORRUPTIONS)}.")
+    elif from_clean:
+        raise UsageError(f"--from-clean makes corrupted images: name a --corruption for {spec.name}.")
+
+
+def _limited(dataset: Dataset, limit: int | None, seed: int, content: str) -> Dataset:
+    """The data set with the samples that are used, and their fingerprint."""
+    samples = dataset.samples if limit is None else balanced_subset(dataset.samples, limit, seed)
+    identity = fingerprint(samples, content)
+    if len(samples) == dataset.total:
+        return replace(dataset, samples=samples, fingerprint=identity)
+    note = f"Subset: {len(samples):,} of {dataset.total:,} images, class-balanced, drawn with seed {seed}."
+    return replace(dataset, samples=samples, fingerprint=identity, limit=limit, notes=(*dataset.notes, note))
 
 
 def _read(
@@ -210,6 +214,26 @@ def _name_notes(class_names: Sequence[str]) -> list[str]:
     if not twice:
         return []
     return [f"Class names that occur more than once cannot be told apart: {', '.join(twice)}."]
+
+
+def _count_notes(spec: DatasetSpec, images: int) -> list[str]:
+    if not spec.images or images == spec.images:
+        return []
+    which = " (the usual subset of 5,000)" if spec.reader == "corrupted" and images == 5000 else ""
+    return [f"{images:,} images{which}; {spec.name} has {spec.images:,}: compare with care."]
+
+
+def _warnings(
+    spec: DatasetSpec, clean: DatasetSpec, place: str, source: str | None, images: int
+) -> tuple[list[str], str | None]:
+    """What makes the numbers something else than the name says, and which variant of the set this is."""
+    variant = variant_of(spec, place)
+    if variant is not None and images > spec.images:
+        variant = UNKNOWN_VARIANT  # several in one tree
+    warnings = [*_variant_warnings(spec, variant, place), *_corrupted_warnings(clean, place, source)]
+    if source is None and (other := other_set(clean, Path(place))):
+        warnings.append(f"By the names of its folders, {place} is {other}: do not report it as {clean.name}.")
+    return warnings, variant
 
 
 def _variant_warnings(spec: DatasetSpec, variant: str | None, place: str) -> list[str]:
@@ -246,11 +270,18 @@ def _was_generated(place: str) -> bool:
     return (Path(place).resolve().parent.parent / SETTINGS_FILE).is_file()
 
 
-def _corrupted(samples: Sequence[Sample], corruption: str, level: int, seed: int, resize: int) -> list[Sample]:
-    return [
+def _corrupted(
+    spec: DatasetSpec, samples: Sequence[Sample], corruption: str, level: int, seed: int
+) -> tuple[list[Sample], str]:
+    """The samples, corrupted when they are opened, and a note of it."""
+    # Official pictures were cut from a short side of 256; other sets keep their whole field of view.
+    resize = RESIZE if spec.reader == "corrupted" else CROP
+    made = [
         Sample(sample.id, sample.label, partial(_load_corrupted, sample, corruption, level, seed, resize), sample.path)
         for sample in samples
     ]
+    note = f"Corruption {corruption}, level {level}, {MARK} (seed {seed}, short side {resize}, crop {CROP})."
+    return made, note
 
 
 def _load_corrupted(sample: Sample, corruption: str, level: int, seed: int, resize: int) -> Image.Image:

@@ -109,16 +109,8 @@ def lines(
         for place, line in enumerate(series):
             # levels are few: methods stand a little beside each other there, or they would hide each other
             aside = (place - (len(series) - 1) / 2) * min(0.05, 0.3 / len(series)) if x_ticks else 0.0
-            x, y = [p.x + aside for p in line.points], [p.y for p in line.points]
-            dashes = "--" if line.dashed else "-"
-            axes.plot(x, y, dashes, color=colour(line.series), linewidth=1.8, zorder=3)
-            for at, p in zip(x, line.points, strict=True):
-                if p.error:
-                    _error(axes, [at, at], [p.y - p.error, p.y + p.error], line.series)
-            for at, p in list(zip(x, line.points, strict=True))[0 if markers else -1 :]:
-                what = f"{line.name}{', ' + line.what if line.what else ''}, {x_label} {names.get(p.x, _number(p.x))}"
-                spread = f" ± {p.error:.1f}" if p.error else ""
-                mark(axes, at, p.y, line.series, printable(f"{what}: {p.y:.1f}{spread} % (n = {p.n})"))
+            said = [f"{x_label} {names.get(p.x, _number(p.x))}" for p in line.points]
+            _line(axes, line, aside, said, markers=markers)
         axes.margins(x=0.06)
         low, high = axes.get_ylim()
         if chance is not None and low <= chance <= high:
@@ -340,6 +332,19 @@ def _hold(
     # at an end of the scale the marks still need room to be whole
     edge = 0.02 * (high - low + 2 * room)
     limit(max(low - room, within[0] - edge), min(high + room, within[1] + edge))
+
+
+def _line(axes: Any, line: Line, aside: float, said: Sequence[str], *, markers: bool) -> None:
+    """A line with its points and their errors; `said` is each point's place in words."""
+    x, dashes = [p.x + aside for p in line.points], "--" if line.dashed else "-"
+    axes.plot(x, [p.y for p in line.points], dashes, color=colour(line.series), linewidth=1.8, zorder=3)
+    for at, p in zip(x, line.points, strict=True):
+        if p.error:
+            _error(axes, [at, at], [p.y - p.error, p.y + p.error], line.series)
+    name = f"{line.name}, {line.what}" if line.what else line.name
+    for at, p, place in list(zip(x, line.points, said, strict=True))[0 if markers else -1 :]:
+        spread = f" ± {p.error:.1f}" if p.error else ""
+        mark(axes, at, p.y, line.series, printable(f"{name}, {place}: {p.y:.1f}{spread} % (n = {p.n})"))
 
 
 def _error(

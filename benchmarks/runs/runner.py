@@ -19,41 +19,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from apm.errors import ApmError, UsageError
 from apm.processes import ALONE, Group
 from apm.teachers.base import Teacher
-from apm.text.zeroshot import ZeroShotHead
 
-from ..methods.base import Batch, Method, StreamMethod
-from ..methods.published import AsPublished
-from .decoding import Readable, Unreadable, next_batch
-from .environment import peak_memory
+from ..methods.base import Method
 from .file_state import check_files
 from .locks import patience
 from .progress import Progress
 from .records import RunFolder
-from .rows import Row
-from .run_record import (
-    RunOptions,
-    add_own_prompts,
-    check_complete,
-    check_same_data,
-    configuration,
-    count_rows,
-    describe_cells,
-    prepare,
-    prompted,
-)
-from .scoring import NOT_FINITE, Tally, score
-from .shares import WorkShare, divide, stream_order
-from .source import CellImages, Features
-from .timed_batch import TimedBatch
+from .run_record import RunOptions, add_own_prompts, check_same_data, configuration, describe_cells, prepare
+from .session import Session
+from .source import Features
 
 if TYPE_CHECKING:
     from ..datasets import Dataset
@@ -119,11 +103,35 @@ def run(
         raise UsageError(f"Two methods of one run have the same name: {', '.join(names)}.")
     folder = RunFolder(path)
     started = time.monotonic()
+    with _begun(folder, cells, methods, teacher, options, features, group) as (headers, record):
+        for cell, header in headers.items() if group.first else ():
+            for warning in header["warnings"]:
+                on_warning(f"{cell}: {warning}")
+        told = on_progress, on_note, on_failure, on_texts
+        session = Session(folder, methods, teacher, options, features, group, record, started, *told)
+        session.run(headers, cells)
+        return Summary(path, record)
+
+
+@contextmanager
+def _begun(
+    folder: RunFolder,
+    cells: Sequence[Callable[[], Dataset]],
+    methods: Sequence[Method],
+    teacher: Teacher,
+    options: RunOptions,
+    features: Features | None,
+    group: Group,
+) -> Iterator[tuple[dict[str, dict[str, Any]], dict[str, Any]]]:
+    """Hold the run folder, and begin or continue the run in it.
+
+    Gives every process what run.json says, of the cells and altogether.
+    """
     headers, sets, states = describe_cells(cells, options, look=group.first)
     add_own_prompts(headers, sets, methods)
+    config = configuration(methods, teacher, headers, options)
     opened = dict(zip(headers, cells, strict=True))
     files = partial(check_files, folder, states, opened)
-    config = configuration(methods, teacher, headers, options)
     lock, record, refusal = None, None, None
     if group.first:
         try:
@@ -140,259 +148,7 @@ def run(
             raise refusal
         assert record is not None
         check_same_data(record["config"], config, group)
-        for cell, header in headers.items() if group.first else ():
-            for warning in header["warnings"]:
-                on_warning(f"{cell}: {warning}")
-        folder.join(record["sessions"][-1]["id"])
-        work = Session(
-            folder,
-            methods,
-            teacher,
-            options,
-            group,
-            record,
-            started,
-            on_progress,
-            on_note,
-            on_failure,
-            on_texts,
-            features,
-        )
-        try:
-            work.plan(headers)
-            for number, (key, open_cell) in enumerate(zip(headers, cells, strict=True)):
-                work.run_cell(number, key, open_cell)
-            group.barrier()
-        finally:
-            if group.first:
-                record["counts"] = count_rows(folder, headers)
-                work.write_record()
-        if group.first:
-            check_complete(folder, record["counts"], headers, len(methods))
-            for cell in headers:
-                folder.merge(cell)
-            folder.end()
-        return Summary(path, record)
+        yield headers, record
     finally:
         if lock is not None:
             lock.release()
-
-
-class Session:
-    """The state of one process during a run."""
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        methods: Sequence[Method],
-        teacher: Teacher,
-        options: RunOptions,
-        group: Group,
-        record: dict[str, Any],
-        started: float,
-        on_progress: Callable[[Progress], None],
-        on_note: Callable[[str], None],
-        on_failure: Callable[[str], None],
-        on_texts: Callable[[int, int], None] | None = None,
-        features: Features | None = None,
-    ) -> None:
-        self.folder, self.methods, self.teacher, self.options = folder, methods, teacher, options
-        self.group, self.record, self.started = group, record, started
-        self.on_progress, self.on_note, self.on_failure = on_progress, on_note, on_failure
-        self.on_texts, self.features = on_texts, features
-        self.looking: set[str] = set()  # methods that were seen to ask for pixels though features are known
-        self.heads: dict[tuple[tuple[str, ...], tuple[str, ...]], ZeroShotHead] = {}
-        self.earlier_seconds = record["wall_seconds"]
-        self.lanes: dict[str, list[WorkShare]] = {}
-        self.left = 0
-        self.answered = 0
-        self.working_seconds = 0.0
-        self.seconds_per_image: float | None = None
-
-    def plan(self, headers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Find out what is left to do in every cell."""
-        done = 0
-        for cell, header in headers.items():
-            rows = self.folder.read(cell, ["position", "method"])
-            done += len(set(rows["position"].to_pylist()))
-            self.lanes[cell] = divide(self.methods, rows, header["images"], self.group, spread=bool(self.features))
-            self.left += sum(len(lane.positions) for lane in self.lanes[cell])
-        if done and self.group.first:
-            self.on_note(f"Continuing {self.folder.path}: {done} images are done.")
-
-    def run_cell(self, number: int, cell: str, open_cell: Callable[[], Dataset]) -> None:
-        """Answer what is left of one cell."""
-        lanes = self.lanes[cell]
-        if not lanes:
-            return
-        dataset = prompted(open_cell(), self.options)
-        if dataset.fingerprint != self.record["cells"][cell]["fingerprint"]:
-            raise UsageError(f"The files of {cell} have changed since the run began.")
-        folder = Path(dataset.source) if Path(dataset.source).is_dir() else None  # None: built in, or streamed
-        source = CellImages(
-            dataset.samples,
-            stream_order(len(dataset.samples), self.options.order_seed),
-            ahead=self.options.batch_size + self.options.workers,
-            workers=self.options.workers,
-            known=None if self.features is None else self.features.cell(dataset),
-        )
-        head = self._head(dataset)
-        total = sum(len(lane.positions) for lane in lanes)
-        done = 0
-        tally = Tally()
-        for lane in lanes:
-            for method in lane.methods:
-                if isinstance(method, AsPublished):
-                    method.begin(dataset.name)
-                if method.stream:
-                    cast(StreamMethod, method).reset()
-            if lane.replay:
-                self._replay(lane, source, head)
-            buffer = _Buffer(self.folder, cell, self.options.flush_seconds, self.write_record)
-            images = source.read(lane.positions)
-            try:
-                while True:
-                    begun = time.monotonic()
-                    items = next_batch(images, lane.together or self._batch_size(), whole=lane.together is not None)
-                    if not items:
-                        break
-                    if folder is not None and not folder.is_dir():  # an unplugged drive: no image is at fault
-                        raise ApmError(f"{folder} is no longer there. Run the same command again when it is.")
-                    answers = self._answer(items, lane.methods, head, cell, source)
-                    rows = [row for row in answers if row.position not in lane.recorded[row.method]]
-                    buffer.add(rows, begun)
-                    tally.add(rows)
-                    self._measure(len(items), time.monotonic() - begun)
-                    done += len(items)
-                    self._report(number, cell, done, total, tally)
-            finally:
-                images.close()
-                buffer.flush()
-
-    def _head(self, dataset: Dataset) -> ZeroShotHead:
-        key = (tuple(dataset.class_names), tuple(dataset.templates))
-        if key not in self.heads:
-            head = ZeroShotHead.build(self.teacher, *key, progress=self.on_texts)
-            self.heads = {key: head}  # one at a time: 1000 classes × D stay small
-        return self.heads[key]
-
-    def _batch_size(self) -> int:
-        """One image to learn the speed, then as many as asked for, unless they would take more than half the flush
-        time.
-        """
-        if self.seconds_per_image is None:
-            return 1
-        fitting = int(self.options.flush_seconds / 2 / max(self.seconds_per_image, 1e-9))
-        return max(1, min(self.options.batch_size, fitting))
-
-    def _measure(self, images: int, seconds: float) -> None:
-        self.seconds_per_image = seconds / images
-        self.answered += images
-        self.left -= images
-        self.working_seconds += seconds
-
-    def _report(self, number: int, cell: str, done: int, total: int, tally: Tally) -> None:
-        rate = self.answered / self.working_seconds if self.working_seconds else 0.0
-        remaining = self.left / rate if rate else 0.0
-        self.on_progress(Progress(cell, number + 1, len(self.lanes), done, total, tally.accuracy(), rate, remaining))
-
-    def _batch(self, items: Sequence[Readable], head: ZeroShotHead, source: CellImages) -> TimedBatch:
-        return TimedBatch(
-            [item.sample.id for item in items],
-            source.opened(items),
-            self.teacher,
-            head,
-            seed=self.options.seed,
-            stream_length=len(source),
-            known=source.views(items),
-        )
-
-    def _replay(self, lane: WorkShare, source: CellImages, head: ZeroShotHead) -> None:
-        """Show stream methods again what they have answered already, and record nothing."""
-        stream = [method for method in lane.methods if method.stream]
-        names = ", ".join(method.name for method in stream)
-        self.on_note(f"Rebuilding the state of {names} from the {len(lane.replay)} images before.")
-        images = source.read(lane.replay)
-        try:
-            while items := next_batch(images, self.options.batch_size):
-                if readable := [item for item in items if isinstance(item, Readable)]:
-                    batch = self._batch(readable, head, source)
-                    for method in stream:
-                        method.predict(batch)
-                        self._watch(method, batch, source)
-        finally:
-            images.close()
-
-    def _answer(
-        self,
-        items: Sequence[Readable | Unreadable],
-        methods: Sequence[Method],
-        head: ZeroShotHead,
-        cell: str,
-        source: CellImages,
-    ) -> list[Row]:
-        """Answer a batch of a cell by all methods: a row for each image and method."""
-        rows = []
-        readable = [item for item in items if isinstance(item, Readable)]
-        if readable:
-            batch = self._batch(readable, head, source)
-            logits, _, _ = batch.measure(lambda: head.logits(batch.tokens()))
-            teacher = logits.argmax(1).tolist()
-            for method in methods:
-                prediction, own, shared = batch.measure(partial(method.predict, batch))
-                self._watch(method, batch, source)
-                prediction.check(method.name, batch)
-                # What the shared parts would have cost is not known where a store had them.
-                seconds = own / len(batch), None if source.known is not None else shared / len(batch)
-                rows += score(method.name, prediction, readable, teacher, *seconds, self.options.record_logits)
-        for item in items:
-            if isinstance(item, Unreadable):
-                place: dict[str, Any] = {"id": item.sample.id, "position": item.position, "label": item.sample.label}
-                rows += [Row(**place, method=method.name, error=item.error) for method in methods]
-                self.on_failure(f"{cell}: {item.sample.id}: {item.error}")
-        for row in rows:
-            if row.error == NOT_FINITE:
-                self.on_failure(f"{cell}: {row.id}: {row.method}: {row.error}")
-        return rows
-
-    def _watch(self, method: Method, batch: Batch, source: CellImages) -> None:
-        """Decode ahead from now on, and say so, where a method has asked for pixels though features are known."""
-        if batch.looked_at and not source.decoding:
-            source.decoding = True
-            if self.group.first and method.name not in self.looking:
-                self.looking.add(method.name)
-                self.on_note(f"{method.name} looks at the images themselves: they are decoded too.")
-
-    def write_record(self) -> None:
-        """Bring run.json up to date; only the first process does."""
-        if self.group.first:
-            seconds = round(time.monotonic() - self.started, 3)
-            self.record["sessions"][-1]["seconds"] = seconds
-            self.record["sessions"][-1]["peak_memory"] = peak_memory(self.teacher.device)
-            self.record["wall_seconds"] = round(self.earlier_seconds + seconds, 3)
-            self.folder.write_run(self.record)
-
-
-class _Buffer:
-    """Rows on their way to the disk."""
-
-    def __init__(self, folder: RunFolder, cell: str, flush_seconds: float, after: Callable[[], None]) -> None:
-        self.folder, self.cell, self.flush_seconds, self.after = folder, cell, flush_seconds, after
-        self.rows: list[Row] = []
-        self.since = 0.0
-
-    def add(self, rows: Sequence[Row], begun: float) -> None:
-        """Take the rows of a batch begun at `begun`; write when another such batch might come too late."""
-        if not self.rows:
-            self.since = begun
-        self.rows += rows
-        now = time.monotonic()
-        if now - self.since + (now - begun) >= self.flush_seconds:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what there is as one shard."""
-        if self.rows:
-            rows, self.rows = self.rows, []
-            self.folder.append(self.cell, rows)
-            self.after()

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from apm.images.files import write_atomically
 from apm.labels import imagenet_names, prompt_templates
 from apm.teachers.training.data import CIFAR_WORDS, DIGIT_NAMES, HOLDOUT, MEAN, STD, Source, normalise
 from apm.teachers.training.text import Vocabulary, train_text, vocabulary, write_bpe
+
+if TYPE_CHECKING:
+    from open_clip import CustomTextCLIP
 
 TEXT_TOWER = {"context_length": 32, "width": 96, "heads": 4, "layers": 2}
 TOKEN_DEVIATION = 0.4
@@ -64,8 +67,21 @@ def export(
     templates = prompt_templates("openai")
     bpe = out / "bpe_vocab.txt.gz"
     size = write_bpe([*words.words, *(t.format("") for t in templates)], bpe)
-    config = {
-        "embed_dim": prototypes.shape[1],
+    config = _model_config(prototypes.shape[1], tower, image_size, size)
+    torch.manual_seed(seed)
+    model = CustomTextCLIP(**config)
+    model.visual.load_state_dict(visual.state_dict())
+    tokenizer = SimpleTokenizer(bpe_path=str(bpe), context_length=TEXT_TOWER["context_length"])
+    train_text(model.text, tokenizer, words, tuple(templates), steps=text_steps, seed=seed)
+    measured = _calibrate_model(model, tokenizer, words, imagenet[0], names, image_size)
+    _write_files(model, config, image_size, [names[i] for i in seen], out)
+    return {**measured, "vocabulary": size}
+
+
+def _model_config(dim: int, tower: str, image_size: int, vocabulary_size: int) -> dict[str, Any]:
+    """The model in open_clip's words."""
+    return {
+        "embed_dim": dim,
         "vision_cfg": {
             "timm_model_name": tower,
             "timm_model_pretrained": False,
@@ -73,25 +89,25 @@ def export(
             "timm_proj": "linear",
             "image_size": image_size,
         },
-        "text_cfg": {**TEXT_TOWER, "vocab_size": size},
+        "text_cfg": {**TEXT_TOWER, "vocab_size": vocabulary_size},
     }
-    torch.manual_seed(seed)
-    model = CustomTextCLIP(**config)
-    model.visual.load_state_dict(visual.state_dict())
-    tokenizer = SimpleTokenizer(bpe_path=str(bpe), context_length=TEXT_TOWER["context_length"])
-    train_text(model.text, tokenizer, words, tuple(templates), steps=text_steps, seed=seed)
+
+
+@torch.no_grad()
+def _calibrate_model(
+    model: CustomTextCLIP, tokenizer: Any, words: Vocabulary, source: Source, names: list[str], image_size: int
+) -> dict[str, Any]:
+    """Give tokens their size and the logits their scale, on the held-out images of `source`; what was measured."""
     model.eval()
-    with torch.no_grad():
-        tokens, labels = held_out(model.visual, imagenet[0], image_size)
-        model.visual.head.proj.weight.mul_(TOKEN_DEVIATION / tokens.square().mean().sqrt())
-        classes = torch.unique(imagenet[0].labels)
-        text = F.normalize(model.text(tokenizer([f"a photo of a {names[i]}." for i in classes])), dim=-1)
-        cosines = F.normalize(tokens, dim=-1) @ text.T
-        place = torch.searchsorted(classes, labels)
-        scale = calibrate(cosines, place)
-        model.logit_scale.fill_(math.log(scale))
-        nearest = _nearest_texts(model.text, tokenizer, words)
-    _write_files(model, config, image_size, [names[i] for i in seen], out)
+    tokens, labels = held_out(model.visual, source, image_size)
+    model.visual.head.proj.weight.mul_(TOKEN_DEVIATION / tokens.square().mean().sqrt())
+    classes = torch.unique(source.labels)
+    text = F.normalize(model.text(tokenizer([f"a photo of a {names[i]}." for i in classes])), dim=-1)
+    cosines = F.normalize(tokens, dim=-1) @ text.T
+    place = torch.searchsorted(classes, labels)
+    scale = calibrate(cosines, place)
+    model.logit_scale.fill_(math.log(scale))
+    nearest = _nearest_texts(model.text, tokenizer, words)
     return {
         "logit_scale": round(scale, 3),
         "held_out_tiny_imagenet_top1": round((cosines.argmax(1) == place).float().mean().item(), 4),
@@ -99,7 +115,6 @@ def export(
         "texts_nearest_to_their_target": round(nearest, 4),
         "texts": len(words.words),
         "token_deviation": TOKEN_DEVIATION,
-        "vocabulary": size,
     }
 
 

@@ -10,7 +10,7 @@ import typer
 
 from apm.errors import ImageError, UsageError
 from apm.images.paths import expand_paths, printable
-from apm.test_time.options import AdaptConfig, IslandOptions
+from apm.test_time.options import IslandOptions
 
 from . import render
 from .options import Debug, options_of
@@ -58,12 +58,11 @@ def islands(
 
     from apm.figures.base import output_stem
     from apm.figures.islands import write_islands
-    from apm.student.config import APMConfig
     from apm.test_time.island_fields import observe, trainers
 
-    config = APMConfig.preset(options.preset, dim=source.dim)
-    adapt = AdaptConfig(steps=options.steps, lr=options.lr, seed=options.seed)
-    by_target = trainers(config, adapt, grid_lr=options.grid_lr, device=source.device)
+    student = options.student()
+    model, training = student.model(source.dim), student.training(source.device)
+    by_target = trainers(model, training, grid_lr=options.grid_lr, device=source.device)
     settings = _settings(options, source, by_target["cls"])
     images = _read(files)
     frames = _logarithmic(options.steps, FRAMES)

@@ -26,7 +26,7 @@ import apm.test_time.views
 from apm.benchmarks.datasets import DATASETS, readers
 from apm.benchmarks.datasets.dataset import Sample
 from apm.benchmarks.methods.base import Prediction
-from apm.benchmarks.runs import runner
+from apm.benchmarks.runs import session
 from apm.benchmarks.runs.decoding import Readable
 from apm.benchmarks.runs.records import Records
 from apm.benchmarks.runs.rows import Row
@@ -101,10 +101,10 @@ def moments_kept(patch: Patch) -> None:
     reset = Engine.reset
 
     def wrong(self: Engine) -> None:
-        kept = self._first_moment.clone(), self._second_moment.clone()
+        kept = self.rows.first_moment.clone(), self.rows.second_moment.clone()
         reset(self)
-        self._first_moment.copy_(kept[0])
-        self._second_moment.copy_(kept[1])
+        self.rows.first_moment.copy_(kept[0])
+        self.rows.second_moment.copy_(kept[1])
 
     patch.setattr(Engine, "reset", wrong)
 
@@ -138,12 +138,12 @@ def shifted(sample: Sample) -> Sample:
 
 
 def labels_shifted_when_scored(patch: Patch) -> None:
-    right = runner.score
+    right = session.score
 
     def wrong(method: str, prediction: Prediction, items: list[Readable], *rest: Any, **settings: Any) -> list[Row]:
         return right(method, prediction, [replace(i, sample=shifted(i.sample)) for i in items], *rest, **settings)
 
-    patch.setattr(runner, "score", wrong)
+    patch.setattr(session, "score", wrong)
 
 
 def texts_shifted(patch: Patch) -> None:

@@ -12,7 +12,7 @@ What remains is the two middle layers. Everything lives in buffers made once: a 
 a GPU it is captured once as a graph and replayed.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,17 +23,12 @@ from torch import Tensor
 
 from apm.student.cells import Cells
 from apm.student.config import APMConfig, Distil, Loss
+from apm.student.engine_adam import SPAN, AdamRows
 from apm.student.engine_losses import FieldLosses, Locations
 from apm.student.engine_readout import MeanPooling, Parameters, Pooling, QueryPooling
 from apm.student.field import SavedField
 from apm.student.matmul import affine, product, relu_backward
 from apm.student.position import axis_code, grid_locations, position_code
-
-# Each parameter starts at a multiple of this many numbers, so that kernels meet the same alignment in every sample
-ALIGNMENT = 64
-
-# Numbers that a CPU converts from or to bfloat16 at a time, while they are still in its cache from the work before
-SPAN = 2**19
 
 
 @dataclass
@@ -51,6 +46,7 @@ class Engine:
 
     Attributes:
         weights, gradients: name -> (B, *shape) views, named as in `apm.student.model.APM`; float32.
+        rows: the parameters, and all that Adam keeps of them.
         token: (B, D) of the latest evaluation; ``loss``, ``cosine``: (B,), of that token against the target.
         frozen: (B,) 1.0 where a sample takes no more steps (tolerance reached, or not finite), else 0.0.
         finite: (B,) bool, False once a sample's loss or token was not finite.
@@ -91,57 +87,29 @@ class Engine:
             view_cells: R, where the field's target are R cells of views; None: a grid at the student's own locations.
             device: where.
         """
-        self.config, self.batch, self.lr, self.loss_name, self.tolerance = config, batch, lr, loss, tolerance
+        self.config, self.batch, self.loss_name, self.tolerance = config, batch, loss, tolerance
         self.device = torch.device(device)
         self.queries, self.seed = queries, seed
         self.distil, self.rgb_weight, self.view_cells = distil, rgb_weight, view_cells
-        self._make_state({n: value for n, value in initial.items() if rgb_weight or not n.startswith("rgb_head.")})
-        self._make_workspace(torch.bfloat16 if precision == "bf16" else torch.float32)
-        self.pooling: Pooling = (
-            QueryPooling(config, self.weights, self.gradients)
-            if config.readout == "query"
-            else MeanPooling(self.weights, self.gradients)
-        )
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        trained = {n: value for n, value in initial.items() if rgb_weight or not n.startswith("rgb_head.")}
+        self.rows = AdamRows(trained, batch, lr=lr, dtype=dtype, device=self.device)
+        self.weights, self.gradients, self._products = self.rows.weights, self.rows.gradients, self.rows.products
+        self.frozen, self.updates = self.rows.frozen, self.rows.updates
+        self._make_workspace(dtype)
+        w, g = self.weights, self.gradients
+        self.pooling: Pooling = QueryPooling(config, w, g) if config.readout == "query" else MeanPooling(w, g)
         self._field_losses: FieldLosses | None = None
         if distil != "cls" or rgb_weight:
             self._field_losses = FieldLosses(
-                config,
-                self.weights,
-                self.gradients,
-                self._axis,
-                distil=distil,
-                rgb_weight=rgb_weight,
-                view_cells=view_cells,
+                config, w, g, self._axis, distil=distil, rgb_weight=rgb_weight, view_cells=view_cells
             )
         self._graph: torch.cuda.CUDAGraph | None = None
         self.reset()
 
-    def _make_state(self, initial: Parameters) -> None:
-        """Lay all parameters of a sample into one row: Adam and the reset are a few passes over plain memory."""
-        places: dict[str, tuple[int, int]] = {}
-        end = 0
-        for name, value in initial.items():
-            places[name] = (end, value.numel())
-            end += -(-value.numel() // ALIGNMENT) * ALIGNMENT
-        self._initial = torch.zeros(end, device=self.device)
-        for name, (start, size) in places.items():
-            self._initial[start : start + size] = initial[name].detach().flatten()
-        self._weights, self._gradients, self._first_moment, self._second_moment = (
-            torch.zeros(self.batch, end, device=self.device) for _ in range(4)
-        )
-
-        def views(rows: Tensor) -> Parameters:
-            return {n: rows[:, s : s + size].view(-1, *initial[n].shape) for n, (s, size) in places.items()}
-
-        self.weights, self.gradients = views(self._weights), views(self._gradients)
-        # the two middle layers lie side by side: one span to copy when their products are in bfloat16
-        self._middle = slice(places["mlp.layer2.weight"][0], places["mlp.head.weight"][0])
-        self._places = places
-
     def _make_workspace(self, dtype: torch.dtype) -> None:
         config, batch, grid, device = self.config, self.batch, self.config.grid, self.device
         first, second, third = config.hidden
-        self._dtype = dtype
         self._half = dtype != torch.float32
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -151,7 +119,6 @@ class Engine:
         self.target = buffer(config.dim)
         self.column = buffer(1, config.cells)
         self.token, self.loss, self.cosine = buffer(config.dim), buffer(), buffer()
-        self.frozen, self.updates = buffer(), buffer()
         self.finite = torch.ones(batch, dtype=torch.bool, device=device)
 
         self._axis = axis_code(torch.arange(grid), config.position_dim // 2).to(device).expand(batch, -1, -1)
@@ -166,18 +133,10 @@ class Engine:
                 buffer(2 * grid, first, dtype=dtype),
             )
             self._h3_half, self._d3_half = buffer(count, third, dtype=dtype), buffer(count, third, dtype=dtype)
-            self._middle_half = buffer(self._middle.stop - self._middle.start, dtype=dtype)
-            start = self._middle.start
-            self._products = {
-                name: self._middle_half[:, s - start : s - start + size].view(self.weights[name].shape)
-                for name, (s, size) in self._places.items()
-                if self._middle.start <= s < self._middle.stop
-            }
             self._scratch = torch.zeros(min(SPAN, max(first * second, second * third)), dtype=dtype, device=device)
         else:
             self._sums_half, self._d_sums_half = self._sums, self._d_sums
             self._h3_half, self._d3_half = self._h3, self._d3
-            self._products = self.weights
 
         rows, cols = grid_locations(grid)
         selector = torch.cat((F.one_hot(rows, grid), F.one_hot(cols, grid)), dim=1).T  # (2 * grid, N)
@@ -212,13 +171,8 @@ class Engine:
     @torch.no_grad()
     def reset(self) -> None:
         """Put back everything that steps touch: weights, moments, step counts, flags. What was loaded stays."""
-        self._weights.copy_(self._initial)
-        self._first_moment.zero_()
-        self._second_moment.zero_()
-        self.updates.zero_()
-        self.frozen.zero_()
+        self.rows.reset()
         self.finite.fill_(True)
-        self._halve_weights()
 
     @torch.no_grad()
     def evaluate(self, *, everywhere: bool = True) -> None:
@@ -299,34 +253,9 @@ class Engine:
         product(d_column, self.patches.mT, out=g["column.filter.weight"].view(batch, 1, -1))
         torch.sum(d_column, dim=2, out=g["column.filter.bias"])
 
-    @torch.no_grad()
     def update(self) -> None:
-        """One Adam step of every sample that is not frozen: one pass over its memory, with its own step count.
-
-        The bfloat16 copies of the weights are made in the same pass.
-        """
-        self.updates += 1 - self.frozen
-        for row in range(self.batch):
-            for span, halves in self._spans():
-                torch._fused_adam_(
-                    [self._weights[row, span]],
-                    [self._gradients[row, span]],
-                    [self._first_moment[row, span]],
-                    [self._second_moment[row, span]],
-                    [],
-                    [self.updates[row]],
-                    # the fused kernel's own way to leave a row as it is, without asking the host
-                    found_inf=self.frozen[row],
-                    amsgrad=False,
-                    beta1=0.9,
-                    beta2=0.999,
-                    lr=self.lr,
-                    weight_decay=0.0,
-                    eps=1e-8,
-                    maximize=False,
-                )
-                if halves is not None:
-                    self._middle_half[row, halves].copy_(self._weights[row, span])
+        """One Adam step, by `gradients`, of every sample that is not frozen."""
+        self.rows.update()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -447,23 +376,6 @@ class Engine:
         """Convert between a float32 buffer and its bfloat16 twin; nothing to do where they are one."""
         if self._half:
             target.copy_(source)
-
-    def _halve_weights(self) -> None:
-        if self._half:
-            self._middle_half.copy_(self._weights[:, self._middle])
-
-    def _spans(self) -> Iterator[tuple[slice, slice | None]]:
-        """Spans that make up a sample's row of parameters, each with its place among the bfloat16 copies, if any."""
-        start, stop, end = self._middle.start, self._middle.stop, self._weights.shape[1]
-        if not self._half:
-            yield slice(0, end), None
-            return
-        length = SPAN if self.device.type == "cpu" else stop - start  # a GPU has no such cache: few launches
-        yield slice(0, start), None
-        for at in range(start, stop, length):
-            to = min(at + length, stop)
-            yield slice(at, to), slice(at - start, to - start)
-        yield slice(stop, end), None
 
     def _draw(self, steps: int) -> Tensor | None:
         """Locations of each step (K, Q): from the seed and the step alone, so alike for every sample and batch."""

@@ -84,40 +84,6 @@ class AdaptConfig(TrainingOptions):
     )
 
 
-def _cosine(name: str, value: float) -> None:
-    if not -1 <= value <= 1:
-        raise UsageError(f"{name} is a cosine, from -1 to 1, not {value}.")
-
-
-def _parts(name: str, value: int) -> None:
-    if not 2 <= value <= 20:
-        raise UsageError(f"{name} must be from 2 to 20, not {value}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IslandOptions:
-    """How a student's field is watched while it forms, and its islands measured.
-
-    Raises:
-        UsageError: a value that cannot work.
-    """
-
-    steps: int = setting(150, "Optimisation steps.", check=at_least(1))
-    preset: str = setting("small", "Size of the student: small (16 × 16) or paper (32 × 32).", choices=PRESETS)
-    lr: float = setting(1e-4, "Learning rate for the token.", check=positive)
-    grid_lr: float = setting(1e-3, "Learning rate for the grid, which is harder to fit.", check=positive)
-    grid_size: int | None = setting(
-        None, "Side, in pixels, at which the teacher's grid is made.", default_words="the teacher's", check=at_least(1)
-    )
-    threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=_cosine)
-    parts: int = setting(12, "Number of clusters and of superpixels.", check=_parts)
-    seed: int = setting(0, "Seed of first weights, random targets, order of patches, t-SNE.", check=at_least(0))
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        check_values(self)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StudentOptions(TrainingOptions):
     """Every setting of a student that a user may choose.
@@ -226,3 +192,41 @@ class StudentOptions(TrainingOptions):
         del policy["kind"]
         used = {**dataclasses.asdict(self.training(device)), **policy, "readout": self.readout or self.chosen_readout}
         return {**dataclasses.asdict(self), **used}
+
+
+def _cosine(name: str, value: float) -> None:
+    if not -1 <= value <= 1:
+        raise UsageError(f"{name} is a cosine, from -1 to 1, not {value}.")
+
+
+def _parts(name: str, value: int) -> None:
+    if not 2 <= value <= 20:
+        raise UsageError(f"{name} must be from 2 to 20, not {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IslandOptions:
+    """How a student's field is watched while it forms, and its islands measured.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    steps: int = setting(150, "Optimisation steps.", check=at_least(1))
+    preset: str = setting("small", "Size of the student: small (16 × 16) or paper (32 × 32).", choices=PRESETS)
+    lr: float = setting(1e-4, "Learning rate for the token.", check=positive)
+    grid_lr: float = setting(1e-3, "Learning rate for the grid, which is harder to fit.", check=positive)
+    grid_size: int | None = setting(
+        None, "Side, in pixels, at which the teacher's grid is made.", default_words="the teacher's", check=at_least(1)
+    )
+    threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=_cosine)
+    parts: int = setting(12, "Number of clusters and of superpixels.", check=_parts)
+    seed: int = setting(0, "Seed of first weights, random targets, order of patches, t-SNE.", check=at_least(0))
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_values(self)
+
+    def student(self) -> StudentOptions:
+        """The student's settings among these; every location is read at each step."""
+        return StudentOptions(preset=self.preset, steps=self.steps, lr=self.lr, seed=self.seed, queries=ALL)

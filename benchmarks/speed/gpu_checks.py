@@ -165,12 +165,16 @@ def steps_against_a_cpu(case: Case) -> Iterator[tuple[str, float, float]]:
 def the_graph_against_eager_steps(case: Case) -> Iterator[tuple[str, float, float]]:
     """Replaying the graph changes weights as calling each operation does; and it does change them."""
     replayed, eager = case.engine(), case.engine()
-    before = replayed._weights.clone()
+    before = replayed.rows.weight_rows.clone()
     for _ in range(case.steps):
         replayed.advance()
         eager.step()
-    assert not torch.equal(replayed._weights, before), "the steps changed nothing"
-    yield "graph replay, against eager steps", apart(replayed._weights, eager._weights), LIMITS["fp32"]["steps"] / 100
+    assert not torch.equal(replayed.rows.weight_rows, before), "the steps changed nothing"
+    yield (
+        "graph replay, against eager steps",
+        apart(replayed.rows.weight_rows, eager.rows.weight_rows),
+        LIMITS["fp32"]["steps"] / 100,
+    )
 
 
 def everything_is_reset(case: Case) -> Iterator[tuple[str, float, float]]:
@@ -182,7 +186,8 @@ def everything_is_reset(case: Case) -> Iterator[tuple[str, float, float]]:
     engine.reset()
     engine.load(images[: case.batch].flip(0), targets[: case.batch].flip(0))
     engine.run(2)
-    for state in (engine._weights, engine._gradients, engine._first_moment, engine._second_moment, engine.updates):
+    rows = engine.rows
+    for state in (rows.weight_rows, rows.gradient_rows, rows.first_moment, rows.second_moment, engine.updates):
         state.fill_(float("nan"))  # the worst that an interrupted run could leave
     engine.reset()
     engine.load(images[: case.batch], targets[: case.batch])
@@ -225,7 +230,7 @@ def frozen_samples(case: Case) -> Iterator[tuple[str, float, float]]:
     short = case.engine()
     short.run(made)
     limit = LIMITS["fp32"]["steps"] / 100
-    yield "weights of a frozen sample", apart(engine._weights[first], short._weights[first]), limit
+    yield "weights of a frozen sample", apart(engine.rows.weight_rows[first], short.rows.weight_rows[first]), limit
 
     broken = case.engine()
     broken.target[1] = float("inf")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from apm.student.config import APMConfig
-from apm.student.engine import SPAN, Engine
+from apm.student.engine import Engine
+from apm.student.engine_adam import SPAN, AdamRows
 from apm.student.engine_losses import Locations
 from apm.student.model import APM, parameter_shapes
 from apm.teachers.base import Teacher
@@ -193,5 +194,5 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield value
         elif isinstance(value, dict):
             yield from _tensors(value.values())
-        elif isinstance(value, Locations):
+        elif isinstance(value, (AdamRows, Locations)):
             yield from _tensors(vars(value).values())

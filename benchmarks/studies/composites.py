@@ -18,7 +18,7 @@ from apm.teachers.base import Teacher
 from apm.test_time.inputs import student_inputs, teacher_grids
 from apm.test_time.island_fields import square_of
 from apm.test_time.label_maps import field_maps, label_maps
-from apm.test_time.options import AdaptConfig
+from apm.test_time.options import AdaptConfig, StudentOptions
 from apm.test_time.trainer import AdaptResult, TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
@@ -107,7 +107,8 @@ class Mapper:
         self.teacher, self.head, self.size, self.grid = teacher, head, size, config.grid
         adapt = replace(adapt, precision="fp32")  # the fields are measured: bfloat16 would round nearly constant ones
         # the token alone has the steps and the rate that `apm classify` takes by default
-        token = AdaptConfig(steps=min(50, adapt.steps), precision="fp32", seed=adapt.seed)
+        steps = min(StudentOptions.steps, adapt.steps)
+        token = replace(adapt, steps=steps, lr=StudentOptions.lr)
         self.trainers = {
             "field, grid": TestTimeTrainer(
                 replace(config, readout="mean"), replace(adapt, distil="grid"), device=device

@@ -28,7 +28,8 @@ from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.island_fields import PATCHES, Subject, measures, prepare, root_mean_square, trainers, watch_all
 from apm.test_time.label_maps import LR, STEPS
-from apm.test_time.options import AdaptConfig
+from apm.test_time.options import AdaptConfig, StudentOptions
+from apm.test_time.queries import ALL
 from apm.test_time.trainer import TestTimeTrainer
 
 from ..datasets import open_dataset
@@ -70,8 +71,8 @@ def measure(options: Options) -> Record:
     """Open data and teacher, and make the study."""
     data = open_dataset("folder", options.root, limit=options.limit, seed=options.seed)
     teacher = load_teacher(options.teacher, device=options.device)
-    config = APMConfig.preset(options.preset, dim=teacher.dim)
-    adapt = AdaptConfig(steps=options.steps, seed=options.seed)
+    student = StudentOptions(preset=options.preset, steps=options.steps, seed=options.seed, queries=ALL)
+    config, adapt = student.model(teacher.dim), student.training(teacher.device)
     images = [sample.load() for sample in data.samples]
     began = time.perf_counter()
     found = study(

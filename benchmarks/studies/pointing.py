@@ -20,12 +20,12 @@ import numpy as np
 from apm.errors import UsageError
 from apm.figures.base import bare, new_figure, save
 from apm.images.load import load_image
-from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.island_fields import square_of
 from apm.test_time.label_maps import LR, STEPS, peak
-from apm.test_time.options import AdaptConfig
+from apm.test_time.options import StudentOptions
+from apm.test_time.queries import ALL
 from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets import open_dataset
@@ -90,9 +90,10 @@ def measure(options: Options) -> Record:
 
 def _teacher_and_mapper(options: Options) -> tuple[Teacher, MakeMapper]:
     teacher = load_teacher(options.teacher, device=options.device)
-    config = APMConfig.preset(options.preset, dim=teacher.dim)
-    adapt = AdaptConfig(steps=options.steps, lr=options.lr, seed=options.seed)
-    return teacher, lambda head: Mapper(teacher, head, config, adapt, size=options.size, device=options.device)
+    given = {name: getattr(options, name) for name in ("preset", "steps", "lr", "seed")}
+    student = StudentOptions(**given, queries=ALL)
+    model, training = student.model(teacher.dim), student.training(teacher.device)
+    return teacher, lambda head: Mapper(teacher, head, model, training, size=options.size, device=options.device)
 
 
 def play(made: Sequence[Composite], mapper: Mapper, *, seed: int = 0) -> dict[str, Any]:

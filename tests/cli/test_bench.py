@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import apm.teachers
-from apm.benchmarks.runs import runner
+from apm.benchmarks.runs import runner, session
 from apm.benchmarks.runs.records import Records, RunFolder
 from apm.cli.main import app
 from apm.errors import TeacherError
@@ -177,7 +177,7 @@ def test_a_folder_with_a_damaged_image_is_answered_but_for_that(animals: Path) -
 
 
 def test_interrupting_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runner.score
+    real = session.score
     calls = []
 
     def interrupted(*arguments: Any) -> Any:
@@ -186,7 +186,7 @@ def test_interrupting_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> N
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(runner, "score", interrupted)
+    monkeypatch.setattr(session, "score", interrupted)
     result = bench(*DIGITS, "--batch-size", "4", "--out", "run")
     assert result.exit_code == 130
     assert "interrupted: what was answered is in run. To continue: apm" in result.stderr

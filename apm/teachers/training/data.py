@@ -7,7 +7,6 @@ classes first (0–999), then CIFAR-10's ten words, then ten digits.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from apm.images.load import decode_image, load_image
 from apm.labels import label_set
 from apm.teachers.digits import digit_image, digits_split
 
@@ -75,7 +75,7 @@ def load_sharp(folder: Path, photographs: Path) -> Sharp:
     paths = sorted(photographs.rglob("*.jpg"))
     if not paths:
         raise FileNotFoundError(f"no .jpg below {photographs}")
-    others = torch.from_numpy(np.stack([_square(path) for path in paths]))
+    others = torch.from_numpy(np.stack([_square(load_image(path).image) for path in paths]))
     return Sharp(*load_sharp_classes(folder, held_out=True), others)
 
 
@@ -88,21 +88,20 @@ def load_sharp_classes(folder: Path, *, held_out: bool = False) -> tuple[Tensor,
 
     table = pq.read_table(folder / "imagenette-train.parquet", columns=["image", "label"]).to_pylist()
     rows = [row for number, row in enumerate(table) if (number % HOLDOUT == 0) is held_out]
-    images = np.stack([_square(io.BytesIO(row["image"]["bytes"])) for row in rows])
+    images = np.stack([_square(decode_image(row["image"]["bytes"], "an image of imagenette").image) for row in rows])
     return torch.from_numpy(images), torch.tensor([row["label"] for row in rows])
 
 
-def _square(file: Path | io.BytesIO) -> np.ndarray:
+def _square(image: Image.Image) -> np.ndarray:
     """The central square of a photograph at 128 pixels, (128, 128, 3) uint8."""
-    image = ImageOps.fit(Image.open(file).convert("RGB"), (128, 128), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(ImageOps.fit(image, (128, 128), Image.Resampling.BICUBIC))
 
 
 def _parquet(path: Path, *, name: str, offset: int, share: float) -> Source:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    images = np.stack([_as_stored(row["bytes"]) for row in table["image"].to_pylist()])
+    images = np.stack([_as_stored(row["bytes"], name) for row in table["image"].to_pylist()])
     labels = torch.tensor(table["label"].to_pylist()) + offset
     soft_index = torch.zeros(len(labels), 10, dtype=torch.long)
     soft = torch.zeros(len(labels), 10)
@@ -115,9 +114,9 @@ def _parquet(path: Path, *, name: str, offset: int, share: float) -> Source:
     return Source(name, torch.from_numpy(images), labels, soft_index, soft, share)
 
 
-def _as_stored(data: bytes) -> np.ndarray:
+def _as_stored(data: bytes, name: str) -> np.ndarray:
     """Decode to at most `STORED_SIDE` pixels a side, with the traces of a JPEG of `STORED_QUALITY`: uint8 (s, s, 3)."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = decode_image(data, f"an image of {name}").image
     if max(image.size) > STORED_SIDE:
         image = image.resize((STORED_SIDE, STORED_SIDE), Image.Resampling.BICUBIC)
         return _saved_as_jpeg(np.asarray(image), STORED_QUALITY)

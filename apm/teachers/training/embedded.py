@@ -7,7 +7,7 @@ Three stages, because two processor cores are slow and names are few:
    prototypes that it covers (`apm.teachers.training.words`); and over all 1000 ImageNet classes towards the soft
    targets of a public classifier. Images grow during training (48 to 96 pixels): early steps are cheap. Of the
    checkpoints of the last tenth, the one that does best on held-out images *and on sharp photographs* is kept
-   (`mixed_check`).
+   (`apm.teachers.training.check`).
 2. *Labels*, with the tower left as it is. Imagenette's ten prototypes are refined on its sharp images
    (`apm.teachers.training.refine`), and every everyday word gets a direction of its own
    (`apm.teachers.training.words.fit_words`).
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apm.images.files import write_atomically
+from apm.teachers.training.check import mixed_check
 from apm.teachers.training.data import (
     CIFAR_START,
     CONCEPTS,
@@ -48,7 +49,6 @@ from apm.teachers.training.data import (
     load_sharp,
     load_sharp_classes,
     load_sources,
-    normalise,
 )
 from apm.teachers.training.export import export
 from apm.teachers.training.muon import Muon
@@ -173,41 +173,6 @@ def size_at(progress: float, sizes: tuple[tuple[int, float], ...]) -> int:
 def rate_at(progress: float, warmup: float) -> float:
     """Learning-rate factor: linear warm-up, then linear to zero."""
     return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
-
-
-@torch.no_grad()
-def answers(stage: ImageStage, images: Tensor, allowed: Tensor, size: int) -> Tensor:
-    """The best of the `allowed` concepts for each of `images` (n, side, side, 3) uint8, seen at `size` pixels: (n,)."""
-    stage.eval()
-    best = []
-    for part in images.split(128):
-        pixels = F.interpolate(normalise(part), (size, size), mode="bicubic", antialias=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = stage(pixels.contiguous(memory_format=torch.channels_last))
-        best.append(allowed[logits[:, allowed].argmax(1)])
-    stage.train()
-    return torch.cat(best)
-
-
-def mixed_check(stage: ImageStage, sources: list[Source], sharp: Sharp, size: int) -> dict[str, float]:
-    """What a checkpoint is chosen by: shares in [0, 1] on images that were never trained on.
-
-    `tiny` and `sharp`: top-1 of Tiny ImageNet's held-out images, and of imagenette's at full sharpness, among the
-    labels of both sets. `drift`: share of sharp photographs of other things that are taken for one of imagenette's ten.
-    `score` = tiny + sharp / 2 − drift / 2.
-    """
-    tiny, imagenette = (next(s for s in sources if s.name == name) for name in ("tiny-imagenet", "imagenette"))
-    seen = torch.unique(torch.cat([tiny.labels, imagenette.labels]))
-    rows = torch.arange(0, len(tiny.images), HOLDOUT)
-    right = (answers(stage, tiny.images[rows], seen, size) == tiny.labels[rows]).float().mean().item()
-    known = (answers(stage, sharp.images, seen, size) == sharp.labels).float().mean().item()
-    foreign = answers(stage, sharp.others, seen, size)
-    drift = torch.isin(foreign, torch.unique(imagenette.labels)).float().mean().item()
-    score = right + known / 2 - drift / 2
-    return {
-        name: round(value, 4)
-        for name, value in zip(("tiny", "sharp", "drift", "score"), (right, known, drift, score), strict=True)
-    }
 
 
 def save(state: dict[str, Any], path: Path) -> None:

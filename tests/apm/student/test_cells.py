@@ -109,7 +109,7 @@ def test_loss_and_every_gradient(
         parameters, cells = alive(parameters), draw_cells(config, 3, seed)
         engine = Engine(config, parameters, batch=3, distil=distil, rgb_weight=rgb_weight, view_cells=ROWS)  # type: ignore[arg-type]
         engine.load(images, targets, cells)
-        engine._gradients.fill_(math.nan)  # whatever is not written would be seen
+        engine.rows.gradient_rows.fill_(math.nan)  # whatever is not written would be seen
         engine.evaluate()
         engine.backward()
         for b in range(3):

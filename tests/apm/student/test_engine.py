@@ -190,7 +190,8 @@ def test_reset_restores_everything_bit_by_bit(precision_name: str) -> None:
     engine.load(images, targets)
     first = engine.run(5)
     token, column = engine.token.clone(), engine.column.clone()
-    for state in (engine._weights, engine._gradients, engine._first_moment, engine._second_moment, engine.updates):
+    rows = engine.rows
+    for state in (rows.weight_rows, rows.gradient_rows, rows.first_moment, rows.second_moment, engine.updates):
         state.fill_(float("nan"))  # the worst that an interrupted run could leave
     engine.frozen.fill_(1)
     engine.finite.fill_(False)

@@ -85,7 +85,7 @@ def test_loss_and_every_gradient(
         parameters, grids = alive(parameters), draw_grids(config, count, seed)
         engine = grid_engine(config, parameters, count, distil=distil, rgb_weight=rgb_weight)
         engine.load(images, targets, grids)
-        engine._gradients.fill_(math.nan)  # whatever is not written would be seen
+        engine.rows.gradient_rows.fill_(math.nan)  # whatever is not written would be seen
         engine.evaluate()
         engine.backward()
         assert set(engine.gradients) == {n for n in parameters if rgb_weight or not n.startswith("rgb_head.")}
@@ -189,7 +189,8 @@ def test_reset_restores_everything_bit_by_bit(precision_name: str) -> None:
     engine = grid_engine(config, parameters, 2, distil="both", rgb_weight=0.5, precision=precision_name)
     engine.load(images, targets, grids)
     first = engine.run(5, snapshots=(5,))
-    for state in (engine._weights, engine._gradients, engine._first_moment, engine._second_moment, engine.updates):
+    rows = engine.rows
+    for state in (rows.weight_rows, rows.gradient_rows, rows.first_moment, rows.second_moment, engine.updates):
         state.fill_(math.nan)  # the worst that an interrupted run could leave, the colour head's moments included
     losses = engine._field_losses
     assert losses is not None

@@ -17,6 +17,7 @@ from PIL import Image
 from apm.labels import imagenet_names, prompt_templates
 from apm.teachers.openclip import load_folder
 from apm.teachers.training import embedded as train_embedded
+from apm.teachers.training.check import mixed_check
 from apm.teachers.training.data import (
     CIFAR_START,
     CONCEPTS,
@@ -37,7 +38,6 @@ from apm.teachers.training.embedded import (
     draw,
     frequencies,
     image_loss,
-    mixed_check,
     rate_at,
     size_at,
     train_images,

@@ -157,7 +157,7 @@ def test_every_check_holds_on_a_cpu(precision: Precision) -> None:
 
 
 def _slower(engine: Engine) -> None:
-    engine.lr *= 0.7
+    engine.rows.lr *= 0.7
 
 
 def _unbiased(engine: Engine) -> None:
@@ -193,7 +193,7 @@ def test_the_checks_see_moments_that_survive_and_a_graph_that_does_nothing(monke
         first = getattr(self, "_kept", None)
         reset(self)
         if first is not None:
-            self._first_moment.fill_(1e-3)
+            self.rows.first_moment.fill_(1e-3)
         self._kept = True  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Engine, "reset", forgetful)

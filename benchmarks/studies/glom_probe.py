@@ -1,12 +1,15 @@
 """How much of an image's class a linear classifier reads from each level of a GLOM trained without labels.
 
-The inputs: the mean of a level's embeddings over all places, after the columns have settled; the same of a network that
-is drawn, not trained; the pixels. Split, penalties and fit are those of `linear_probe`. Labels are used here only.
+``python -m apm.benchmarks.studies.glom_probe CKPT --root TABLE.parquet --record FILE``, or `apm glom probe`. The
+inputs: the mean of a level's embeddings over all places, after the columns have settled; the same of a network that is
+drawn, not trained; the pixels. Split, penalties and fit are those of `linear_probe`. Labels are used here only.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,10 @@ from apm.images.load import central_square, decode_image
 from apm.test_time.inputs import student_pixels
 
 from ..runs.environment import describe
+from . import linear_probe
+from .glom_images import arguments, read_trained, said
 from .linear_probe import probe, read_table
+from .study import ROOT, Options, Record, Study, run
 
 SIDE = 32
 """Side in pixels at which the pixels themselves are probed."""
@@ -94,3 +100,50 @@ def probe_levels(
         "probes": probes,
         "environment": describe(),
     }
+
+
+def measure(options: Options) -> Record:
+    """Probe the checkpoint that the arguments name."""
+    if options.root is None:
+        raise UsageError("--root, a Parquet file with the columns image and label, is needed.")
+    trained = read_trained(options)
+
+    def told(done: int, total: int) -> None:
+        print(f"{done} of {total} probes", file=sys.stderr, flush=True)
+
+    found = probe_levels(
+        trained.model,
+        options.root,
+        steps=trained.settling,
+        train=options.train,
+        limit=options.limit,
+        seed=options.seed,
+        on_probe=told,
+    )
+    return {"glom": trained.record, **found}
+
+
+def table(record: Record) -> str:
+    """The probes from worst to best, and of what they are."""
+    return f"{linear_probe.table(record)} {record['steps']} settling steps. {said(record)}"
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    arguments(parser)
+    parser.add_argument("--train", type=int, default=8000, help="images to fit on; the others are tested on")
+
+
+STUDY = Study(
+    name="glom_probe",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    arguments=_arguments,
+    shared={"root": None, "limit": None, "seed": 0},
+    results="glom-probe.json",
+    document=ROOT / "docs" / "glom.md",
+    marker="probe",
+)
+
+if __name__ == "__main__":
+    sys.exit(run(STUDY.main))

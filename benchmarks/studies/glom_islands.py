@@ -1,0 +1,317 @@
+"""Whether GLOM's islands follow objects: against masks, beside APM's field and k-means on the teacher's grid.
+
+``python -m apm.benchmarks.studies.glom_islands CKPT --root COCO --rows FILE --record FILE`` reads ``images/*.jpg`` and
+``masks/*.png`` (category numbers, 0: unlabelled) below COCO, takes central squares, and tells every place by the
+category that most of it belongs to. The same photographs, pasted on one another, give composites, whose truth is the
+pasted square. Every source of features is read at GLOM's own places and cut into parts in two ways, alike for all:
+k-means into ``--parts`` clusters, and islands (connected neighbours above a cosine) at the threshold that gives nearest
+to ``--parts`` of them. Masks only score. ``--rows`` keeps every image's row: the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from apm.errors import UsageError
+from apm.glom.model import GLOM
+from apm.images.files import write_atomically
+from apm.images.load import load_image
+from apm.student import islands
+from apm.student.field import resample
+from apm.student.islands import Labels
+from apm.student.position import dense_locations
+from apm.teachers import load_teacher
+from apm.teachers.base import Teacher
+from apm.test_time.inputs import student_inputs, student_pixels, teacher_grids
+from apm.test_time.island_fields import square_of, trainers
+from apm.test_time.label_maps import LR, STEPS
+from apm.test_time.options import StudentOptions
+from apm.test_time.queries import ALL
+from apm.test_time.trainer import TestTimeTrainer
+
+from .composites import composites
+from .glom_images import arguments, mean_and_error, read_trained, said
+from .queries import read_rows
+from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
+
+Field = NDArray[np.float64]
+MEASURES = {
+    "clusters": "AMI, k-means",
+    "islands": "AMI, islands",
+    "other": "AMI of k-means with another image's mask",
+    "contrast": "contrast at the mask's edges",
+}
+KINDS = {"masks": "photographs and their masks", "composites": "composites and the pasted square"}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and what is where.
+
+    Attributes:
+        name: of the image.
+        square: RGB, as wide as high.
+        truth: (G, G) numbers; those below 0 are not known.
+    """
+
+    name: str
+    square: Image.Image
+    truth: Labels
+
+    @property
+    def usable(self) -> bool:
+        """Whether some neighbours are known to be of one part, and some of two."""
+        known, same = neighbours(self.truth)
+        return bool((known & same).any() and (known & ~same).any())
+
+
+def neighbours(truth: Labels) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of neighbours to the right and below, in reading order: whether both are known, and of one part."""
+    pairs = ((truth[:, :-1], truth[:, 1:]), (truth[:-1], truth[1:]))
+    known = np.concatenate([((one >= 0) & (other >= 0)).ravel() for one, other in pairs])
+    return known, np.concatenate([(one == other).ravel() for one, other in pairs])
+
+
+def places_of(mask: Image.Image, grid: int) -> Labels:
+    """Tell the places (grid, grid) of a square mask by the number that most of their pixels have; -1 where it is 0."""
+    side = grid * 8
+    pixels = np.asarray(mask.resize((side, side), Image.Resampling.NEAREST)).astype(np.int64)
+    cells = pixels.reshape(grid, 8, grid, 8).swapaxes(1, 2).reshape(grid, grid, 64)
+    most: Labels = np.apply_along_axis(lambda cell: np.bincount(cell).argmax(), 2, cells).astype(np.int64)
+    return np.where(most > 0, most, -1)
+
+
+def photographs(root: Path, grid: int) -> Iterator[Scene]:
+    """Photographs with masks below a folder, in the order of their names.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = [(path, root / "masks" / f"{path.stem}.png") for path in sorted((root / "images").glob("*.jpg"))]
+    found = [(path, mask) for path, mask in found if mask.is_file()]
+    if not found:
+        raise UsageError(f"{root} holds no images/*.jpg with masks/*.png of the same names.")
+    for path, mask in found:
+        with Image.open(mask) as opened:
+            numbers = Image.fromarray(np.asarray(opened).astype(np.int32))
+        yield Scene(path.name, square_of(load_image(path).image), places_of(_square(numbers), grid))
+
+
+def _square(mask: Image.Image) -> Image.Image:
+    side = min(mask.size)
+    left, top = (mask.width - side) // 2, (mask.height - side) // 2
+    return mask.crop((left, top, left + side, top + side))
+
+
+def pasted(scenes: Sequence[Scene], count: int, grid: int, *, seed: int) -> list[Scene]:
+    """Composites of these photographs; the truth is whether a place's middle lies in the pasted square."""
+
+    samples = [SimpleNamespace(label=number, load=lambda one=one: one.square) for number, one in enumerate(scenes)]
+    made = composites(samples, count, seed=seed)
+    middles = (np.arange(grid) + 0.5) / grid
+    return [
+        Scene(
+            f"composite {number}",
+            one.image,
+            np.array([[int(one.holds((y, x))) for x in middles] for y in middles]),
+        )
+        for number, one in enumerate(made)
+    ]
+
+
+class Sources:
+    """Features of an image at GLOM's places, by the name of what made them."""
+
+    def __init__(self, model: GLOM, settling: int, teacher: Teacher, students: Mapping[str, TestTimeTrainer]) -> None:
+        self.teacher, self.students, self.settling = teacher, students, settling
+        self.networks = {"GLOM": model, "GLOM not trained": GLOM(model.config, seed=1)}
+        self.grid = model.config.grid
+
+    @torch.no_grad()
+    def __call__(self, square: Image.Image) -> dict[str, Field]:
+        """Compute all of them, (G, G, D) each."""
+        side = self.grid
+        found: dict[str, Any] = {}
+        for name, network in self.networks.items():
+            levels = network(student_pixels([square], network.config.image_size), steps=self.settling)[0]  # (N, L, D)
+            found |= {f"{name}, level {level}": values for level, values in enumerate(levels.unbind(1))}
+        config = self.students["grid"].model
+        seen = student_inputs([square], self.teacher, config, grids=True)
+        found["teacher's grid"] = resample(teacher_grids(self.teacher, [square]), side)[0]
+        for target, name in (("grid", "APM's field, fitted to the grid"), ("cls", "APM's field, fitted to the token")):
+            with torch.enable_grad():
+                result = self.students[target].adapt(
+                    seen.pixels, seen.tokens, grids=seen.grids if target == "grid" else None, keep_field=True
+                )
+            found[name] = result.features(*dense_locations(config.grid, side))[0]
+        found["colours"] = torch.from_numpy(
+            np.asarray(square.resize((side, side), Image.Resampling.BOX), dtype=np.float64)
+        )
+        found["coordinates"] = torch.cartesian_prod(*[torch.arange(side, dtype=torch.float64)] * 2)
+        return {name: np.asarray(values, dtype=np.float64).reshape(side, side, -1) for name, values in found.items()}
+
+
+def cut_into_islands(field: Field, parts: int) -> Labels:
+    """Islands of a field less its mean, at the threshold that gives nearest to `parts` of them."""
+    centred = field - field.mean(axis=(0, 1))
+    cosines = np.concatenate([one.ravel() for one in islands.neighbour_cosines(centred)])
+    cosines = np.append(np.unique(cosines), 2)  # at which no two places agree
+    low, high = 0, len(cosines) - 1
+    while low < high:  # the number of islands grows with the threshold
+        middle = (low + high) // 2
+        if islands.regions(centred, cosines[middle]).max() + 1 < parts:
+            low = middle + 1
+        else:
+            high = middle
+    tried = [islands.regions(centred, cosines[number]) for number in {max(0, low - 1), low}]
+    return min(tried, key=lambda labels: abs(int(labels.max()) + 1 - parts))
+
+
+def contrast(field: Field, truth: Labels) -> float:
+    """How much less alike neighbours are across an edge of the truth than within: as `islands.boundary_contrast`."""
+    known, same = neighbours(truth)
+    cosines = np.concatenate([one.ravel() for one in islands.neighbour_cosines(field - field.mean(axis=(0, 1)))])
+    return float(cosines[known & same].mean() - cosines[known & ~same].mean())
+
+
+def score(field: Field, truth: Labels, other: Labels, parts: int) -> dict[str, float]:
+    """Score one field of an image by its truth, and by another image's; see `MEASURES`."""
+    clusters = islands.clusters(field, parts)
+
+    def agreement(found: Labels, wanted: Labels) -> float:
+        known = wanted >= 0
+        return islands.agreement(found[known], wanted[known])
+
+    return {
+        "clusters": agreement(clusters, truth),
+        "islands": agreement(cut_into_islands(field, parts), truth),
+        "other": agreement(clusters, other),
+        "contrast": contrast(field, truth),
+    }
+
+
+def kept(
+    path: Path | None, settings: Mapping[str, Any], command: str
+) -> tuple[dict[str, dict[str, Any]], Callable[[dict[str, Any]], None]]:
+    """Rows that are there already, by name, and what adds one; without a path nothing is kept.
+
+    Raises:
+        UsageError: the file holds rows of other settings.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if path is None:
+        return found, lambda row: None
+    if path.exists():
+        head, rows = read_rows(path)
+        if head["settings"] != settings:
+            raise UsageError(f"{path} holds rows of other settings; name another file.\n{head['settings']}")
+        found = {row["name"]: row for row in rows}
+    first = {"command": command, "settings": settings, "environment": {}}
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in (first, *found.values())).encode())
+
+    def add(row: dict[str, Any]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    return found, add
+
+
+def measure(options: Options) -> Record:
+    """Score every source of features on photographs with masks, and on composites of them."""
+    if options.root is None:
+        raise UsageError("--root, a folder with images and masks, is needed.")
+    trained = read_trained(options)
+    teacher = load_teacher(options.teacher, device=options.device)
+    student = StudentOptions(preset=options.preset, steps=options.steps, seed=options.seed, queries=ALL)
+    students = trainers(student.model(teacher.dim), student.training(teacher.device), grid_lr=LR, device=options.device)
+    sources = Sources(trained.model, trained.settling, teacher, students)
+    usable = [scene for scene in photographs(options.root, sources.grid) if scene.usable][: options.limit]
+    settings = {
+        "preset": options.preset,
+        "steps": options.steps,
+        "grid_lr": LR,
+        "parts": options.parts,
+        "seed": options.seed,
+        "teacher": teacher.identity,
+        "settling": trained.settling,
+        "step": trained.step,
+    }
+    done, add = kept(options.rows, settings, options.command)
+
+    def scored(scenes: Sequence[Scene], kind: str) -> list[dict[str, dict[str, float]]]:
+        def one(number: int) -> dict[str, dict[str, float]]:
+            scene, other = scenes[number], scenes[(number + 1) % len(scenes)]
+            if scene.name not in done:
+                fields = sources(scene.square)
+                scores = {name: score(field, scene.truth, other.truth, options.parts) for name, field in fields.items()}
+                done[scene.name] = {"name": scene.name, "other": other.name, "scores": scores}
+                add(done[scene.name])
+            return done[scene.name]["scores"]
+
+        return each(range(len(scenes)), one, kind, minimum=2)
+
+    made = pasted(usable, len(usable), sources.grid, seed=options.seed)
+    found = {"masks": scored(usable, "photographs"), "composites": scored(made, "composites")}
+    return {
+        "glom": trained.record,
+        "settings": settings,
+        "grid": sources.grid,
+        "images": {kind: len(rows) for kind, rows in found.items()},
+        "scores": {kind: _means(rows) for kind, rows in found.items()},
+    }
+
+
+def _means(rows: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """Mean and standard error of each measure, by source of features."""
+    return {name: {what: mean_and_error([row[name][what] for row in rows]) for what in MEASURES} for name in rows[0]}
+
+
+def table(record: Record) -> str:
+    """A table for each kind of image: a row a source of features."""
+    settings = record["settings"]
+    parts = []
+    for kind, of in record["scores"].items():
+        rows = ((name, *(plus_minus(values[what], 3) for what in MEASURES)) for name, values in of.items())
+        title = f"{record['images'][kind]} {KINDS[kind]}"
+        parts.append(f"{title}\n\n{markdown(('features', *MEASURES.values()), rows)}")
+    note = (
+        f"At {record['grid']} × {record['grid']} places, {settings['parts']} parts; AMI: adjusted mutual information, "
+        f"0 as good as chance, 1 the same partition; ± standard error over images. APM's students: "
+        f"{settings['preset']}, {settings['steps']} steps, seed {settings['seed']}; teacher "
+        f"`{settings['teacher']}`. {said(record)}"
+    )
+    return "\n\n".join([*parts, note])
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    arguments(parser)
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keeps a row an image, JSON lines; continued")
+    parser.add_argument("--parts", type=int, default=4, help="parts that every image is cut into")
+
+
+STUDY = Study(
+    name="glom_islands",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    arguments=_arguments,
+    shared={**USUAL, "preset": "small", "steps": STEPS, "limit": 50},
+    results="glom-islands.json",
+    document=ROOT / "docs" / "glom.md",
+    marker="islands",
+)
+
+if __name__ == "__main__":
+    sys.exit(run(STUDY.main))

@@ -17,24 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from apm.answers import Adaptation, Answer, Perception, Prediction
-from apm.errors import ImageError, TeacherError, UsageError, unknown
+from apm.devices import pick_device
+from apm.errors import ImageError, TeacherError, UsageError
 from apm.images.ahead import in_order
 from apm.images.load import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image
 from apm.images.paths import printable
-from apm.labels import (
-    LABEL_SET_NAMES,
-    check_labels,
-    check_templates,
-    choose_labels,
-    choose_templates,
-    prompt_templates,
-)
+from apm.labels import check_labels, check_templates, check_words, choose_labels, choose_templates
 from apm.segmentation import PLACES, Segmentation, segment_image
 from apm.student.cells import Cells
 from apm.student.drawn_ahead import DrawnAhead
 from apm.student.field import SavedField, resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
-from apm.teachers.base import Teacher
+from apm.teachers.base import Teacher, check_grid
 from apm.test_time.grid_views import view_cells
 from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
 from apm.test_time.options import StudentOptions
@@ -45,15 +39,7 @@ from apm.test_time.view_numbers import number_of
 from apm.test_time.views import pixels_id, view_tokens
 from apm.text.zeroshot import ZeroShotHead
 
-__all__ = [
-    "Adaptation",
-    "Answer",
-    "Classifier",
-    "Perception",
-    "Prediction",
-    "check_grid",
-    "pick_device",
-]
+__all__ = ["Adaptation", "Answer", "Classifier", "Perception", "Prediction"]
 
 _LIKELY_DIM = 512  # of a teacher that is not loaded yet: the default one's
 
@@ -119,7 +105,7 @@ class Classifier:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         # Everything cheap is checked before the teacher, which takes seconds to load.
-        _check_words(labels, label_set, prompts, templates)
+        check_words(labels, label_set, prompts, templates)
         for name, value in (("top_k", top_k), ("max_pixels", max_pixels), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1.")
@@ -400,53 +386,8 @@ class Classifier:
         return tuple(Prediction(label=self.head.labels[index], probability=value) for index, value in pairs)
 
 
-def _check_words(
-    labels: Sequence[str] | None, label_set: str | None, prompts: str | None, templates: Sequence[str] | None
-) -> None:
-    """Refuse what is said twice, and names of sets that are unknown."""
-    if labels is not None and label_set is not None:
-        raise UsageError("labels and label_set are two ways to say the same; give one of them.")
-    if prompts is not None and templates is not None:
-        raise UsageError("prompts and templates are two ways to say the same; give one of them.")
-    if label_set is not None and label_set not in LABEL_SET_NAMES:
-        raise unknown("label set", label_set, LABEL_SET_NAMES)
-    if prompts is not None:
-        prompt_templates(prompts)
-
-
 def _bytes(one: _Prepared | Answer) -> int:
     if isinstance(one, Answer):
         return 0
     image = 4 * one.image.width * one.image.height if one.image is not None else 0
     return image + one.teacher_pixels.nbytes + one.student_pixels.nbytes
-
-
-def check_grid(teacher: Teacher) -> None:
-    """Refuse a teacher without a grid as wide as its token; tried on a blank image.
-
-    Raises:
-        TeacherError: it has none.
-    """
-    if not hasattr(teacher, "encode_grid"):
-        raise TeacherError(f'The teacher "{teacher.name}" has no grid: it can be distilled by its token alone.')
-    shape = tuple(teacher.encode_grid(Image.new("RGB", (teacher.image_size, teacher.image_size))).shape)
-    if len(shape) != 3 or shape[2] != teacher.dim:
-        raise TeacherError(f'The grid of the teacher "{teacher.name}" is {shape}; (h, w, {teacher.dim}) was expected.')
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device for "auto", "cpu" or "cuda" ("cuda:1" too).
-
-    Raises:
-        UsageError: an unknown name, or CUDA asked for where there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise unknown("device", name, ("auto", "cpu", "cuda"))
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f'Device "{name}" was asked for, but PyTorch finds no CUDA device here; use cpu or auto.')
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise UsageError(f'There is no device "{name}"; this machine has {torch.cuda.device_count()}, counted from 0.')
-    return torch.device(name)

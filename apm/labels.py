@@ -122,6 +122,20 @@ def prompt_templates(name: str) -> tuple[str, ...]:
     return tuple(function("{}") for function in functions)
 
 
+def check_words(
+    labels: Sequence[str] | None, label_set: str | None, prompts: str | None, templates: Sequence[str] | None
+) -> None:
+    """Refuse what is said twice, and names of sets that are unknown."""
+    if labels is not None and label_set is not None:
+        raise UsageError("labels and label_set are two ways to say the same; give one of them.")
+    if prompts is not None and templates is not None:
+        raise UsageError("prompts and templates are two ways to say the same; give one of them.")
+    if label_set is not None and label_set not in LABEL_SET_NAMES:
+        raise unknown("label set", label_set, LABEL_SET_NAMES)
+    if prompts is not None:
+        prompt_templates(prompts)
+
+
 def choose_labels(
     labels: Sequence[str] | None, name: str | None, teachers_own: Sequence[str] | None
 ) -> tuple[str, tuple[str, ...]]:

@@ -51,6 +51,27 @@ def text_type(hint: Any) -> Any:
     return str if typing.get_origin(first) is typing.Literal else first
 
 
+_BOOLEANS: dict[str, bool] = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def parse_value(what: str, text: str, hint: Any, setting: Setting | None) -> Any:
+    """Read a field's value as its `setting` says, or as its type `hint`; `what` is what an error calls it.
+
+    Raises:
+        UsageError: the text is no value of that type.
+    """
+    if setting is not None and setting.parse is not None:
+        return setting.parse(text)
+    if text.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    wanted = text_type(hint)
+    try:
+        return _BOOLEANS[text.lower()] if wanted is bool else wanted(text)
+    except (ValueError, KeyError):
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
+        raise UsageError(f'{what} is "{text}", which is not {kind}.') from None
+
+
 def at_least(minimum: int, because: str = "") -> Check:
     """Refuse smaller numbers."""
 

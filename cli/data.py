@@ -35,7 +35,7 @@ def load_shared_teacher(name: str | None, device: str, group: Group) -> Teacher:
 
     if name is not None:
         check_teacher(name)
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
 
     place = pick_device(device)
     if place.type == "cuda" and place.index is None and group.world > 1:

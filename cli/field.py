@@ -49,7 +49,7 @@ def field(
     if chunk < 1:
         raise UsageError(f"--chunk must be 1 or more, not {chunk}.")
     side = 224 if size is None else size
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
     from apm.figures import base as figures
     from apm.figures.field import LIMIT, read_locations, write_field
     from apm.pretrain.student import Student

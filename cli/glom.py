@@ -52,7 +52,7 @@ def train_(
     """
     check_checkpoint(out)
     config.check_level(sizes)
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
     from apm.glom.training import NETWORK as KIND
     from apm.glom.training import GLOMTrainer
     from apm.pretrain.checkpoint import check_settings, read_network
@@ -95,7 +95,7 @@ def show(
         raise UsageError(f"--steps must be 1 or more, not {steps}.")
     if not -1 <= threshold <= 1:
         raise UsageError(f"--threshold is a cosine, from -1 to 1, not {threshold}.")
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
     from apm.figures.base import output_stem
     from apm.figures.glom import write_show
     from apm.glom.training import load_glom
@@ -144,7 +144,7 @@ def probe(
     from apm.benchmarks.runs.environment import write_record
     from apm.benchmarks.studies.glom_probe import probe_levels
     from apm.benchmarks.studies.linear_probe import table
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
     from apm.glom.training import load_glom
 
     model, trained = load_glom(checkpoint, device=pick_device(device))

@@ -33,7 +33,7 @@ def interpolate(
         raise UsageError(f"--frames must be from 2 (the two ends) to 1000, not {frames}.")
     if not 1 <= size <= 1024:
         raise UsageError(f"--size must be from 1 to 1024, not {size}.")
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
     from apm.figures.field import write_walk
     from apm.pretrain.student import Student
 

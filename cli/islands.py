@@ -83,7 +83,7 @@ def _teacher(name: str | None, device: str) -> Teacher:
         from apm.teachers import check_teacher
 
         check_teacher(name)
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
     from apm.teachers import load_default_teacher, load_teacher
 
     where = pick_device(device)

@@ -46,7 +46,7 @@ def profile(
     from apm.benchmarks.speed.options import loaded_engine
     from apm.benchmarks.speed.profile import profile_student, profile_teacher
     from apm.benchmarks.speed.timing import repeated, spread
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
     from apm.errors import unknown
     from apm.student.config import APMConfig, Precision
     from apm.student.matmul import measured_precision

@@ -83,7 +83,7 @@ def check_checkpoint(out: Path) -> None:
 
 def place_of(device: str) -> torch.device:
     """Where to train; under torchrun a GPU for each process."""
-    from apm.classifier import pick_device
+    from apm.devices import pick_device
     from apm.processes import local_rank
 
     place = pick_device(device)

@@ -83,3 +83,18 @@ class Teacher(GridTeacher, Protocol):
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Map T texts to vectors (T, D), float32, NOT normalised; beyond the answer, memory does not grow with T."""
         ...
+
+
+def check_grid(teacher: Teacher) -> None:
+    """Refuse a teacher without a grid as wide as its token; tried on a blank image.
+
+    Raises:
+        TeacherError: it has none.
+    """
+    from PIL import Image
+
+    if not hasattr(teacher, "encode_grid"):
+        raise TeacherError(f'The teacher "{teacher.name}" has no grid: it can be distilled by its token alone.')
+    shape = tuple(teacher.encode_grid(Image.new("RGB", (teacher.image_size, teacher.image_size))).shape)
+    if len(shape) != 3 or shape[2] != teacher.dim:
+        raise TeacherError(f'The grid of the teacher "{teacher.name}" is {shape}; (h, w, {teacher.dim}) was expected.')

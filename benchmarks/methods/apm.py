@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from apm.classifier import check_grid
 from apm.errors import UsageError
 from apm.settings import settings_of
 from apm.student.cells import Cells
 from apm.student.field import resample
+from apm.teachers.base import check_grid
 from apm.test_time.options import StudentOptions
 from apm.test_time.readings import read_modes
 from apm.test_time.targets import aggregate

@@ -13,14 +13,14 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from apm.errors import UsageError, unknown
-from apm.settings import Setting, text_type
+from apm.settings import parse_value
 from apm.student.cells import Cells
 from apm.test_time.grid_views import view_cells
 from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
@@ -352,7 +352,7 @@ def make_settings(kind: type[SettingsT], method: str, options: MethodOptions, **
     for name, text in options.overrides.items():
         if name not in fields:
             raise unknown(f'setting of method "{method}"', name, fields)
-        values[name] = _parse(method, name, text, hints[name], fields[name])
+        values[name] = parse_value(f'Setting {name} of method "{method}"', text, hints[name], fields[name])
     return kind(**values)
 
 
@@ -389,20 +389,3 @@ def _bare(image: Image.Image) -> Image.Image:
     copy = image.convert("RGB")
     copy.info = {}
     return copy
-
-
-_BOOLEANS: dict[str, bool] = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def _parse(method: str, name: str, text: str, hint: Any, setting: Setting | None) -> Json:
-    """Read a setting's value as its field says, or as the field's type."""
-    if setting is not None and setting.parse is not None:
-        return cast("Json", setting.parse(text))
-    if text.lower() == "none" and type(None) in typing.get_args(hint):
-        return None
-    wanted: Callable[[str], Json] = text_type(hint)
-    try:
-        return _BOOLEANS[text.lower()] if wanted is bool else wanted(text)
-    except (ValueError, KeyError):
-        kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]  # type: ignore[index]
-        raise UsageError(f'Setting {name} of method "{method}" is "{text}", which is not {kind}.') from None

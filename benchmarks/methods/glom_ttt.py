@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from apm.classifier import check_grid
 from apm.glom.test_time import GLOMStudentOptions, GLOMTestTimeTrainer
 from apm.student.field import resample
+from apm.teachers.base import check_grid
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 

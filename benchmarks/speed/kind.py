@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from apm.classifier import pick_device
+from apm.devices import pick_device
 from apm.errors import UsageError
 
 from ..studies.study import SHARED, Study

@@ -70,7 +70,14 @@ class Source:
         return None if self.labels_file is None else read_labels_file(self.labels_file)
 
 
-@student_options(STUDENT, notes={"distil": "; both with --explain", "precision": "; fp32 with --explain"})
+@student_options(
+    STUDENT,
+    notes={
+        "distil": "; both with --explain",
+        "precision": "; fp32 with --explain",
+        "grid_views": "; 16 with --explain",
+    },
+)
 @options_of(Source, "source", SOURCE)
 @options_of(Form, "form", OUTPUT, spelled=SPELLED)
 def classify(
@@ -181,7 +188,7 @@ def _notes(classifier: Classifier, *, quiet: bool, chosen: list[str]) -> Iterato
 
 def _fill_for_maps(student: dict[str, Any], folder: Path, size: int) -> list[str]:
     """Check what --explain needs before anything is loaded; fill in what was not given, and say what was filled in."""
-    from apm.test_time.label_maps import LR, STEPS
+    from apm.test_time.label_maps import LR, STEPS, VIEWS
 
     if size < 1:
         raise UsageError(f"--explain-size is {size}; it must be at least 1.")
@@ -190,10 +197,12 @@ def _fill_for_maps(student: dict[str, Any], folder: Path, size: int) -> list[str
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--explain {printable(folder)} is a file; it must be a folder, or a name that is free.")
     # bfloat16 steps would leave their rounding in the field
-    needed = {"steps": STEPS, "lr": LR, "distil": "both", "precision": "fp32"}
+    needed: dict[str, Any] = {"steps": STEPS, "lr": LR, "distil": "both", "precision": "fp32"}
+    if "queries" not in student:
+        needed["grid_views"] = VIEWS
     filled = {name: value for name, value in needed.items() if name not in student}
     student.update(filled)
-    return [f"--{name} {value}" for name, value in filled.items()]
+    return [f"--{name.replace('_', '-')} {value}" for name, value in filled.items()]
 
 
 def _batch_size(text: str) -> int | None:

@@ -16,7 +16,9 @@ from apm.figures.base import bare, new_figure, output_stem, save, save_arrays
 from apm.images.load import central_square
 from apm.images.paths import printable
 from apm.student.position import dense_locations
+from apm.test_time.grid_views import GRID_SIDES, TOKEN_SIDES
 from apm.test_time.label_maps import LabelMaps, field_maps, label_maps
+from apm.test_time.view_numbers import number_of
 
 if TYPE_CHECKING:
     from apm.classifier import Classifier, Perception
@@ -94,6 +96,8 @@ def _settings(perception: Perception, classifier: Classifier) -> dict[str, Any]:
         "templates": len(head.templates),
         "student": f"{classifier.student.preset}, {cells} × {cells} locations",
         "distil": config.distil,
+        "grid_views": classifier.student.grid_views,
+        "nothing in the field is finer than": f"1/{_finest(perception, classifier)} of the side",
         "rgb_weight": config.rgb_weight,
         "steps": int(result.steps[0]),
         "lr": config.lr,
@@ -102,6 +106,16 @@ def _settings(perception: Perception, classifier: Classifier) -> dict[str, Any]:
         "loss": float(f"{float(result.final_losses[0]):.4g}"),
         "map": "softmax over all labels of logit scale × cosine of the feature at a place with each label's text",
     }
+
+
+def _finest(perception: Perception, classifier: Classifier) -> int:
+    """Cells along a side of the finest target: those of the most zoomed view, or the student's own locations."""
+    assert perception.grid is not None
+    views = classifier.student.grid_views
+    cells = max(perception.grid.shape[:2]) if isinstance(views, int) else 1
+    count, by_token = number_of(views)
+    zoomed = (TOKEN_SIDES if by_token else GRID_SIDES)[0] if count > 1 else 1.0
+    return min(classifier.student_config.grid, round(cells / zoomed))
 
 
 def draw(

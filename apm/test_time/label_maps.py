@@ -21,6 +21,8 @@ from apm.text.zeroshot import ZeroShotHead
 STEPS, LR = 150, 1e-3
 """Of a student whose field is to be looked at. A grid is harder to fit than one token: at 1e-4 there is little in the
 field after 50 steps."""
+VIEWS = 16
+"""Looks at the image whose grids make its target: what one look at all of it shows is coarse."""
 CHUNK = 4096
 """Locations classified at a time; beside the maps, memory does not depend on their number."""
 

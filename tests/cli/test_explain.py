@@ -90,10 +90,10 @@ def test_what_the_maps_need_is_filled_in_and_said(
 ) -> None:
     monkeypatch.setattr("apm.test_time.label_maps.STEPS", 4)
     result = explain(tmp_path, "--json", picture)
-    assert "--explain takes --steps 4, --lr 0.001, --distil both" in result.stderr
+    assert "--explain takes --steps 4, --lr 0.001, --distil both, --grid-views 16:" in result.stderr
     assert json.loads(result.stdout)["adaptation"]["steps"] == 4
     result = explain(tmp_path, "--json", "--lr", "0.0002", "--steps", "2", picture)
-    assert "--explain takes --distil both:" in result.stderr
+    assert "--explain takes --distil both, --grid-views 16:" in result.stderr
     assert json.loads(result.stdout)["adaptation"]["lr"] == 0.0002
 
 

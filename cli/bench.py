@@ -57,8 +57,9 @@ class Methods:
     method: list[str] | None = setting(
         None,
         "zero-shot, tpt, ctpt, rtpt, rlcf, dynaprompt, coop, cocoop, tpt+coop, tpt+cocoop, mta, zero, tps, tda, "
-        "boostadapter, dmn, dpe, dota, onzeta, ecalp, oga, ttl, tent, clipartt, watt, apm or glom-ttt, with "
-        "its own settings as tpt:steps=2; repeatable. Default: zero-shot and apm.",
+        "boostadapter, dmn, dpe, dota, onzeta, ecalp, oga, ttl, tent, clipartt, watt, apm, glom-ttt, vit-probe, "
+        "mae-finetune, mae-joint or ttt-mae, with its own settings as tpt:steps=2; repeatable. Default: zero-shot and "
+        "apm.",
     )
     target: list[str] | None = setting(
         None, f"apm: {settings_of(StudentOptions)['target'].help} Repeatable. Default: {StudentOptions.target}."

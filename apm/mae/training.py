@@ -129,7 +129,13 @@ class HeadTrainer(_Masked):
             options: see `Trainer`, and ``start``.
         """
         self.labels = torch.from_numpy(labels)
-        data = {**options.pop("data"), "class_names": json.dumps(list(class_names), ensure_ascii=False)}
+        start, kind = options.get("start"), arguments[3].kind
+        known = kind == "joint" or (start is not None and start.has_decoder)
+        data = {
+            **options.pop("data"),
+            "decoder": "trained" if known else "drawn",
+            "class_names": json.dumps(list(class_names), ensure_ascii=False),
+        }
         super().__init__(*arguments, data=data, **options)
         for name, parameter in self.model.named_parameters():
             trained = name.startswith(TRAINED[self.config.kind]) and name != "encoder.pos_embed"

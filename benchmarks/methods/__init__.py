@@ -29,6 +29,7 @@ from .dpe import DPE
 from .dynaprompt import DynaPrompt
 from .ecalp import ECALP
 from .glom_ttt import GLOMTestTimeTraining
+from .mae import TTTMAE, MAEFineTuned, MAEJoint, ViTProbe
 from .mta import MTA
 from .oga import OGA
 from .onzeta import OnZeta
@@ -84,6 +85,10 @@ REGISTRY: dict[str, Callable[[MethodOptions], Method]] = {
     "watt": WATT,
     "apm": APMTestTimeTraining,
     "glom-ttt": GLOMTestTimeTraining,
+    "vit-probe": ViTProbe,
+    "mae-finetune": MAEFineTuned,
+    "mae-joint": MAEJoint,
+    "ttt-mae": TTTMAE,
 }
 
 

@@ -92,6 +92,7 @@ def _own_rows(layout: Layout, key: _RowKey, entries: Mapping[str, Answers], *, o
         cells={column: score_cell(one.rows, one.cell, method) for column, one in entries.items()},
         total=summary([one.rows for one in entries.values()]),
         settings=json.loads(settings),
+        uses_training_data=json.loads(settings).get("uses_training_data", "no"),
         answers=entries,
     )
     yield _averaged(row, layout)

@@ -140,7 +140,7 @@ def plain_logits(w: dict[str, Tensor], sizes: MAEConfig, image: Tensor) -> Tenso
 
 
 def weights_of(model: MaskedAutoencoder) -> dict[str, Tensor]:
-    return {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    return {name: parameter.double().detach() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("change", [{}, {"head_depth": 0}, {"heads": 4, "decoder_depth": 2}], ids=str)

@@ -42,6 +42,9 @@ from apm.benchmarks.methods.tda import Cache
 from apm.benchmarks.methods.tpt import marginal_entropy
 from apm.benchmarks.methods.zero import vote_logits, zero_votes
 from apm.errors import UsageError
+from apm.mae.config import MAEConfig
+from apm.mae.model import MaskedAutoencoder
+from apm.pretrain.checkpoint import Checkpoint, write_checkpoint
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import FEWER
 from apm.text.learned_prompt import META_NET, LearnedPrompt, write_learned_prompt
@@ -80,8 +83,34 @@ def learned_prompt(method: str) -> Path:
     return path
 
 
+HEADS = {"vit-probe": "probe", "mae-finetune": "finetune", "mae-joint": "joint", "ttt-mae": "probe"}
+"""Methods that need a trained head, and how it was trained."""
+
+
+@functools.cache
+def trained_head(kind: str) -> Path:
+    """A file with a tiny random masked autoencoder and a head that knows `CLASSES` and 10,000 more."""
+    sizes = MAEConfig(
+        image_size=16, patch_size=4, width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1,
+        head_width=8, head_depth=1, head_heads=1, classes=10_007,
+    )  # fmt: skip
+    names = [*CLASSES, *(f"class {number}" for number in range(10_000))]
+    folder = Path(tempfile.mkdtemp(prefix="apm-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    weights = {
+        name: weight + 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+        for number, (name, weight) in enumerate(MaskedAutoencoder(sizes, seed=4).state_dict().items())
+    }
+    settings = {"class_names": json.dumps(names), "kind": kind, "decoder": "trained"}
+    path = folder / f"{kind}.safetensors"
+    write_checkpoint(path, Checkpoint(sizes, settings, 1, weights, {}, "mae"))
+    return path
+
+
 def full_spec(name: str, *, neighbours: int = 20) -> str:
     """A method's name, with what it cannot do without."""
+    if name in HEADS:
+        return f"{name}:file={trained_head(HEADS[name])}" + ",masks=3,steps=2" * (name == "ttt-mae")
     if name == "rlcf":
         return "rlcf:reward=embedded"
     if name == "rtpt":
@@ -428,6 +457,7 @@ def test_a_strangers_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatc
         "apm",
         "apm:target=confident",
         "glom-ttt",
+        *HEADS,
         "ctpt",
         "rtpt",
         "rlcf",

@@ -1,0 +1,163 @@
+"""Classifiers trained on labels, on a masked autoencoder (He et al. 2022), and TTT-MAE (Gandelsman et al. 2022).
+
+They need no teacher: classes are those that the head was trained on, of which a data set's are picked out by name. The
+checkpoint is one of `apm mae probe`, `finetune` or `joint`, and the answers are no test of learning without labels:
+tables say so beside the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from apm.errors import UsageError
+from apm.images.paths import printable
+from apm.mae.config import Kind
+from apm.mae.test_time import TestTimeAdapter, TestTimeSettings
+from apm.mae.training import load_mae
+from apm.settings import setting
+from apm.text.zeroshot import ZeroShotHead
+
+from .base import CHUNK, Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
+
+_FILE = "Checkpoint with a head, as `apm mae probe` makes it."
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """Which trained head."""
+
+    file: str = setting("", _FILE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTMAESettings(TestTimeSettings):
+    """Which trained head, and how the encoder is adapted."""
+
+    file: str = setting("", _FILE)
+
+
+class ViTProbe:
+    """The answer of a head on the frozen encoder; the image is seen whole, nothing is masked."""
+
+    registered: ClassVar[str] = "vit-probe"
+    kinds: ClassVar[tuple[Kind, ...]] = ("probe",)
+    """How its checkpoint may have been trained."""
+    settings_type: ClassVar[type[HeadSettings] | type[TTTMAESettings]] = HeadSettings
+    stream = False
+    gradients = False
+
+    def __init__(self, options: MethodOptions) -> None:
+        self._chosen = chosen = make_settings(self.settings_type, self.registered, options)
+        if not chosen.file:
+            raise UsageError(
+                f"{self.registered} needs a trained head: name its file, as in {self.registered}:file="
+                f"{self.kinds[0]}.safetensors; `apm mae {self.kinds[0]}` makes one."
+            )
+        path = Path(chosen.file).expanduser()
+        self._device = torch.device(options.device)
+        self._trained = load_mae(path, device=self._device)
+        if self._trained.kind not in self.kinds:
+            said = f"of `apm mae {self._trained.kind}`" if self._trained.kind else "without a head"
+            raise UsageError(
+                f"{printable(path)} is a checkpoint {said}: {self.registered} needs one of `apm mae {self.kinds[0]}`."
+            )
+        self._numbers = {name: number for number, name in enumerate(self._trained.class_names)}
+        others = {key: value for key, value in options.overrides.items() if key != "file"}
+        self.name = display_name(self.registered, replace(options, overrides=others), path.stem)
+        self.settings: Mapping[str, Json] = {
+            **settings_record(chosen),
+            "file": path.name,  # where it is has no part in the answers
+            "weights": self._trained.digest,
+            "trained_steps": self._trained.step,
+            "uses_training_data": "yes",
+        }
+
+    def own_prompt(self, templates: Sequence[str]) -> str:
+        """What stands in the place of prompts: the head's own classes."""
+        return f"{len(self._numbers)} learned classes"
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Prediction:
+        """Classify the images: on a CPU one by one, where batching would change the last bits."""
+        chosen = self._classes(batch.head)
+        size = 1 if self._device.type == "cpu" else CHUNK
+        parts = self._pixels(batch).to(self._device).split(size)
+        return Prediction(logits=torch.cat([self._trained.model.logits(part) for part in parts])[:, chosen].cpu())
+
+    def _pixels(self, batch: Batch) -> Tensor:
+        """The images' central squares (B, 3, S, S)."""
+        return batch.student_images(self._trained.model.config.image_size)
+
+    def _classes(self, head: ZeroShotHead) -> list[int]:
+        """The head's numbers of a data set's classes.
+
+        Raises:
+            UsageError: it was not trained on all of them.
+        """
+        if strange := [name for name in head.labels if name not in self._numbers]:
+            shown = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
+            raise UsageError(
+                f"{self.name} was not trained on {len(strange)} of the {len(head.labels)} classes ({shown}). Leave the "
+                "method out for these images, or train a head on their classes."
+            )
+        return [self._numbers[name] for name in head.labels]
+
+
+class MAEFineTuned(ViTProbe):
+    """The answer of head and encoder that were trained together on labels."""
+
+    registered = "mae-finetune"
+    kinds = ("finetune",)
+
+
+class MAEJoint(ViTProbe):
+    """The answer of head and encoder that were trained on labels and on masked patches at once."""
+
+    registered = "mae-joint"
+    kinds = ("joint",)
+
+
+class TTTMAE(ViTProbe):
+    """The answer after the encoder was adapted to the one image; every image begins with the trained weights.
+
+    The extras are ``loss_first``, the reconstruction error before the first step, ``loss``, that before the last, and
+    the ``steps`` made.
+    """
+
+    registered = "ttt-mae"
+    kinds = ("probe", "joint")
+    settings_type = TTTMAESettings
+    gradients = True
+
+    def __init__(self, options: MethodOptions) -> None:
+        super().__init__(options)
+        if self._trained.settings.get("decoder") == "drawn":
+            raise UsageError(
+                f"{self.name}: the decoder of {printable(self._chosen.file)} was never trained, so there is nothing to "
+                "adapt by. Train the head on a masked autoencoder that has its decoder."
+            )
+        assert isinstance(self._chosen, TTTMAESettings)
+        self._adapter = TestTimeAdapter(self._trained.model, self._chosen, seed=options.seed)
+        self._record_steps = options.record_steps
+        self.settings = {**self.settings, "seed": options.seed}
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Adapt to each image and classify it."""
+        chosen = self._classes(batch.head)
+        found = self._adapter.adapt(self._pixels(batch), record_steps=self._record_steps)
+        steps = self._adapter.settings.steps
+        return Prediction(
+            logits=found.logits[:, chosen].cpu(),
+            extras={
+                "loss_first": found.first_losses,
+                "loss": found.last_losses,
+                "steps": torch.full((len(batch),), steps),
+            },
+            step_logits=None if found.step_logits is None else found.step_logits[:, :, chosen].cpu(),
+        )

@@ -1,7 +1,7 @@
 """One image → one answer: the teacher's token, a student overfit to it from scratch, and what both say.
 
 The order of work for each image is that of Modi & Rawat 2024, section 3: the frozen teacher maps the image to one
-token; a student drawn afresh is overfit to that token; its own token is compared with the text features of the labels.
+token; a new student is overfit to that token; its own token is compared with the text features of the labels.
 Nothing of one image is left when the next one comes.
 """
 
@@ -157,7 +157,7 @@ class Classifier:
             raise ImageError(answer.error)
         return answer
 
-    def perceive(
+    def classify_with_field(
         self,
         image: str | os.PathLike[str] | Image.Image,
         *,

@@ -173,7 +173,7 @@ def _explained(classifier: Classifier, paths: Iterable[Path], folder: Path, size
 
     for path in paths:
         try:
-            perception = classifier.perceive(path)
+            perception = classifier.classify_with_field(path)
         except ImageError as error:
             yield Answer(path=path, error=str(error))
             continue

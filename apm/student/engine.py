@@ -80,7 +80,7 @@ class Engine:
             loss: of the token, ``mse``, the mean of squared differences, or ``cosine``, one minus the cosine.
             tolerance: a sample whose loss is at or below this takes no more steps; None: all take every step.
             precision: of the products of the two middle layers; the weights, Adam's moments and all sums are float32.
-            queries: locations drawn afresh at each step, the same for every sample; None: all, at every step.
+            queries: locations drawn new for each step, the same for every sample; None: all, at every step.
             seed: of that draw.
             distil: what has a loss: ``cls``, the token; ``grid``, the field, towards the teacher's grid; ``both``.
             rgb_weight: of the loss of the colours, which is added; 0: none.

@@ -80,7 +80,10 @@ class AdaptConfig(TrainingOptions):
     """What the trainer is told: `StudentOptions.training` makes it of a user's options."""
 
     queries: int | None = setting(
-        None, "Locations read at each step, drawn afresh: an approximation; None: all.", check=at_least(1), option=False
+        None,
+        "Locations read at each step, new ones each time: an approximation; None: all.",
+        check=at_least(1),
+        option=False,
     )
 
 
@@ -102,7 +105,7 @@ class StudentOptions(TrainingOptions):
     )
     queries: int | str = setting(
         AUTO,
-        "Locations each step reads: all (as in the paper), a number (drawn afresh for each step: faster on a "
+        "Locations each step reads: all (as in the paper), a number (new ones for each step: faster on a "
         "CPU, an approximation), or auto (a number on a CPU if a token alone is distilled, else all).",
         check=_queries,
         parse=parse_queries,

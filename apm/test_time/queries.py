@@ -1,4 +1,4 @@
-"""How many of the student's locations a step reads: all of them, as in the paper, or fewer, drawn afresh each time."""
+"""How many of the student's locations a step reads: all of them, as in the paper, or fewer, new ones each time."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _UNSAID = ("distil", "rgb_weight", "grid_views")
 
 
 class APMTestTimeTraining:
-    """The student's answer after K steps towards the target, its weights drawn afresh for each image."""
+    """The student's answer after K steps towards the target, its weights drawn new for each image."""
 
     stream = False
     gradients = True

@@ -289,7 +289,7 @@ class StreamMethod(Method, Protocol):
 
 @runtime_checkable
 class Together(Protocol):
-    """A method that answers a number of images together, and begins afresh with the next ones."""
+    """A method that answers a number of images together, and starts new with the next ones."""
 
     together: int
     """How many: a run hands it this many at a time, from the start of its order, and fewer at the end."""

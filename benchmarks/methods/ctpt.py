@@ -41,7 +41,7 @@ PUBLISHED = Published(
 
 
 class CTPT(TPT):
-    """Minimise TPT's entropy and maximise the dispersion of the text features, for each image afresh.
+    """Minimise TPT's entropy and maximise the dispersion of the text features, anew for each image.
 
     The extras are TPT's, and ``dispersion_first`` and ``dispersion_last``.
     """

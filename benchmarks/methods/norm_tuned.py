@@ -53,7 +53,7 @@ PUBLISHED = Published(source="one setting and prompt for all data sets", prompts
 
 
 class NormTuned:
-    """A method that tunes normalisation layers for each batch afresh; what differs is the loss."""
+    """A method that tunes normalisation layers anew for each batch; what differs is the loss."""
 
     published = PUBLISHED
     stream = True

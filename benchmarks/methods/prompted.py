@@ -70,7 +70,7 @@ class Tuned:
 
 
 class PromptTuned:
-    """A method that tunes the prompt's context for each image afresh; what differs is the loss, and how it answers."""
+    """A method that tunes the prompt's context anew for each image; what differs is the loss, and how it answers."""
 
     stream = False
     gradients = True

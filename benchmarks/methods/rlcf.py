@@ -63,7 +63,7 @@ PUBLISHED = Published(
 
 
 class RLCF(PromptTuned):
-    """Tune the prompt by the second teacher's rewards, for each image afresh, and classify the image itself.
+    """Tune the prompt by the second teacher's rewards, anew for each image, and classify the image itself.
 
     The extras ``entropy_first`` and ``entropy_last`` are TPT's: of the kept views' mean prediction, in nats.
     """

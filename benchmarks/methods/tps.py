@@ -53,7 +53,7 @@ PUBLISHED = Published(
 
 
 class TPS:
-    """Shift the text features for each image afresh and classify the image itself by them."""
+    """Shift the text features anew for each image and classify the image itself by them."""
 
     published = PUBLISHED
     stream = False

@@ -21,7 +21,7 @@ PUBLISHED = Published(source="TPT: one prompt; AugMix views on the cross-dataset
 
 
 class TPT(PromptTuned):
-    """Minimise the entropy of the confident views' mean prediction over the prompt's context, for each image afresh.
+    """Minimise the entropy of the confident views' mean prediction over the prompt's context, anew for each image.
 
     The extras ``entropy_first`` and ``entropy_last`` are that entropy, in nats, before the first step and after the
     last.

@@ -1,4 +1,4 @@
-"""TTL, test-time low-rank adaptation (Imam et al., 2024): LoRA in the image tower, tuned for each image afresh.
+"""TTL, test-time low-rank adaptation (Imam et al., 2024): LoRA in the image tower, tuned anew for each image.
 
 Low-rank matrices beside the query and value projections of the last blocks are tuned so that the image's views are
 predicted with more confidence, each view by itself, and the sure views with more weight. The texts stay as they are.

@@ -137,7 +137,7 @@ def lines(
 
 
 @dataclass(frozen=True)
-class WorkShare:
+class Lane:
     """One horizontal lane of a chart: a name, and a value or five for each series in it."""
 
     name: str
@@ -145,9 +145,7 @@ class WorkShare:
     """Name of the series, its number, the value (as x)."""
 
 
-def dots(
-    ids: Iterator[int], title: str, lanes: Sequence[WorkShare], *, x_label: str, chance: float | None = None
-) -> Chart:
+def dots(ids: Iterator[int], title: str, lanes: Sequence[Lane], *, x_label: str, chance: float | None = None) -> Chart:
     """Values with their standard errors, a lane for each column of a table, series under each other within it."""
     places = _Lanes([(lane.name, len(lane.entries)) for lane in lanes])
 
@@ -230,16 +228,16 @@ def reliability_diagram(
         axes.plot([0, 1], [0, 1], color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
         for one in bins:
             _error(axes, [one.confidence] * 2, [one.low, one.high], series)
-            _error(axes, [one.least, one.greatest], [one.accuracy] * 2, series, width=1, opacity=0.45)
+            _error(axes, [one.minimum, one.maximum], [one.accuracy] * 2, series, width=1, opacity=0.45)
             said = (
-                f"{name}: {one.count} answers of confidence {one.least:.2f} to {one.greatest:.2f}, mean "
+                f"{name}: {one.count} answers of confidence {one.minimum:.2f} to {one.maximum:.2f}, mean "
                 f"{one.confidence:.2f}: accuracy {one.accuracy:.2f}, 95 % interval {one.low:.2f} to {one.high:.2f}"
             )
             mark(axes, one.confidence, one.accuracy, series, printable(said))
 
     rows = tuple(
         (
-            f"{one.least:.3f}–{one.greatest:.3f}",
+            f"{one.minimum:.3f}–{one.maximum:.3f}",
             f"{one.confidence:.3f}",
             f"{one.accuracy:.3f}",
             f"{one.low:.3f}–{one.high:.3f}",

@@ -13,7 +13,7 @@ from apm.images.paths import printable
 from ..runs.rows import MethodRows
 from ..tables.stats import PER_BIN, reliability_bins
 from ..tables.table import Score
-from .charts import Chart, Line, Point, WorkShare, bars, boxes, diverging, dots, lines, reliability_diagram
+from .charts import Chart, Lane, Line, Point, bars, boxes, diverging, dots, lines, reliability_diagram
 from .series import NamedRow, Part
 
 
@@ -67,7 +67,7 @@ def accuracy(ids: Iterator[int], parts: Sequence[Part]) -> list[Group]:
     for part in parts:
         titles = {a.cell["title"] for n in part.rows for _, _, a in n.cells() if a.cell["corruption"]}
         if part.columns and not titles & several:
-            lanes = [WorkShare(printable(column), tuple(_entries(part, column))) for column in part.columns]
+            lanes = [Lane(printable(column), tuple(_entries(part, column))) for column in part.columns]
             rest.append(dots(ids, printable(part.table.title), lanes, x_label="accuracy, %", chance=part.chance()))
     return groups + _together(rest)
 

@@ -74,14 +74,14 @@ class Tally:
     """Running accuracy of each method."""
 
     def __init__(self) -> None:
-        self.right: Counter[str] = Counter()
+        self.correct: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
 
     def add(self, rows: Iterable[Row]) -> None:
         for row in rows:
             if row.error is None:
                 self.answered[row.method] += 1
-                self.right[row.method] += row.rank == 1
+                self.correct[row.method] += row.rank == 1
 
     def accuracy(self) -> dict[str, float]:
-        return {method: self.right[method] / n for method, n in self.answered.items()}
+        return {method: self.correct[method] / n for method, n in self.answered.items()}

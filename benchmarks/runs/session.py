@@ -22,7 +22,7 @@ from .records import RunFolder
 from .rows import Row
 from .run_record import RunOptions, check_complete, count_rows, prompted
 from .scoring import NOT_FINITE, Tally, score
-from .shares import WorkShare, divide, stream_order
+from .shares import WorkShare, split_work, stream_order
 from .source import CellImages, Features
 from .timed_batch import TimedBatch
 
@@ -55,7 +55,7 @@ class Session:
         self.looking: set[str] = set()  # methods that were seen to ask for pixels though features are known
         self.heads: dict[tuple[tuple[str, ...], tuple[str, ...]], ZeroShotHead] = {}
         self.earlier_seconds = record["wall_seconds"]
-        self.lanes: dict[str, list[WorkShare]] = {}
+        self.shares: dict[str, list[WorkShare]] = {}
         self.left = 0
         self.answered = 0
         self.working_seconds = 0.0
@@ -85,15 +85,15 @@ class Session:
         for cell, header in headers.items():
             rows = self.folder.read(cell, ["position", "method"])
             done += len(set(rows["position"].to_pylist()))
-            self.lanes[cell] = divide(self.methods, rows, header["images"], self.group, spread=bool(self.features))
-            self.left += sum(len(lane.positions) for lane in self.lanes[cell])
+            self.shares[cell] = split_work(self.methods, rows, header["images"], self.group, spread=bool(self.features))
+            self.left += sum(len(share.positions) for share in self.shares[cell])
         if done and self.group.first:
             self.on_note(f"Continuing {self.folder.path}: {done} images are done.")
 
     def run_cell(self, number: int, cell: str, open_cell: Callable[[], Dataset]) -> None:
         """Answer what is left of one cell."""
-        lanes = self.lanes[cell]
-        if not lanes:
+        shares = self.shares[cell]
+        if not shares:
             return
         dataset = prompted(open_cell(), self.options)
         if dataset.fingerprint != self.record["cells"][cell]["fingerprint"]:
@@ -107,29 +107,29 @@ class Session:
             known=None if self.features is None else self.features.cell(dataset),
         )
         head = self._head(dataset)
-        total = sum(len(lane.positions) for lane in lanes)
+        total = sum(len(share.positions) for share in shares)
         done = 0
         tally = Tally()
-        for lane in lanes:
-            for method in lane.methods:
+        for share in shares:
+            for method in share.methods:
                 if isinstance(method, AsPublished):
                     method.begin(dataset.name)
                 if method.stream:
                     cast(StreamMethod, method).reset()
-            if lane.replay:
-                self._replay(lane, source, head)
+            if share.replay:
+                self._replay(share, source, head)
             buffer = _Buffer(self.folder, cell, self.options.flush_seconds, self.write_record)
-            images = source.read(lane.positions)
+            images = source.read(share.positions)
             try:
                 while True:
                     begun = time.monotonic()
-                    items = next_batch(images, lane.together or self._batch_size(), whole=lane.together is not None)
+                    items = next_batch(images, share.together or self._batch_size(), whole=share.together is not None)
                     if not items:
                         break
                     if folder is not None and not folder.is_dir():  # an unplugged drive: no image is at fault
                         raise ApmError(f"{folder} is no longer there. Run the same command again when it is.")
-                    answers = self._answer(items, lane.methods, head, cell, source)
-                    rows = [row for row in answers if row.position not in lane.recorded[row.method]]
+                    answers = self._answer(items, share.methods, head, cell, source)
+                    rows = [row for row in answers if row.position not in share.recorded[row.method]]
                     buffer.add(rows, begun)
                     tally.add(rows)
                     self._measure(len(items), time.monotonic() - begun)
@@ -164,7 +164,7 @@ class Session:
     def _report(self, number: int, cell: str, done: int, total: int, tally: Tally) -> None:
         rate = self.answered / self.working_seconds if self.working_seconds else 0.0
         remaining = self.left / rate if rate else 0.0
-        self.on_progress(Progress(cell, number + 1, len(self.lanes), done, total, tally.accuracy(), rate, remaining))
+        self.on_progress(Progress(cell, number + 1, len(self.shares), done, total, tally.accuracy(), rate, remaining))
 
     def _batch(self, items: Sequence[Readable], head: ZeroShotHead, source: CellImages) -> TimedBatch:
         return TimedBatch(
@@ -177,12 +177,12 @@ class Session:
             known=source.views(items),
         )
 
-    def _replay(self, lane: WorkShare, source: CellImages, head: ZeroShotHead) -> None:
+    def _replay(self, share: WorkShare, source: CellImages, head: ZeroShotHead) -> None:
         """Show stream methods again what they have answered already, and record nothing."""
-        stream = [method for method in lane.methods if method.stream]
+        stream = [method for method in share.methods if method.stream]
         names = ", ".join(method.name for method in stream)
-        self.on_note(f"Rebuilding the state of {names} from the {len(lane.replay)} images before.")
-        images = source.read(lane.replay)
+        self.on_note(f"Rebuilding the state of {names} from the {len(share.replay)} images before.")
+        images = source.read(share.replay)
         try:
             while items := next_batch(images, self.options.batch_size):
                 if readable := [item for item in items if isinstance(item, Readable)]:

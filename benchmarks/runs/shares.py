@@ -33,8 +33,10 @@ class WorkShare:
     """How many images the methods are to be given at a time; None: they do not care."""
 
 
-def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group, *, spread: bool = False) -> list[WorkShare]:
-    """Divide what is left of a cell of n images into lanes, from the rows that there are.
+def split_work(
+    methods: Sequence[Method], rows: pa.Table, n: int, group: Group, *, spread: bool = False
+) -> list[WorkShare]:
+    """Divide what is left of a cell of n images into shares, from the rows that there are.
 
     Args:
         methods: of the run.
@@ -50,24 +52,24 @@ def divide(methods: Sequence[Method], rows: pa.Table, n: int, group: Group, *, s
     others = [method for method in methods if method not in grouped]
     episodic = [method for method in others if not method.stream]
     stream = [method for method in others if method.stream]
-    shares: list[tuple[list[Method], range]] = [(others, range(n))]
+    parts: list[tuple[list[Method], range]] = [(others, range(n))]
     if group.world > 1 or len({frozenset(done[method.name]) for method in others}) > 1:
         mine = stream[group.rank :: group.world] if spread else stream if group.first else []
-        shares = [(episodic, range(group.rank, n, group.world)), (mine, range(n) if mine else range(0))]
-    lanes = []
-    for members, share in shares:
-        left = [position for position in share if any(position not in done[method.name] for method in members)]
+        parts = [(episodic, range(group.rank, n, group.world)), (mine, range(n) if mine else range(0))]
+    shares = []
+    for members, part in parts:
+        left = [position for position in part if any(position not in done[method.name] for method in members)]
         if not left:
             continue
         replay: list[int] = []
         if any(method.stream for method in members):
             # Where a damaged shard was removed, rows after the gap are there: the stream passes them again.
             replay, left = list(range(left[0])), list(range(left[0], n))
-        lanes.append(WorkShare(members, left, replay, done))
+        shares.append(WorkShare(members, left, replay, done))
     for method in grouped:  # whole batches, of which each process takes its part
         size = method.together
         batches = [range(start, min(start + size, n)) for start in range(0, n, size)][group.rank :: group.world]
         left = [place for batch in batches if not done[method.name].issuperset(batch) for place in batch]
         if left:
-            lanes.append(WorkShare([cast("Method", method)], left, [], done, size))
-    return lanes
+            shares.append(WorkShare([cast("Method", method)], left, [], done, size))
+    return shares

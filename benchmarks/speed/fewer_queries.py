@@ -1,4 +1,4 @@
-"""Fewer queries a step, on real images: what drawing N of the locations afresh at each step costs and saves."""
+"""Fewer queries a step, on real images: what reading N of the locations, new ones at each step, costs and saves."""
 
 from __future__ import annotations
 

@@ -126,9 +126,9 @@ class ReliabilityBin:
     """Answers of neighbouring confidence."""
 
     count: int
-    least: float
+    minimum: float
     """Confidence of the least confident of them."""
-    greatest: float
+    maximum: float
     """Confidence of the most confident of them."""
     confidence: float
     """Mean confidence: the accuracy that they claim."""
@@ -164,8 +164,8 @@ def reliability_bins(
         bins.append(
             ReliabilityBin(
                 count=len(part),
-                least=float(confidence[part[0]]),
-                greatest=float(confidence[part[-1]]),
+                minimum=float(confidence[part[0]]),
+                maximum=float(confidence[part[-1]]),
                 confidence=float(confidence[part].mean()),
                 accuracy=right / len(part),
                 low=float(interval.low),

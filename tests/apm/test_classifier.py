@@ -304,7 +304,7 @@ def test_what_is_perceived_is_what_the_answer_was_read_from(pictures: list[Path]
     classifier = build(teacher=teacher, distil=distil)
     answer = classifier(pictures[0])
     calls = teacher.grid_calls
-    perceived = classifier.perceive(pictures[0], snapshots=(0, 3))
+    perceived = classifier.classify_with_field(pictures[0], snapshots=(0, 3))
     assert teacher.grid_calls == calls + 1
     assert same(perceived.answer, answer) and perceived.answer.top == answer.top
     assert perceived.image.size == (40, 32)
@@ -323,7 +323,7 @@ def test_what_is_perceived_is_what_the_answer_was_read_from(pictures: list[Path]
         attention = perceived.result.attention(*grid_locations(cells))
         assert attention.shape == (1, classifier.student_config.heads, cells**2)
         torch.testing.assert_close(attention.sum(dim=2), torch.ones(attention.shape[:2]))
-    assert classifier.perceive(Image.open(pictures[0]), grid_size=64).grid.shape == (8, 8, 16)  # type: ignore[union-attr]
+    assert classifier.classify_with_field(Image.open(pictures[0]), grid_size=64).grid.shape == (8, 8, 16)  # type: ignore[union-attr]
 
 
 def test_a_teacher_without_a_grid_is_perceived_without_one(picture: Path, tmp_path: Path) -> None:
@@ -332,11 +332,11 @@ def test_a_teacher_without_a_grid_is_perceived_without_one(picture: Path, tmp_pa
             raise TeacherError("no grid")
 
     classifier = build(teacher=TokenTeacher())
-    assert classifier.perceive(picture).grid is None
+    assert classifier.classify_with_field(picture).grid is None
     with pytest.raises(TeacherError, match="no grid"):
-        classifier.perceive(picture, grid_size=32)
+        classifier.classify_with_field(picture, grid_size=32)
     with pytest.raises(ImageError, match="no such file"):
-        classifier.perceive(tmp_path / "nothing.png")
+        classifier.classify_with_field(tmp_path / "nothing.png")
 
 
 @pytest.mark.parametrize("target", ["mean", "mta"])
@@ -351,11 +351,13 @@ def test_a_target_of_views_is_that_of_bench(pictures: list[Path], target: str) -
         for one in views(image, policy.views, teacher, seed=3, sample_id=pixels_id(image), min_area=policy.min_area)
     ]
     wanted = aggregate(target, torch.stack(tokens), classifier.head)
-    result = classifier.perceive(pictures[0]).result
+    result = classifier.classify_with_field(pictures[0]).result
     expected = torch.cosine_similarity(result.tokens[0], wanted, dim=0)
     torch.testing.assert_close(result.final_cosines[0], expected, rtol=0, atol=1e-5)
     own = teacher.encode_image(teacher.preprocess(image)[None])[0]
-    assert torch.equal(classifier.perceive(pictures[0]).token, own) and not torch.allclose(own, wanted, atol=1e-3)
+    assert torch.equal(classifier.classify_with_field(pictures[0]).token, own) and not torch.allclose(
+        own, wanted, atol=1e-3
+    )
     alone = {path: build(target=target)(path) for path in pictures[:3]}
     answers = list(build(target=target, batch_size=3).classify(pictures[2::-1]))
     assert all(same(answer, alone[answer.path]) for answer in answers if answer.path is not None)

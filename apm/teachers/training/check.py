@@ -33,12 +33,12 @@ def mixed_check(stage: nn.Module, sources: list[Source], sharp: Sharp, size: int
     tiny, imagenette = (next(s for s in sources if s.name == name) for name in ("tiny-imagenet", "imagenette"))
     seen = torch.unique(torch.cat([tiny.labels, imagenette.labels]))
     rows = torch.arange(0, len(tiny.images), HOLDOUT)
-    right = (answers(stage, tiny.images[rows], seen, size) == tiny.labels[rows]).float().mean().item()
+    correct = (answers(stage, tiny.images[rows], seen, size) == tiny.labels[rows]).float().mean().item()
     known = (answers(stage, sharp.images, seen, size) == sharp.labels).float().mean().item()
     foreign = answers(stage, sharp.others, seen, size)
     drift = torch.isin(foreign, torch.unique(imagenette.labels)).float().mean().item()
-    score = right + known / 2 - drift / 2
+    score = correct + known / 2 - drift / 2
     return {
         name: round(value, 4)
-        for name, value in zip(("tiny", "sharp", "drift", "score"), (right, known, drift, score), strict=True)
+        for name, value in zip(("tiny", "sharp", "drift", "score"), (correct, known, drift, score), strict=True)
     }

@@ -103,11 +103,11 @@ def test_classifier_and_one_image_at_a_time_agree() -> None:
     classifier = Classifier(teacher, labels=labels, student=student, device="cpu", batch_size=2)
     images = [picture(seed=seed) for seed in range(3)]
     alone = [classifier(image) for image in images]
-    kept = classifier.perceive(images[1])
+    kept = classifier.classify_with_field(images[1])
     assert kept.answer.adaptation is not None and alone[1].adaptation is not None
     assert kept.answer.adaptation.losses == alone[1].adaptation.losses
     grid_calls = teacher.grid_calls
-    classifier.perceive(images[0])
+    classifier.classify_with_field(images[0])
     assert teacher.grid_calls - grid_calls == 4  # the whole image's grid is shared with the picture that is drawn
     plain = Classifier(teacher, labels=labels, student=StudentOptions(**FAST), device="cpu")(images[0])  # type: ignore[arg-type]
     assert plain.adaptation is not None and alone[0].adaptation is not None

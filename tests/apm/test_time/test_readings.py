@@ -41,7 +41,7 @@ def test_the_mode_is_where_most_places_agree_and_not_their_mean() -> None:
 
 def test_the_answer_is_read_from_the_mode_and_depends_on_no_batch() -> None:
     classifier = Classifier(FakeTeacher(), labels=LABELS, student=STUDENT, device="cpu", batch_size=2)
-    kept = [classifier.perceive(picture(seed)) for seed in range(3)]
+    kept = [classifier.classify_with_field(picture(seed)) for seed in range(3)]
     for one in kept:
         field = one.result.features(*grid_locations(16))[0]
         assert torch.equal(one.result.tokens[0], mode_of(field, classifier.head))
@@ -52,7 +52,7 @@ def test_the_answer_is_read_from_the_mode_and_depends_on_no_batch() -> None:
     assert [answer.top for answer in answers] == [one.answer.top for one in kept]
     mean = Classifier(FakeTeacher(), labels=LABELS, student=replace(STUDENT, readout="mean"), device="cpu")
     assert mean(picture(0)).top != answers[0].top
-    assert not torch.equal(mean.perceive(picture(0)).result.tokens, kept[0].result.tokens)
+    assert not torch.equal(mean.classify_with_field(picture(0)).result.tokens, kept[0].result.tokens)
 
 
 def test_as_a_method_of_a_run() -> None:

@@ -102,7 +102,7 @@ def test_the_answers_are_those_of_the_same_settings_and_prompts() -> None:
     assert dmn.own_prompt(prompt_templates("simple")) is None and tda.own_prompt(before.templates) is None
 
 
-def test_a_stream_begins_afresh_with_each_data_set() -> None:
+def test_a_stream_starts_new_with_each_data_set() -> None:
     teacher = FakeTeacher(dim=16)
     method = begun("tda", "pets")
     first = method.predict(make_batch(6, teacher)).logits

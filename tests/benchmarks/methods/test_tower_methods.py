@@ -254,7 +254,7 @@ def test_ttl_answers_an_image_alone_as_in_any_batch(teacher: TowerTeacher) -> No
 
 
 @pytest.mark.parametrize("name", BATCHED)
-def test_a_batch_is_cut_as_the_settings_say_and_each_begins_afresh(teacher: TowerTeacher, name: str) -> None:
+def test_a_batch_is_cut_as_the_settings_say_and_each_starts_new(teacher: TowerTeacher, name: str) -> None:
     method: Any = create_method(f"{name},batch=3")
     assert method.together == 3 and method.stream
     whole = method.predict(make_batch(5, teacher)).logits

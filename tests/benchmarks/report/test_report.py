@@ -562,7 +562,7 @@ def test_reliability_bins_hold_as_many_answers_each_with_their_intervals() -> No
     assert [one.count for one in bins] == [26] * 10
     order = np.argsort(sure).reshape(10, 26)
     for one, part in zip(bins, order, strict=True):
-        assert (one.least, one.greatest) == (sure[part].min(), sure[part].max())
+        assert (one.minimum, one.maximum) == (sure[part].min(), sure[part].max())
         assert one.confidence == pytest.approx(sure[part].mean()) and one.accuracy == right[part].mean()
         p, n, z = right[part].mean(), 26, 1.959964  # Wilson's interval, written out
         middle, reach = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

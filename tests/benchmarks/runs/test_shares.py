@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from apm.benchmarks.runs.shares import divide
+from apm.benchmarks.runs.shares import split_work
 from apm.processes import ALONE, Group
 
 ONE: Any = SimpleNamespace(name="one", stream=False)
@@ -26,23 +26,23 @@ def rows(*answered: tuple[str, range]) -> pa.Table:
 
 
 def test_a_method_of_batches_has_a_lane_of_its_own() -> None:
-    first, second = divide([ONE, FOUR], rows(), 10, ALONE)
+    first, second = split_work([ONE, FOUR], rows(), 10, ALONE)
     assert (first.methods, first.positions, first.together) == ([ONE], [*range(10)], None)
     assert (second.methods, second.positions, second.together, second.replay) == ([FOUR], [*range(10)], 4, [])
 
 
 def test_a_batch_of_which_a_part_is_missing_is_answered_whole() -> None:
-    (lane,) = divide([FOUR], rows(("four", range(6))), 10, ALONE)
-    assert lane.positions == [*range(4, 10)]
-    assert lane.recorded["four"] == {*range(6)}
-    assert divide([FOUR], rows(("four", range(10))), 10, ALONE) == []
+    (share,) = split_work([FOUR], rows(("four", range(6))), 10, ALONE)
+    assert share.positions == [*range(4, 10)]
+    assert share.recorded["four"] == {*range(6)}
+    assert split_work([FOUR], rows(("four", range(10))), 10, ALONE) == []
 
 
 @pytest.mark.parametrize(("rank", "positions"), [(0, [0, 1, 2, 3, 8, 9]), (1, [4, 5, 6, 7])])
 def test_processes_take_whole_batches(rank: int, positions: list[int]) -> None:
     group: Any = SimpleNamespace(rank=rank, world=2, first=rank == 0)
-    (lane,) = divide([FOUR], rows(), 10, group)
-    assert lane.positions == positions
+    (share,) = split_work([FOUR], rows(), 10, group)
+    assert share.positions == positions
     assert isinstance(ALONE, Group)
 
 
@@ -51,7 +51,7 @@ def test_streams_are_one_process_s_unless_all_have_the_features(spread: bool, mi
     methods = [ONE, SimpleNamespace(name="two", stream=True), SimpleNamespace(name="three", stream=True)]
     for rank in (0, 1):
         group: Any = SimpleNamespace(rank=rank, world=2, first=rank == 0)
-        episodic, *streams = divide(methods, rows(), 10, group, spread=spread)
+        episodic, *streams = split_work(methods, rows(), 10, group, spread=spread)
         assert (episodic.methods, episodic.positions) == ([ONE], [*range(rank, 10, 2)])
-        assert [[method.name for method in lane.methods] for lane in streams] == [mine[rank]] * bool(mine[rank])
-        assert all(lane.positions == [*range(10)] for lane in streams)
+        assert [[method.name for method in share.methods] for share in streams] == [mine[rank]] * bool(mine[rank])
+        assert all(share.positions == [*range(10)] for share in streams)

@@ -1,5 +1,7 @@
 """Writes the tables of benchmarks/README.md from the records: `python -m apm.benchmarks.studies.readme_tables`.
 
+docs/table-of-everything.md, which shows some of the same figures, is written with them.
+
 The text around the tables is written by hand; what stands between two markers is made here, and a test holds the one
 to the other.
 """
@@ -23,7 +25,7 @@ from ..tables import formats
 from ..tables.build import make_tables
 from ..tables.stats import mcnemar, standard_error
 from ..tables.table import Table
-from . import choose_target
+from . import choose_target, everything
 from .study import RESULTS, ROOT, argument_parser, fill, markdown, plus_minus, run
 
 DOCUMENT = ROOT / "benchmarks" / "README.md"
@@ -144,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         collect(run_folder)
     for name, text in parts():
         fill(DOCUMENT, f"measured: {name}", text)
+    everything.write()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,324 @@
+"""One page of the whole: `python -m apm.benchmarks.studies.everything` writes docs/table-of-everything.md.
+
+Every row of the paper's three tables and every system of its authors' talks: the command that runs it here, what of it
+was measured, and what it takes to run it as published. Rows come from the published tables, commands from the recipes
+of `apm reproduce` and the registry of methods, figures from the records in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apm.test_time.options import StudentOptions
+
+from ..datasets.specs import DATASETS
+from ..reproduce.recipes import PAPER, WEIGHTS, PaperTable, Recipe
+from ..runs.records import Records
+from ..tables.build import make_tables, published_rows
+from ..tables.table import TableRow
+from .study import RESULTS, ROOT, Record, argument_parser, fill, markdown, read_record, run
+
+DOCUMENT = ROOT / "docs" / "table-of-everything.md"
+NOT_HERE, NOT_MEASURED = "not here yet", "–"
+TEACHER = "teacher's grid"
+
+BESIDE = {
+    "MTA": "mta",
+    "ZERO": "zero",
+    "TDA": "tda",
+    "DMN-ZS": "dmn:alpha=oracle",
+    "CLIP zero-shot (open_clip)": "zero-shot",
+    "Joint Train": "mae-joint:file=JOINT",
+    "Fine-Tune": "mae-finetune:file=FINETUNED",
+    "ViT Probe": "vit-probe:file=PROBE",
+    "TTT-MAE": "ttt-mae:file=PROBE",
+}
+"""Published rows that `apm reproduce` has no recipe for → the method, as `apm bench` takes it."""
+TRAINED = {
+    "vit-probe": "`apm mae probe IMAGENET --base MAE --out PROBE`",
+    "ttt-mae": "`apm mae probe IMAGENET --base MAE --out PROBE`",
+    "mae-finetune": "`apm mae finetune IMAGENET --base MAE --out FINETUNED`",
+    "mae-joint": "`apm mae joint IMAGENET --base MAE --out JOINT`",
+}
+"""Methods that need a head trained on ImageNet's labels → what makes it, of MAE's published weights."""
+MEASURED = {1: ("tiny-clean",), 2: ("tiny-corrupted",), 3: ("cross-dataset",)}
+"""Runs in benchmarks/results that stand for a table here, with the embedded teacher."""
+
+
+def recipe_of(table: PaperTable, row: Mapping[str, str]) -> Recipe | None:
+    """The recipe of a published row; None where it has none."""
+    found = (one for one in table.recipes if (one.row, one.teacher) == (row["method"], row["teacher"]))
+    return next(found, None)
+
+
+def command_of(table: PaperTable, row: Mapping[str, str]) -> str:
+    """What runs a published row here."""
+    recipe = recipe_of(table, row)
+    if recipe is not None:
+        learned = f" --{recipe.learned} PROMPT" if recipe.learned else ""
+        return f"`apm reproduce {table.number} --root DATA --method {recipe.method}{learned}`"
+    method = BESIDE.get(row["method"])
+    if method is None:
+        return NOT_HERE
+    what = {1: "natural-shifts", 2: "imagenet-c --level 5", 3: "cross-dataset"}[table.number]
+    teacher = "" if row["teacher"] == "none" else f" --teacher {WEIGHTS[row['teacher']]}"
+    more = " --oracle" if "oracle" in method else " --prompts openai" if _ensemble(row) else ""
+    return f"`apm bench {what} --root DATA --method {method}{teacher}{more}`"
+
+
+def _ensemble(row: Mapping[str, str]) -> bool:
+    return row["prompts"] == "80 templates" or row["prompts"].startswith("ensemble")
+
+
+def needs_of(table: PaperTable, row: Mapping[str, str]) -> str:
+    """Weights beside the table's data, and a learned prompt or head."""
+    recipe = recipe_of(table, row)
+    name = recipe.method if recipe else BESIDE.get(row["method"], "").partition(":")[0]
+    parts = [f"`{WEIGHTS[row['teacher']]}`"] if row["teacher"] in WEIGHTS else []
+    if recipe is not None and recipe.learned:
+        parts.append(f"`apm prompts learn {recipe.learned} IMAGENET --shots 16`")
+    if name in TRAINED:
+        parts.append(TRAINED[name])
+    return ", ".join(parts)
+
+
+def images_of(table: PaperTable) -> int:
+    """Images that one row of a table is about."""
+    if table.corrupted:
+        return len(table.columns) * DATASETS["imagenet-c"].images
+    return sum(DATASETS[name].images for name in table.columns)
+
+
+def _published(row: Mapping[str, str], columns: Sequence[str]) -> str:
+    cells = [float(row[name]) for name in columns if row.get(name)]
+    mean = f"{sum(cells) / len(cells):.1f}"
+    printed = row.get("printed_average") or mean
+    return mean if abs(float(printed) - float(mean)) < 0.1 else f"{mean} (printed: {printed})"
+
+
+def measured_rows(table: PaperTable) -> dict[str, TableRow]:
+    """Our rows that stand for a table, by method."""
+    runs = [Records.open(RESULTS / name) for name in MEASURED[table.number]]
+    return {row.method: row for one in make_tables(runs, published=False) for row in one.rows}
+
+
+def _measured(found: Mapping[str, TableRow], table: PaperTable, row: Mapping[str, str]) -> str:
+    recipe = recipe_of(table, row)
+    method = recipe.method if recipe else BESIDE.get(row["method"], "")
+    if method not in found or _ensemble(row) or row["teacher"] not in (table.recipes[0].teacher, "none"):
+        return NOT_MEASURED
+    total = found[method].total
+    if total is None or total.accuracy is None:
+        return NOT_MEASURED
+    return f"{total.accuracy:.1f} ± {total.stderr:.1f}" if total.stderr is not None else f"{total.accuracy:.1f}"
+
+
+def paper_table(table: PaperTable) -> str:
+    """Every row of one of the paper's tables, and what all of them need."""
+    found = measured_rows(table)
+    rows = [
+        (
+            f"{row['method']} · {row['teacher']}" if row["teacher"] != "none" else row["method"],
+            _published(row, table.columns),
+            command_of(table, row),
+            _measured(found, table, row),
+            needs_of(table, row),
+        )
+        for row in published_rows(table.published)
+    ]
+    titles = ("row", "published mean", "here", "measured here", "needs, beside the data")
+    return "\n\n".join([_data(table), markdown(titles, rows, text=None), _stands_for(table, found), hours(table)])
+
+
+def _data(table: PaperTable) -> str:
+    names = ("imagenet-c",) if table.corrupted else table.columns
+    origins = "; ".join(f"{DATASETS[name].title} ({DATASETS[name].origin})" for name in names)
+    return f"Data, {images_of(table):,} images a row: {origins}."
+
+
+def _stands_for(table: PaperTable, found: Mapping[str, TableRow]) -> str:
+    (first, *_) = found.values()
+    images = sum(score.n + score.failed for score in first.cells.values())
+    return (
+        f"Measured here: top-1 in percent over {images:,} images of `benchmarks/results/{MEASURED[table.number][0]}` "
+        f"with the {first.teacher} teacher, which stands for all of the paper's and is far smaller: other images and "
+        "another teacher, to be compared with one another and not with the published column."
+    )
+
+
+def hours(table: PaperTable) -> str:
+    """How long a row of APM takes, from the recorded time of a step."""
+    record = read_record(RESULTS / "steps-paper.json")
+    machine, second, steps = record["environment"], record["seconds_per_step"], StudentOptions.steps
+    total = images_of(table) * steps * second / 3600
+    return (
+        f"Hours: a row of APM takes {total:,.0f} h on {machine['threads']} threads of {machine['processor']} for its "
+        f"students alone ({steps} steps of {1000 * second:.0f} ms an image). Of every other row, and of the teacher, "
+        f"`apm reproduce {table.number} --plan` tells them for the machine that it is run on; on a GPU nothing was "
+        "measured."
+    )
+
+
+@dataclass(frozen=True)
+class System:
+    """A system of the paper's figures or of the talks.
+
+    Attributes:
+        name: what it is.
+        command: that runs it here.
+        needs: to be run as shown.
+        record: file in benchmarks/results.
+        found: the record → what was measured.
+        page: in docs, that says more.
+    """
+
+    name: str
+    command: str
+    needs: str
+    record: str = ""
+    found: Callable[[Record], str] = lambda record: NOT_MEASURED
+    page: str = ""
+
+
+def _ami(record: Record) -> str:
+    of = {target: record["conditions"][target]["image"]["AMI image"] for target in ("cls", "grid")}
+    return (
+        f"AMI with superpixels {of['cls'][0]:.3f} fitted to the token, {of['grid'][0]:.3f} to the grid "
+        f"({record['images']} images)"
+    )
+
+
+def _glom_islands(record: Record) -> str:
+    masks: dict[str, Any] = record["scores"]["masks"]
+    best = max((name for name in masks if name.startswith("GLOM, ")), key=lambda name: masks[name]["clusters"][0])
+    return (
+        f"AMI of k-means with masks: {best} {masks[best]['clusters'][0]:.3f}, teacher's grid "
+        f"{masks[TEACHER]['clusters'][0]:.3f} ({record['images']['masks']} photographs)"
+    )
+
+
+SYSTEMS = (
+    System(
+        "GLOM: columns of levels, bottom-up, top-down, consensus (Hinton 2021)",
+        "apm glom train IMAGES --out CKPT",
+        "no published figures",
+        "glom-reconstruction.json",
+        lambda record: (
+            f"hidden places: error {record['errors']['glom'][0]:.3f}, a convolutional autoencoder of the same size "
+            f"{record['errors']['autoencoder'][0]:.3f} ({record['images']} images)"
+        ),
+        "glom.md",
+    ),
+    System(
+        "GLOM's islands as the parse tree",
+        "apm glom show IMAGE --checkpoint CKPT --out DIR",
+        "no published figures",
+        "glom-islands.json",
+        _glom_islands,
+        "glom.md",
+    ),
+    System(
+        "GLOM as a student of test-time training",
+        "apm bench folder --root DATA --method glom-ttt",
+        "not published",
+        page="glom.md",
+    ),
+    System(
+        "Islands of agreement in APM's field (Figure 3)",
+        "apm islands IMAGE --out DIR",
+        "CLIP's weights; the figure gives no numbers",
+        "islands-small.json",
+        _ami,
+        "islands.md",
+    ),
+    System(
+        "Where a label is: maps of the field",
+        "apm classify IMAGE --explain DIR",
+        "CLIP's weights; no published figures",
+        "pointing-small.json",
+        lambda record: (
+            f"pointing game: field {100 * record['scores']['field, grid']['score']:.0f} %, teacher's grid "
+            f"{100 * record['scores'][TEACHER]['score']:.0f} % "
+            f"({record['composites']} composites)"
+        ),
+        "explain.md",
+    ),
+    System(
+        "One student of many images, its error map (Figure 5)",
+        "apm pretrain IMAGES --teacher-grid timm:NAME --out CKPT",
+        "DINOv2's weights through timm; the paper's images and hours are not stated",
+        "pretraining.json",
+        lambda record: (
+            f"held-out grids: error {record['grid']['student']['mse']:.3f}, mean feature "
+            f"{record['grid']['mean']['mse']:.3f} ({record['held_out_images']} images)"
+        ),
+        "pretraining.md",
+    ),
+    System(
+        "What a student learned without labels: a linear probe",
+        "python -m apm.benchmarks.studies.linear_probe CKPT --root TABLE",
+        "as above",
+        "linear_probe.json",
+        lambda record: (
+            f"{record['data']}: field {100 * record['probes']['field']['accuracy']:.1f} %, pixels "
+            f"{100 * record['probes']['pixels']['accuracy']:.1f} % ({record['test']:,} images)"
+        ),
+        "pretraining.md",
+    ),
+    System(
+        "A walk between two images by their trigger columns",
+        "apm interpolate ONE OTHER --checkpoint CKPT --out DIR",
+        "no published figures",
+        page="pretraining.md",
+    ),
+    System(
+        "Time against the number of queried patches",
+        "python -m apm.benchmarks.speed patches",
+        "a GPU: `make gpu`",
+        "speed-patches-paper-cpu.json",
+        lambda record: "[curve](speed.md)",
+        "speed.md",
+    ),
+    System("Islands from a video transformer shown a still image", "", "MViTv2-S's weights; no published figures"),
+    System("Black and white becomes coloured", "", "a student trained on colours; no published figures"),
+    System("Layer skipping: 5 layers of 12", "", "a student trained on a teacher's later layer; no published figures"),
+)
+"""In the order of the page. Without a command: not here yet."""
+
+
+def systems() -> str:
+    """The systems' table."""
+    rows = []
+    for one in SYSTEMS:
+        path = RESULTS / one.record
+        found = one.found(read_record(path)) if one.record and path.is_file() else NOT_MEASURED
+        page = f"[{one.page.removesuffix('.md')}]({one.page})" if one.page else ""
+        rows.append((one.name, f"`{one.command}`" if one.command else NOT_HERE, found, one.needs, page))
+    return markdown(("system", "here", "measured here", "needs, to be run as shown", "more"), rows, text=None)
+
+
+def parts() -> Iterator[tuple[str, str]]:
+    """Name and text of each part of the page."""
+    for table in PAPER.values():
+        yield f"table {table.number}", paper_table(table)
+    yield "systems", systems()
+
+
+def write(document: Path = DOCUMENT) -> None:
+    """Fill the page."""
+    for name, text in parts():
+        fill(document, name, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    argument_parser("everything", __doc__).parse_args(arguments)
+    write()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -70,6 +70,7 @@ def train_(
     say_result(
         trainer,
         "held out on {held_out:,}: mean squared error of hidden places {denoising:.5f}, contrast {contrast:.5f}",
+        session,
     )
 
 

@@ -255,4 +255,4 @@ def _train(
         trainer = make(cache, known, precision=session.precision, device=place, processes=group)
         train(trainer, names, session, wanted=talks, speaks=group.first)
         if group.first:
-            say_result(trainer, result)
+            say_result(trainer, result, session)

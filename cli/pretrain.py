@@ -120,4 +120,5 @@ def _train(
         trainer = Pretrainer(out, cache, student, config, data=data, precision=precision, device=place, processes=group)
         train(trainer, {"grid": "grid", "rgb": "colours"}, session, wanted=talks, speaks=group.first)
         if group.first:
-            say_result(trainer, "held-out mean squared error on {held_out:,}: grid {grid:.5f}, colours {rgb:.5f}")
+            result = "held-out mean squared error on {held_out:,}: grid {grid:.5f}, colours {rgb:.5f}"
+            say_result(trainer, result, session)

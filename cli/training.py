@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
+import json
 import os
 import time
 import typing
@@ -55,13 +56,14 @@ class Session:
         None, "Skip larger images (width × height).", default_words="89478485", check=at_least(1)
     )
     quiet: bool = setting(False, "Show no progress.")
+    as_json: bool = setting(False, "Print what was reached as one JSON object.")
 
     def __post_init__(self) -> None:
         """Check each value."""
         check_values(self, flag)
 
 
-session_options = options_of(Session, "session", RUN, spelled={"quiet": "--quiet -q"})
+session_options = options_of(Session, "session", RUN, spelled={"quiet": "--quiet -q", "as_json": "--json"})
 """Gives a command the options of a `Session`, in place of its parameter ``session``."""
 
 _SAY_EVERY = 20.0  # seconds between lines where stderr is no terminal
@@ -141,18 +143,24 @@ def train(
         trainer.run(evaluate_every=every, save_every=session.save_every, on_step=progress.step)
 
 
-def say_result(trainer: Trainer, text: str) -> None:
+def say_result(trainer: Trainer, text: str, session: Session) -> None:
     """Say what was reached, and which images were skipped: exit code 1, then.
 
     Args:
         trainer: has made all its steps.
         text: with the names of its held-out losses in braces, and ``held_out`` for the number of those images.
+        session: whether it is said in JSON, see schemas/training.json.
     """
-    skipped = trainer.cache.skipped
+    skipped, losses, held_out = trainer.cache.skipped, trainer.held_out_losses(), len(trainer.held_out)
     for _, error in skipped:
         failure(f"{error}: skipped")
-    reached = f"{trainer.path}: {trainer.step:,} steps on {len(trainer.train):,} images; "
-    say(reached + text.format(held_out=len(trainer.held_out), **trainer.held_out_losses()))
+    if session.as_json:
+        record = {"checkpoint": printable(trainer.path), "steps": trainer.step, "images": len(trainer.train)}
+        record |= {"held_out": held_out, "losses": losses, "skipped": [name for name, _ in skipped]}
+        say(json.dumps(record, ensure_ascii=False, allow_nan=False))
+    else:
+        reached = f"{trainer.path}: {trainer.step:,} steps on {len(trainer.train):,} images; "
+        say(reached + text.format(held_out=held_out, **losses))
     if skipped:
         raise typer.Exit(1)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -101,6 +103,25 @@ def test_class_folders_are_classes(base: Path, tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "images", 7), tmp_path / "head.safetensors"
     assert run("probe", folder, "--base", base, "--out", out, "--head-depth", "0", *FAST, "--quiet")[0] == 0
     assert load_mae(out).class_names == ("a", "b")
+
+
+def test_what_was_reached_as_json(base: Path, tmp_path: Path) -> None:
+    schema = json.loads(resources.files("apm.cli").joinpath("schemas/training.json").read_text())
+    folder, out = make_folder(tmp_path / "images", 7), tmp_path / "head.safetensors"
+    command = ("probe", folder, "--base", base, "--out", out, *HEAD, *FAST, "--json")
+    code, said, told = run(*command)
+    assert code == 0 and said.count("\n") == 1 and "train: " in told
+    record = json.loads(said)
+    jsonschema.validate(record, schema)
+    assert record == {
+        "checkpoint": str(out), "steps": 2, "images": 6, "held_out": 1, "losses": record["losses"], "skipped": [],
+    }  # fmt: skip
+    log = [json.loads(line) for line in out.with_name(out.name + ".log.jsonl").read_text().splitlines()]
+    assert record["losses"] == {name: log[-1][f"held_out_{name}"] for name in ("cross_entropy", "accuracy")}
+    table = make_parquet(tmp_path / "t.parquet", 6, broken=(4,))
+    code, said, told = run("train", table, "--out", tmp_path / "m.safetensors", *SIZES, *FAST, "--json", "--quiet")
+    assert code == 1 and json.loads(said)["skipped"] == ["t.parquet, row 4"] and told.count("\n") == 1
+    jsonschema.validate(json.loads(said), schema)
 
 
 def test_joint_training_needs_no_base(tmp_path: Path) -> None:

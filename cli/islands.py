@@ -103,6 +103,7 @@ def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer)
         "lr": options.lr,
         "grid lr": options.grid_lr,
         "grid size": options.grid_size or source.grid_size,
+        "grid views": options.grid_views,
         "precision": student.precision,
         "seed": options.seed,
         "threshold": options.threshold,

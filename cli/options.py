@@ -94,10 +94,20 @@ def options_of(
         made = []
         for name, one in settings.items():
             default, hint = getattr(kind, name), text_type(hints[name])
+            if one.parse is not None:
+                default, hint = None if default is None else str(default), str
             text = f"{one.help} Default: {one.default_words}." if one.default_words else one.help
             words = (spelled or {}).get(name, "").split()
             made.append(_parameter(name, hint | None if default is None else hint, default, text, panel, words))
-        return _replaced(command, parameter, made, lambda values: kind(**{name: values.pop(name) for name in settings}))
+
+        def gathered(values: dict[str, Any]) -> Any:
+            given = {name: values.pop(name) for name in settings}
+            parsed = {
+                name: one.parse(given[name]) for name, one in settings.items() if one.parse and given[name] is not None
+            }
+            return kind(**{**given, **parsed})
+
+        return _replaced(command, parameter, made, gathered)
 
     return decorate
 

@@ -101,6 +101,7 @@ def view_cells(
     seed: int,
     sample_ids: Sequence[str],
     grids: Sequence[Tensor | None] | None = None,
+    size: int | None = None,
 ) -> Cells:
     """Have the teacher look at every view of B images.
 
@@ -112,6 +113,7 @@ def view_cells(
         seed: of the run.
         sample_ids: one for each image.
         grids: the teacher's grids (h', w', D) of the whole images, where they are there already.
+        size: side, in pixels, at which each view's grid is made; None for the teacher's default.
 
     Returns:
         Each view's cells, in the order of the views, on the teacher's device.
@@ -126,7 +128,7 @@ def view_cells(
         else:
             whole = None if grids is None else grids[number]
             known = [
-                whole if whole is not None and at == 0 else teacher.encode_grid(part)
+                whole if whole is not None and at == 0 else teacher.encode_grid(part, size=size)
                 for at, (part, _) in enumerate(parts)
             ]
         shares = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,20 @@ from torch import Tensor
 
 from apm.images.load import central_square
 from apm.student import islands
+from apm.student.cells import Cells
 from apm.student.config import APMConfig
 from apm.student.position import grid_locations
 from apm.teachers.base import Teacher
+from apm.test_time.grid_views import view_cells
 from apm.test_time.inputs import student_inputs
 from apm.test_time.label_maps import LR
 from apm.test_time.options import AdaptConfig, IslandOptions
 from apm.test_time.trainer import TestTimeTrainer
+from apm.test_time.views import pixels_id
 
 Field = NDArray[np.float32]
+
+Inputs = tuple[Tensor, Tensor, Tensor | Cells]
 
 PATCHES = 8
 """Patches a side of the shuffled image."""
@@ -51,8 +57,9 @@ class Watched:
 class Subject:
     """One image, the controls' inputs, and what its regions are compared with."""
 
-    inputs: dict[str, tuple[Tensor, Tensor, Tensor]]
-    """By condition: pixels (1, 3, S, S), the teacher's token (1, D), its grid at the student's locations (1, N, D)."""
+    inputs: dict[str, Inputs]
+    """By condition: pixels (1, 3, S, S), the teacher's token (1, D), its grid at the student's locations (1, N, D), or
+    the cells of many views."""
     superpixels: islands.Labels
     other_superpixels: islands.Labels
 
@@ -73,6 +80,7 @@ def prepare(
     parts: int,
     seed: int,
     grid_size: int | None = None,
+    grid_views: int | str = 1,
 ) -> Subject:
     """Make the inputs of every condition; "no steps" has none of its own.
 
@@ -84,20 +92,30 @@ def prepare(
         parts: number of superpixels.
         seed: of random targets and of the patches' order.
         grid_size: side, in pixels, at which the teacher's grid is made; None for its default.
+        grid_views: looks at an image whose grids are the target, see `apm.test_time.grid_views`.
     """
     square, second = square_of(image), square_of(other)
     shuffled = islands.shuffle_patches(square, PATCHES, seed)
 
-    def inputs(one: Image.Image) -> tuple[Tensor, Tensor, Tensor]:
-        seen = student_inputs([one], teacher, config, grids=True, size=grid_size)
-        assert seen.grids is not None
-        return seen.pixels, seen.tokens.cpu(), seen.grids.cpu()
+    def inputs(one: Image.Image) -> Inputs:
+        seen = student_inputs([one], teacher, config, grids=grid_views == 1, size=grid_size)
+        if seen.grids is not None:
+            return seen.pixels, seen.tokens.cpu(), seen.grids.cpu()
+        found = view_cells(
+            [one], teacher, config.grid, grid_views, seed=seed, sample_ids=[pixels_id(one)], size=grid_size
+        )
+        return seen.pixels, seen.tokens.cpu(), Cells(found.shares.cpu(), found.features.cpu())
+
+    def at_random(target: Tensor | Cells) -> Tensor | Cells:
+        if isinstance(target, Cells):
+            return Cells(target.shares, islands.random_like(target.features, seed))
+        return islands.random_like(target, seed)
 
     pixels, token, grid = inputs(square)
     return Subject(
         inputs={
             "image": (pixels, token, grid),
-            "random target": (pixels, islands.random_like(token, seed), islands.random_like(grid, seed)),
+            "random target": (pixels, islands.random_like(token, seed), at_random(grid)),
             "shuffled image": inputs(shuffled),
             "other target": (pixels, *inputs(second)[1:]),
         },
@@ -123,7 +141,7 @@ def trainers(
     }
 
 
-def watch(trainer: TestTimeTrainer, inputs: tuple[Tensor, Tensor, Tensor], snapshots: Sequence[int]) -> Watched:
+def watch(trainer: TestTimeTrainer, inputs: Inputs, snapshots: Sequence[int]) -> Watched:
     """Fit a fresh student and keep its field after so many steps each (the last must be the config's)."""
     pixels, token, grid = inputs
     by_grid = trainer.config.distil != "cls"
@@ -205,7 +223,8 @@ def observe(
         controls: whether the controls are fitted.
     """
     config, seed, parts = by_target["cls"].model, options.seed, options.parts
-    subject = prepare(image, other, teacher, config, parts=parts, seed=seed, grid_size=options.grid_size)
+    grids: dict[str, Any] = {"grid_size": options.grid_size, "grid_views": options.grid_views}
+    subject = prepare(image, other, teacher, config, parts=parts, seed=seed, **grids)
     steps = sorted({*shown, *kept})
     runs = {target: watch_all(trainer, subject, steps, controls=controls) for target, trainer in by_target.items()}
 

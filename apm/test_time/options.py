@@ -222,6 +222,12 @@ class IslandOptions:
     grid_size: int | None = setting(
         None, "Side, in pixels, at which the teacher's grid is made.", default_words="the teacher's", check=at_least(1)
     )
+    grid_views: int | str = setting(
+        1,
+        "Looks at the image whose grids are the grid's target: 1 (the whole image), a number, tokens, or tokens:N.",
+        check=check_grid_views,
+        parse=parse_grid_views,
+    )
     threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=_cosine)
     parts: int = setting(12, "Number of clusters and of superpixels.", check=_parts)
     seed: int = setting(0, "Seed of first weights, random targets, order of patches, t-SNE.", check=at_least(0))

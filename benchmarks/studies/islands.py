@@ -152,7 +152,9 @@ def _observe(
         rounding[target] = runs["image"].rounding
         variation[target] = islands.variation(field)
     side = len(subject.superpixels)
-    grid = subject.inputs["image"][2].reshape(side, side, -1).numpy()
+    wanted = subject.inputs["image"][2]
+    assert isinstance(wanted, torch.Tensor)
+    grid = wanted.reshape(side, side, -1).numpy()
     place = np.stack(np.meshgrid(*[np.arange(side, dtype=np.float64)] * 2, indexing="ij"), axis=-1)
     partitions = {
         "teacher's grid": islands.clusters(grid, parts),

@@ -78,6 +78,14 @@ def test_one_image_alone_without_controls_as_svg(picture: Path, tmp_path: Path) 
     assert list(record["measures"]["cls"]) == ["image"]
 
 
+@pytest.mark.slow
+def test_many_views_are_the_grids_target(picture: Path, tmp_path: Path) -> None:
+    result = islands(tmp_path / "out", "--steps", "1", "--no-controls", "--grid-views", "tokens:2", picture)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert record["settings"]["grid views"] == "tokens:2"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -87,6 +95,7 @@ def test_one_image_alone_without_controls_as_svg(picture: Path, tmp_path: Path) 
         (["--threshold", "2"], "threshold is a cosine, from -1 to 1, not 2"),
         (["--parts", "1"], "parts must be from 2 to 20, not 1"),
         (["--format", "bmp"], '"bmp"'),
+        (["--grid-views", "many"], 'grid_views is "many"'),
     ],
 )
 def test_wrong_usage(arguments: list[str], told: str, picture: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from apm.benchmarks.studies.islands import CONDITIONS
 from apm.student import islands
+from apm.student.cells import Cells
 from apm.test_time import island_fields
 from apm.test_time.options import AdaptConfig
 from tests.benchmarks.studies.test_pointing import TINY, ColourTeacher
@@ -48,6 +49,21 @@ def test_controls_differ_from_the_image_where_they_should(subject: island_fields
     assert not torch.equal(subject.inputs["shuffled image"][0], pixels)
     torch.testing.assert_close(subject.inputs["shuffled image"][0].mean(), pixels.mean(), atol=0.05, rtol=0)
     assert islands.agreement(subject.superpixels, np.kron([[0, 1], [2, 3]], np.ones((4, 4)))) == pytest.approx(1)
+
+
+def test_many_views_are_a_target_of_every_condition() -> None:
+    subject = island_fields.prepare(*IMAGES, ColourTeacher(), TINY, parts=4, seed=0, grid_views=3)  # type: ignore[arg-type]
+    targets = {name: inputs[2] for name, inputs in subject.inputs.items()}
+    for target in targets.values():
+        assert isinstance(target, Cells) and target.shares.shape == (1, 3 * 64, 64)
+    drawn, grid = targets["random target"], targets["image"]
+    assert isinstance(drawn, Cells) and isinstance(grid, Cells)
+    torch.testing.assert_close(drawn.features.norm(dim=-1), grid.features.norm(dim=-1))
+    assert torch.cosine_similarity(drawn.features, grid.features, dim=-1).mean() < 0.5
+    run = island_fields.watch(
+        island_fields.trainers(TINY, replace(ADAPT, steps=5))["grid"], subject.inputs["image"], (0, 5)
+    )
+    assert run.losses[5] < run.losses[0] and run.last.shape == (8, 8, 16)
 
 
 def test_the_field_is_kept_with_its_loss(subject: island_fields.Subject) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from apm.errors import ApmError
 from apm.images.files import write_atomically
 from apm.processes import join
 from apm.text.zeroshot import ZeroShotHead
@@ -40,6 +38,7 @@ from ..runs.runner import run
 from ..store.layout import CellFolder, StoreKey, write_store
 from ..store.reader import FeatureStore, StoredCell
 from ..store.shards import write_shard
+from .children import many, must_run
 from .kind import Kind
 from .options import Options
 from .published_methods import SCALE, PublishedTDA, published_mta, published_zero
@@ -185,18 +184,8 @@ def _work(folder: Path) -> float:
 
 def _launch(folder: Path, processes: int) -> float:
     """The run under torch's launcher, its start included."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "APM_CACHE": str(folder / "cache")}
     begun = time.perf_counter()
-    done = subprocess.run(
-        [*command, "-m", f"{__package__}.features", str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ApmError(f"{processes} processes under torch's launcher failed:\n{done.stderr[-2000:]}")
+    must_run(many(processes, f"{__package__}.features", str(folder)), threads=1)
     return time.perf_counter() - begun
 
 

@@ -23,10 +23,10 @@ from apm.student.config import APMConfig
 from apm.test_time.options import AdaptConfig, StudentOptions
 from apm.test_time.trainer import TestTimeTrainer
 
+from .children import many, run_apart
 from .gpu_checks import Case, run_checks
 from .machine import floor, rate_probe, stream_probe
 from .options import Options, images_and_targets, loaded_engine
-from .startup import run_apart
 from .timing import interleaved, repeated, spread
 
 log = logging.getLogger(__name__)
@@ -259,8 +259,8 @@ def _bench(options: Options, clock: Clock) -> Iterator[Row]:
     """A run of `apm bench` under torch's launcher, a process for each GPU, and again: nothing is left to do then."""
     count = torch.cuda.device_count() if options.device.type == "cuda" else 1
     limit = 8 if options.quick else 128
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "apm"]
-    command += ["bench", "digits", "--teacher", "embedded", "--limit", str(limit), "--device", options.device.type]
+    command = many(count, "apm", "bench", "digits")
+    command += ["--teacher", "embedded", "--limit", str(limit), "--device", options.device.type]
     command += ["--method", "zero-shot", "--method", "apm", "--preset", "small" if options.quick else options.preset]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("apm bench under torchrun", "the same run again, complete already"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from apm.test_time.options import AdaptConfig, StudentOptions
 from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
+from .children import many, must_run
 from .kind import Given, Kind, some
 from .options import Options, images_and_targets
 from .plots import column, curves, from_zero
@@ -118,16 +117,18 @@ def work_as_one_of_many(given: Given) -> float | None:
 
 
 def _launch(options: Options, count: int, threads: int, images: int, steps: int) -> float:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command += ["-m", "apm.benchmarks.speed", "worker", "--device", str(options.device), "--preset", options.preset]
-    command += ["--dim", str(options.dim), "--precision", options.chosen_precision]
-    command += ["--images", str(images), "--steps", str(steps), *(["--quick"] if options.quick else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or len(lines) != 1:
-        raise ApmError(f"{count} processes under torch's launcher failed:\n{done.stderr[-2000:]}")
-    return float(json.loads(lines[0])["seconds"])
+    told = {
+        "device": options.device,
+        "preset": options.preset,
+        "dim": options.dim,
+        "precision": options.chosen_precision,
+        "images": images,
+        "steps": steps,
+    }
+    arguments = [f"--{name}={value}" for name, value in told.items()] + ["--quick"] * options.quick
+    done = must_run(many(count, __package__, "worker", *arguments), threads=threads)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    return float(json.loads(line)["seconds"])
 
 
 def resident_bytes() -> int | None:

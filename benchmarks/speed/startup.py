@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from argparse import ArgumentParser
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apm.errors import ApmError
-
+from .children import must_run
 from .kind import Given, Kind
 from .options import Options
 from .tables import digits, table
@@ -80,15 +75,15 @@ def measure_startup(options: Options, photograph: Path, *, teacher: str = "embed
     rows: list[dict[str, Any]] = []
     for name, arguments in commands.items():
         command = [sys.executable, "-m", "apm", *arguments]
-        times = repeated(lambda command=command: _run(command), cpu, options.rounds)  # type: ignore[misc]
+        times = repeated(lambda command=command: must_run(command), cpu, options.rounds)  # type: ignore[misc]
         rows.append({"what": name, "stage": False, "seconds": spread(times)})
     child = [sys.executable, "-c", _CHILD, teacher, str(photograph), preset]
-    spans = [json.loads(_run(child).stdout.splitlines()[-1]) for _ in range(options.rounds)]
+    spans = [json.loads(must_run(child).stdout.splitlines()[-1]) for _ in range(options.rounds)]
     rows += [
         {"what": stage, "stage": True, "seconds": spread([span[number] for span in spans])}
         for number, stage in enumerate(STAGES)
     ]
-    listing = _run([sys.executable, "-X", "importtime", "-m", "apm", *classify, "--steps", "1"]).stderr
+    listing = must_run([sys.executable, "-X", "importtime", "-m", "apm", *classify, "--steps", "1"]).stderr
     return options.found(rows, {"imports": dict(by_package(listing)[:PACKAGES])}, teacher=teacher)
 
 
@@ -98,21 +93,6 @@ def by_package(listing: str) -> list[tuple[str, float]]:
     for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", listing, flags=re.MULTILINE):
         seconds[module.partition(".")[0]] += int(own) / 1e6
     return sorted(seconds.items(), key=lambda one: -one[1])
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command that must not fail."""
-    done = run_apart(command)
-    if done.returncode:
-        raise ApmError(f"{' '.join(command[:4])} … failed:\n{done.stderr[-2000:]}")
-    return done
-
-
-def run_apart(command: Sequence[str], **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command with an empty cache of text features; ``how`` is what `subprocess.run` is told besides."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "APM_CACHE": cache}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **how)
 
 
 def photograph_of(given: Given) -> Path:

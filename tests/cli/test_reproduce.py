@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from apm.cli.main import app
-from tests.benchmarks.datasets.test_datasets import tree, wnids_of
+from tests.benchmarks.datasets.trees import tree, wnids_of
 
 
 def reproduce(*arguments: object) -> Result:

@@ -20,7 +20,7 @@ from torch import nn
 from apm.errors import TeacherError, UsageError
 from apm.teachers import load_teacher
 from apm.test_time.views import views
-from tests.apm.teachers.test_teachers import random_model
+from tests.apm.teachers.tiny import random_model
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 16,

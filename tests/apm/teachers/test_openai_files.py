@@ -23,9 +23,7 @@ from apm.errors import TeacherError
 from apm.teachers import load_teacher
 from apm.teachers.checkpoint import read_checkpoint
 from apm.teachers.openclip import OpenClipTeacher
-from tests.apm.teachers.test_teachers import NAME, pixels, random_model, registered, write_folder
-
-__all__ = ["registered"]
+from tests.apm.teachers.tiny import NAME, pixels, random_model, write_folder
 
 EXTRA = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(16), "vocab_size": torch.tensor(49408)}
 

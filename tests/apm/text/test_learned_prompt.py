@@ -17,7 +17,7 @@ from apm.benchmarks.methods import create_method
 from apm.cli.main import app
 from apm.errors import UsageError
 from apm.text.learned_prompt import META_NET, LearnedPrompt, read_learned_prompt, read_published, write_learned_prompt
-from tests.benchmarks.methods.test_methods import SMALL, OpenTeacher, make_batch
+from tests.benchmarks.methods.made import SMALL, OpenTeacher, make_batch
 
 
 class Bomb:

@@ -24,7 +24,7 @@ from apm.text.learned_prompt import META_NET, read_learned_prompt
 from apm.text.prompt_learning import LearningConfig, PromptLearner
 from apm.text.prompts import TunablePrompt, _replaced
 from tests.benchmarks.made_runs import picture
-from tests.benchmarks.methods.test_methods import CLASSES, OpenTeacher, make_batch
+from tests.benchmarks.methods.made import CLASSES, OpenTeacher, make_batch
 
 CONFIG = LearningConfig(shots=2, epochs=3, batch_size=4)
 

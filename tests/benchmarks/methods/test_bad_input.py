@@ -17,7 +17,7 @@ from apm.benchmarks.methods.dota import ClassGaussians, DOTASettings
 from apm.errors import UsageError
 from apm.test_time.options import StudentOptions
 from apm.text.zeroshot import ZeroShotHead
-from tests.benchmarks.methods.test_methods import HEADS, OpenTeacher, full_spec, make_batch, pictures
+from tests.benchmarks.methods.made import HEADS, OpenTeacher, full_spec, make_batch, pictures
 
 DIM = 16
 TOKEN_ONLY = (

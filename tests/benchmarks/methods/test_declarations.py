@@ -9,8 +9,8 @@ import torch
 
 from apm.benchmarks.methods import REGISTRY, create_method
 from apm.student.engine import Engine
+from tests.benchmarks.methods.made import full_spec
 from tests.benchmarks.methods.test_bad_input import SMALL, GivenFeatures, features, open_teacher
-from tests.benchmarks.methods.test_methods import full_spec
 
 
 @pytest.mark.parametrize("name", [*REGISTRY])

@@ -22,7 +22,7 @@ from apm.pretrain.checkpoint import Checkpoint, write_checkpoint
 from apm.test_time.inputs import student_pixels
 from apm.text.zeroshot import ZeroShotHead
 from tests.benchmarks.made_runs import picture
-from tests.benchmarks.methods.test_methods import CLASSES, HEADS, full_spec, make_batch, pictures, trained_head
+from tests.benchmarks.methods.made import CLASSES, HEADS, full_spec, make_batch, pictures, trained_head
 from tests.fakes import FakeTeacher
 
 

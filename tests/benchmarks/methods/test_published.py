@@ -21,7 +21,7 @@ from apm.test_time.augmix import OPERATIONS, mixed
 from apm.test_time.views import augmented_view
 from apm.text.zeroshot import ZeroShotHead
 from tests.benchmarks.made_runs import make_dataset, make_run
-from tests.benchmarks.methods.test_methods import CLASSES, full_spec, make_batch, pictures
+from tests.benchmarks.methods.made import CLASSES, full_spec, make_batch, pictures
 from tests.fakes import FakeTeacher
 
 PUBLISHED = MethodOptions(protocol="published")

@@ -19,7 +19,7 @@ from apm.benchmarks.methods.ttl import LowRank, TTLSettings
 from apm.errors import UsageError
 from apm.labels import prompt_templates
 from apm.text.zeroshot import ZeroShotHead
-from tests.benchmarks.methods.test_methods import CLASSES, OpenTeacher, make_batch
+from tests.benchmarks.methods.made import CLASSES, OpenTeacher, make_batch
 
 SMALL = MethodOptions(views=6)
 BATCHED = ("tent:steps=2", "clipartt:steps=2", "watt:steps=1,rounds=1")

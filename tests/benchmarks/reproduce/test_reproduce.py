@@ -21,7 +21,7 @@ from apm.benchmarks.tables.scores import score_cell
 from apm.errors import UsageError
 from apm.labels import prompt_templates
 from apm.teachers import catalog
-from tests.benchmarks.datasets.test_datasets import tree, wnids_of
+from tests.benchmarks.datasets.trees import tree, wnids_of
 from tests.benchmarks.tables.test_trust import write_run
 from tests.fakes import FakeTeacher
 

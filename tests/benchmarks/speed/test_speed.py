@@ -22,6 +22,7 @@ import apm.classifier
 from apm.benchmarks.datasets import Dataset, Sample
 from apm.benchmarks.speed import __main__ as command
 from apm.benchmarks.speed import (
+    children,
     fewer_queries,
     kind,
     options,
@@ -347,9 +348,9 @@ def test_startup_stages_are_those_of_the_script(
     def run(arguments: list[str]) -> Any:
         commands.append(list(arguments[1:]))
         listing = "import time:   1250000 |    1250000 | torch\n"
-        return startup.subprocess.CompletedProcess(arguments, 0, output, listing)
+        return children.subprocess.CompletedProcess(arguments, 0, output, listing)
 
-    monkeypatch.setattr(startup, "_run", run)
+    monkeypatch.setattr(startup, "must_run", run)
     made = startup.measure_startup(replace(QUICK, rounds=1), picture, teacher="fake")
     rows = check(made, "startup")
     assert made["summary"]["imports"] == {"torch": 1.25}
@@ -373,7 +374,7 @@ def test_a_failed_child_is_an_error_with_its_words() -> None:
     from apm.errors import ApmError
 
     with pytest.raises(ApmError, match="no such thing"):
-        startup._run([sys.executable, "-c", "raise SystemExit('no such thing')"])
+        children.must_run([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
 
 # -- the command and the report

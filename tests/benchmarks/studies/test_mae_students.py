@@ -9,7 +9,7 @@ import pytest
 
 from apm.benchmarks.studies.mae_students import STUDY
 from apm.errors import UsageError
-from tests.benchmarks.methods.test_methods import trained_head
+from tests.benchmarks.methods.made import trained_head
 
 
 @pytest.mark.slow

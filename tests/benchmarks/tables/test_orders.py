@@ -18,7 +18,7 @@ from apm.benchmarks.tables.build import make_tables
 from apm.benchmarks.tables.formats import markdown
 from apm.errors import UsageError
 from tests.benchmarks.made_runs import Plain, Stream, make_dataset, make_run
-from tests.benchmarks.methods.test_methods import make_batch
+from tests.benchmarks.methods.made import make_batch
 from tests.fakes import FakeTeacher
 
 

@@ -1,0 +1,41 @@
+"""Measurements in processes of their own: one command, or several processes under torch's launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from apm.errors import ApmError
+
+Done = subprocess.CompletedProcess[str]
+
+
+def run_apart(command: Sequence[str], *, threads: int | None = None, **how: Any) -> Done:
+    """Run a command with an empty cache of text features; ``how`` is what `subprocess.run` is told besides."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "APM_CACHE": cache}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **how)
+
+
+def must_run(command: Sequence[str], *, threads: int | None = None) -> Done:
+    """Run a command that must not fail.
+
+    Raises:
+        ApmError: it did; with its last words.
+    """
+    done = run_apart(command, threads=threads)
+    if done.returncode:
+        raise ApmError(f"{' '.join(command[:4])} … failed:\n{done.stderr[-2000:]}")
+    return done
+
+
+def many(processes: int, module: str, *arguments: str) -> list[str]:
+    """The command of so many processes of a module under torch's launcher."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, "-m", module, *arguments]

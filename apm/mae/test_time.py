@@ -43,6 +43,7 @@ class TestTimeSettings:
     lr: float = setting(5e-3, "Learning rate of SGD.", check=positive)
     momentum: float = setting(0.9, "Momentum of SGD.", check=not_negative)
     students: int = setting(1, "Images adapted side by side.", check=at_least(1))
+    chunk: int = setting(128, "Masks of an image computed at a time: fewer take less memory.", check=at_least(1))
 
     def __post_init__(self) -> None:
         """Check each value."""
@@ -133,8 +134,8 @@ class TestTimeAdapter:
             orders = torch.stack(
                 [mask_orders(p, self.model.config.places, settings.masks, step, seed=self.seed) for p in pixels]
             ).to(place)
-            slopes, loss = self._slopes(tuned, pixels[0], orders[0]) if alone else self._slopes(tuned, pixels, orders)
-            losses.append(loss.reshape(-1))
+            slopes, loss = self._slope(tuned, pixels, orders)
+            losses.append(loss)
             speed = {n: s if step == 0 else settings.momentum * speed[n] + s for n, s in slopes.items()}
             tuned = {n: w - settings.lr * speed[n] for n, w in tuned.items()}
             if every:
@@ -144,6 +145,20 @@ class TestTimeAdapter:
         unknown = torch.full((len(pixels),), torch.nan)
         first, last = (losses[0].cpu(), losses[-1].cpu()) if losses else (unknown, unknown)
         return torch.stack(answers, dim=1), first, last
+
+    def _slope(self, tuned: Weights, pixels: Tensor, orders: Tensor) -> tuple[Weights, Tensor]:
+        """Gradient of each student's loss, over its masks `orders` (G, M, N), and the losses (G,)."""
+        total: Weights = {}
+        losses = torch.zeros(len(pixels), device=pixels.device)
+        for part in orders.split(self.settings.chunk, dim=1):
+            if self.settings.students == 1:
+                slopes, loss = self._slopes(tuned, pixels[0], part[0])
+            else:
+                slopes, loss = self._slopes(tuned, pixels, part)
+            share = part.shape[1] / orders.shape[1]
+            total = {n: s * share + total[n] if total else s * share for n, s in slopes.items()}
+            losses += loss * share
+        return total, losses
 
     def _ask(self, tuned: Weights, pixels: Tensor) -> Tensor:
         """Logits (G, C) of the whole images."""

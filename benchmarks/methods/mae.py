@@ -20,12 +20,19 @@ from apm.images.paths import printable
 from apm.mae.config import Kind
 from apm.mae.test_time import TestTimeAdapter, TestTimeSettings
 from apm.mae.training import load_mae
-from apm.settings import setting
+from apm.settings import check_values, setting
 from apm.text.zeroshot import ZeroShotHead
 
 from .base import CHUNK, Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
+from .published import Published
 
 _FILE = "Checkpoint with a head, as `apm mae probe` makes it."
+_CROP = "Share of the central square's side that is looked at; 0.875 is the square of 224 pixels in one of 256."
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise UsageError(f"{name} is a share of the side, above 0 and up to 1, not {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,11 @@ class HeadSettings:
     """Which trained head."""
 
     file: str = setting("", _FILE)
+    crop: float = setting(1.0, _CROP, check=_share)
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +52,16 @@ class TTTMAESettings(TestTimeSettings):
     """Which trained head, and how the encoder is adapted."""
 
     file: str = setting("", _FILE)
+    crop: float = setting(1.0, _CROP, check=_share)
+
+
+PUBLISHED = Published(source="TTT-MAE: 224 pixels out of 256", settings={"crop": 0.875})
 
 
 class ViTProbe:
     """The answer of a head on the frozen encoder; the image is seen whole, nothing is masked."""
 
+    published = PUBLISHED
     registered: ClassVar[str] = "vit-probe"
     kinds: ClassVar[tuple[Kind, ...]] = ("probe",)
     """How its checkpoint may have been trained."""
@@ -91,8 +108,13 @@ class ViTProbe:
         return Prediction(logits=torch.cat([self._trained.model.logits(part) for part in parts])[:, chosen].cpu())
 
     def _pixels(self, batch: Batch) -> Tensor:
-        """The images' central squares (B, 3, S, S)."""
-        return batch.student_images(self._trained.model.config.image_size)
+        """What is looked at of the images (B, 3, S, S)."""
+        size = self._trained.model.config.image_size
+        if self._chosen.crop == 1:
+            return batch.student_images(size)
+        whole = max(size, round(size / self._chosen.crop))
+        start = (whole - size) // 2
+        return batch.student_images(whole)[..., start : start + size, start : start + size]
 
     def _classes(self, head: ZeroShotHead) -> list[int]:
         """The head's numbers of a data set's classes.

@@ -46,10 +46,10 @@ def plainly(model: MaskedAutoencoder, picture: Tensor, settings: TestTimeSetting
     return torch.stack(answers), losses
 
 
-@pytest.mark.parametrize("students", [1, 2, 4])
-def test_answers_of_every_step_are_those_of_a_plain_loop(model: MaskedAutoencoder, students: int) -> None:
+@pytest.mark.parametrize(("students", "chunk"), [(1, 128), (2, 128), (4, 128), (1, 2), (2, 3)])
+def test_answers_of_every_step_are_those_of_a_plain_loop(model: MaskedAutoencoder, students: int, chunk: int) -> None:
     pictures = images(3)
-    settings = TestTimeSettings(steps=3, masks=5, lr=0.05, students=students)
+    settings = TestTimeSettings(steps=3, masks=5, lr=0.05, students=students, chunk=chunk)
     found = TestTimeAdapter(model, settings).adapt(pictures, record_steps=True)
     assert found.step_logits is not None and found.step_logits.shape == (3, 4, 5)
     for number, picture in enumerate(pictures):
@@ -132,6 +132,7 @@ def test_the_published_settings_are_the_default() -> None:
         ({"lr": 0.0}, "lr must be a positive number"),
         ({"momentum": -1.0}, "momentum must be 0 or"),
         ({"students": 0}, "students must be 1 or more"),
+        ({"chunk": 0}, "chunk must be 1 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(values: Any, message: str) -> None:

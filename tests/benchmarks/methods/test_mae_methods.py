@@ -14,6 +14,7 @@ import apm.teachers
 from apm.benchmarks.methods import MethodOptions, create_method
 from apm.cli.main import app
 from apm.errors import UsageError
+from apm.images.load import IMAGENET_MEAN, IMAGENET_STD, central_square, normalised
 from apm.mae.config import MAEConfig
 from apm.mae.model import MaskedAutoencoder
 from apm.mae.test_time import TestTimeAdapter, TestTimeSettings
@@ -69,6 +70,21 @@ def test_ttt_mae_adapts_to_each_image_and_gives_every_step_where_asked() -> None
     assert not torch.equal(other.logits, plain.logits)  # other masks
 
 
+def test_the_middle_of_the_square_is_looked_at_where_a_crop_is_set() -> None:
+    batch = make_batch(2)
+    for name in HEADS:
+        common, published = (
+            create_method(full_spec(name), MethodOptions(protocol=kind)) for kind in ("common", "published")
+        )
+        published.begin("imagenet-c")  # type: ignore[attr-defined]
+        assert (common.settings["crop"], published.settings["crop"]) == (1.0, 0.875)
+    found = create_method(f"vit-probe:file={trained_head('probe')},crop=0.8").predict(batch).logits
+    middle = torch.stack([normalised(central_square(p, 20), IMAGENET_MEAN, IMAGENET_STD) for p in pictures(2)])
+    with torch.no_grad():
+        wanted = load_mae(trained_head("probe")).model.logits(middle[:, :, 2:18, 2:18])[:, : len(CLASSES)]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_joint_training_is_a_start_too() -> None:
     method = create_method(f"ttt-mae:file={trained_head('joint')},masks=2,steps=1")
     assert method.name == "ttt-mae[joint,masks=2,steps=1]" and method.gradients
@@ -106,6 +122,8 @@ def test_wrong_checkpoints_and_settings_are_refused(tmp_path: Path) -> None:
         (f"vit-probe:file={tmp_path / 'none.safetensors'}", "no such checkpoint; `apm mae` makes one"),
         (f"vit-probe:file={plain},steps=2", 'no setting of method "vit-probe"|Unknown setting'),
         (f"ttt-mae:file={trained_head('probe')},masks=0", "masks must be 1 or more"),
+        (f"vit-probe:file={trained_head('probe')},crop=0", "crop is a share of the side"),
+        (f"ttt-mae:file={trained_head('probe')},crop=1.5", "crop is a share of the side"),
         (f"ttt-mae:file={trained_head('probe')},step=2", 'Did you mean "steps"'),
     ):
         with pytest.raises(UsageError, match=message):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from apm.images.load import decode_image, load_image
+from apm.images.load import IMAGENET_MEAN, IMAGENET_STD, decode_image, load_image
 from apm.labels import label_set
 from apm.teachers.digits import digit_image, digits_split
 
@@ -34,7 +34,7 @@ STORED_SIDE, STORED_QUALITY = 64, 75
 """Tiny ImageNet's images are JPEGs of 64 pixels and quality 75. Every other image is brought to the same form before it
 is augmented: were one set sharper or cleaner than the others, that alone would tell its classes apart, and every clean
 photograph would be taken for one of them."""
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from apm.student.cells import Cells
-from apm.student.config import APMConfig
 from apm.student.field import resample
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.grid_views import GRID_SIDES, view_cells
 from apm.test_time.inputs import student_inputs
 from apm.test_time.label_maps import LR, STEPS, field_maps, label_maps, peak
-from apm.test_time.options import AdaptConfig
+from apm.test_time.options import StudentOptions
+from apm.test_time.queries import ALL
 from apm.test_time.trainer import TestTimeTrainer
 from apm.test_time.views import pixels_id
 from apm.text.zeroshot import ZeroShotHead
@@ -83,10 +83,9 @@ class Player:
 
     def __init__(self, teacher: Teacher, head: ZeroShotHead, options: Options) -> None:
         self.teacher, self.head, self.options = teacher, head, options
-        self.config = APMConfig.preset(options.preset, dim=teacher.dim, readout="mean")
-        adapt = AdaptConfig(
-            steps=options.steps, lr=options.lr, precision=options.precision, seed=options.seed, distil="grid"
-        )
+        given = {name: getattr(options, name) for name in ("preset", "steps", "lr", "precision", "seed")}
+        student = StudentOptions(**given, distil="grid", queries=ALL)
+        self.config, adapt = student.model(teacher.dim), student.training(teacher.device)
         self.trainers = {name: TestTimeTrainer(self.config, adapt, device=options.device) for name in ("grid", "views")}
         size = teacher.grid_size
         self.sizes = {

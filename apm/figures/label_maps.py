@@ -96,6 +96,7 @@ def _settings(perception: Perception, classifier: Classifier) -> dict[str, Any]:
         "templates": len(head.templates),
         "student": f"{classifier.student.preset}, {cells} × {cells} locations",
         "distil": config.distil,
+        "guide": classifier.student.guide,
         "grid_views": classifier.student.grid_views,
         "nothing in the field is finer than": f"1/{_finest(perception, classifier)} of the side",
         "rgb_weight": config.rgb_weight,

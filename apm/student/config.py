@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from apm.errors import UsageError, unknown
 
 Readout = Literal["query", "mean"]
 Loss = Literal["mse", "cosine"]
 Distil = Literal["cls", "grid", "both"]
+Guide = Literal["none", "rgb"]
 Precision = Literal["auto", "fp32", "bf16"]
 PRESETS = ("paper", "small")
 
@@ -30,6 +31,7 @@ class APMConfig:
     rgb_hidden: int = 256  # width of the RGB head
     init_std: float = 0.01  # every parameter, biases included, starts as N(0, init_std ** 2)
     readout: Readout = "query"
+    guide: Guide = "none"  # rgb: a query also holds a code of the colours at its place; not in the paper
 
     def __post_init__(self) -> None:
         """Check the sizes against one another."""
@@ -50,6 +52,8 @@ class APMConfig:
             raise UsageError(f"The position code's width must be a multiple of 4, not {self.position_dim}.")
         if self.readout not in get_args(Readout):
             raise unknown("readout", self.readout, get_args(Readout))
+        if self.guide not in get_args(Guide):
+            raise unknown("guide", self.guide, get_args(Guide))
         if self.readout == "query" and (self.dim % self.heads or self.dim % 4):
             raise UsageError(
                 f"The object query needs a dim that both 4 and its {self.heads} heads divide, not {self.dim}: "
@@ -69,12 +73,16 @@ class APMConfig:
         return self.grid**2
 
     @classmethod
-    def preset(cls, name: str, *, dim: int, readout: Readout = "query") -> "APMConfig":
+    def preset(cls, name: str, *, dim: int, readout: Readout = "query", guide: Guide = "none") -> "APMConfig":
         """``paper``: the published sizes. ``small``: about a quarter of each on a 16 x 16 grid, for CPUs and tests."""
         if name == "paper":
-            return cls(dim=dim, readout=readout)
+            return cls(dim=dim, readout=readout, guide=guide)
         if name == "small":
-            return cls(
-                dim=dim, image_size=224, position_dim=256, hidden=(1024, 512, 256), rgb_hidden=64, readout=readout
-            )
+            sizes: dict[str, Any] = {
+                "image_size": 224,
+                "position_dim": 256,
+                "hidden": (1024, 512, 256),
+                "rgb_hidden": 64,
+            }
+            return cls(dim=dim, readout=readout, guide=guide, **sizes)
         raise unknown("preset", name, PRESETS)

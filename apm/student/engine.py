@@ -27,7 +27,8 @@ from apm.student.engine_adam import SPAN, AdamRows
 from apm.student.engine_losses import FieldLosses, Locations
 from apm.student.engine_readout import MeanPooling, Parameters, Pooling, QueryPooling
 from apm.student.field import SavedField
-from apm.student.matmul import affine, product, relu_backward
+from apm.student.guide import WIDTH, colour_code, guide_of
+from apm.student.matmul import accumulate, affine, product, relu_backward
 from apm.student.position import axis_code, grid_locations, position_code
 
 
@@ -148,7 +149,9 @@ class Engine:
             exact_selector=selector.to(device, torch.float32).contiguous() if self.rgb_weight else None,
             grid=buffer(count, config.dim) if self.distil != "cls" and self.view_cells is None else None,
             colours=buffer(count, 3) if self.rgb_weight else None,
+            guide=buffer(count, WIDTH, dtype=dtype) if config.guide == "rgb" else None,
         )
+        self._guide = torch.zeros(0)
         self._read = self._all if self.queries is None else self._all.like(self.queries)
 
     @torch.no_grad()
@@ -165,6 +168,9 @@ class Engine:
             self._field_losses.cells.load(grids)
         elif self._all.grid is not None and grids is not None:
             self._all.grid.copy_(grids)
+        if self._all.guide is not None:
+            self._guide = guide_of(images.to(self.device, torch.float32), self.config.grid)
+            self._all.guide.copy_(colour_code(self._guide, *grid_locations(self.config.grid), self.config.grid))
         if self._all.colours is not None:
             self._all.colours.copy_(self.patches.unflatten(1, (3, patch**2)).mean(dim=2).mT)
 
@@ -192,7 +198,10 @@ class Engine:
         self._halve(self._sums, self._sums_half)
 
         h1, h2, h3_half, h3 = self._h1[:, :n], self._h2[:, :n], self._h3_half[:, :n], self._h3[:, :n]
-        product(at.selector.T.expand(batch, -1, -1), self._sums_half, out=h1).relu_()
+        product(at.selector.T.expand(batch, -1, -1), self._sums_half, out=h1)
+        if at.guide is not None:
+            accumulate(at.guide, w["mlp.guide.weight"].to(h1.dtype).mT, out=h1)
+        h1.relu_()
         affine(h1, self._products["mlp.layer2.weight"], self._products["mlp.layer2.bias"], out=h2).relu_()
         affine(h2, self._products["mlp.layer3.weight"], self._products["mlp.layer3.bias"], out=h3_half).relu_()
         self._halve(h3_half, h3)
@@ -236,6 +245,8 @@ class Engine:
         self._weight_gradient(d2, h1, g["mlp.layer2.weight"])
         product(d2, self._products["mlp.layer2.weight"], out=d1)
         relu_backward(d1, h1)
+        if at.guide is not None:
+            self._weight_gradient(d1, at.guide, g["mlp.guide.weight"])
 
         product(at.selector.expand(batch, -1, -1), d1, out=self._d_sums_half)
         self._halve(self._d_sums_half, self._d_sums)
@@ -327,7 +338,8 @@ class Engine:
         """Copy what the first ``count`` samples need to tell features later: columns, weights of the coordinate MLP."""
         kept = {name: value[:count].clone() for name, value in self.weights.items() if name.startswith("mlp.")}
         query = self.pooling.key[:count].clone() if isinstance(self.pooling, QueryPooling) else None
-        return SavedField(self.column[:count, 0].clone(), kept, self.config.position_dim, query)
+        guide = self._guide[:count].clone() if self.config.guide == "rgb" else None
+        return SavedField(self.column[:count, 0].clone(), kept, self.config.position_dim, query, guide)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record one step as a CUDA graph: all that it reads and writes are this engine's own buffers."""

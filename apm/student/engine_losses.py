@@ -28,6 +28,7 @@ class Locations:
     exact_selector: Tensor | None = None  # the selector in float32, where colours have a loss
     grid: Tensor | None = None  # (B, Q, D) the teacher's grid, where it has a loss
     colours: Tensor | None = None  # (B, Q, 3) the image's colours, where they have a loss
+    guide: Tensor | None = None  # (B, Q, C) the code of the image's colours, where queries hold it
 
     @property
     def count(self) -> int:
@@ -42,13 +43,14 @@ class Locations:
             None if self.exact_selector is None else self.exact_selector[:, :count].clone(),
             None if self.grid is None else self.grid[:, :count].clone(),
             None if self.colours is None else self.colours[:, :count].clone(),
+            None if self.guide is None else self.guide[:, :count].clone(),
         )
 
     def take(self, source: "Locations", which: Tensor) -> None:
         """Become those locations of `source` that `which` (Q,) numbers, in these buffers."""
         torch.index_select(source.selector, 1, which, out=self.selector)
         torch.index_select(source.positions, 0, which, out=self.positions)
-        for name, dim in (("exact_selector", 1), ("grid", 1), ("colours", 1)):
+        for name, dim in (("exact_selector", 1), ("grid", 1), ("colours", 1), ("guide", 1)):
             if (mine := getattr(self, name)) is not None:
                 torch.index_select(getattr(source, name), dim, which, out=mine)
 

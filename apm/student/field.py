@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apm.errors import UsageError
 from apm.student.engine_readout import Parameters
+from apm.student.guide import colour_code
 from apm.student.matmul import product
 from apm.student.position import position_code
 
@@ -25,6 +26,7 @@ class SavedField:
     weights: Parameters  # of the coordinate MLP, each (B, *shape)
     position_dim: int
     query: Tensor | None = None  # (B, heads, D), what scores a feature plus its code; None: the readout is the mean
+    guide: Tensor | None = None  # (B, 3, G, G), the colours that queries hold a code of; None: they hold none
 
     @torch.no_grad()
     def features(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -69,7 +71,11 @@ class SavedField:
         for some_rows, some_cols in zip(rows.split(CHUNK), cols.split(CHUNK), strict=True):
             positions = position_code(some_rows, some_cols, self.position_dim).to(shared)
             x = product(positions.expand(len(self.columns), -1, -1), by_position.mT)
-            x = (x + shared).relu_()
+            x += shared
+            if self.guide is not None:
+                code = colour_code(self.guide, some_rows, some_cols, math.isqrt(cells))
+                x += product(code, self.weights["mlp.guide.weight"].mT)
+            x.relu_()
             for layer in ("mlp.layer2", "mlp.layer3", "mlp.head"):
                 x = product(x, self.weights[f"{layer}.weight"].mT) + self.weights[f"{layer}.bias"][:, None]
                 x = x if layer == "mlp.head" else x.relu_()
@@ -79,7 +85,8 @@ class SavedField:
         """Copy into float64: its answers tell how far rounding reaches into those of this one."""
         weights = {name: value.double() for name, value in self.weights.items()}
         query = None if self.query is None else self.query.double()
-        return SavedField(self.columns.double(), weights, self.position_dim, query)
+        guide = None if self.guide is None else self.guide.double()
+        return SavedField(self.columns.double(), weights, self.position_dim, query, guide)
 
     @staticmethod
     def join(parts: "list[SavedField]") -> "SavedField":
@@ -89,7 +96,9 @@ class SavedField:
         weights = {name: torch.cat([part.weights[name] for part in parts]) for name in parts[0].weights}
         queries = [part.query for part in parts if part.query is not None]
         query = torch.cat(queries) if queries else None
-        return SavedField(torch.cat([part.columns for part in parts]), weights, parts[0].position_dim, query)
+        guides = [part.guide for part in parts if part.guide is not None]
+        guide = torch.cat(guides) if guides else None
+        return SavedField(torch.cat([part.columns for part in parts]), weights, parts[0].position_dim, query, guide)
 
 
 def resample(grid: Tensor, side: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apm.student.config import APMConfig
+from apm.student.guide import WIDTH, colour_code, guide_of
 from apm.student.position import grid_locations, position_code
 
 SOME = 2**19
@@ -58,17 +59,21 @@ def unfold(column: Tensor, positions: Tensor) -> Tensor:
 class CoordinateMLP(nn.Module):
     """Query -> feature, the same network for every location: three layers with ReLU, then a linear feature head."""
 
-    def __init__(self, query_dim: int, hidden: Sequence[int], dim: int) -> None:
-        """Make the layers ``query_dim -> hidden[0] -> hidden[1] -> hidden[2] -> dim``."""
+    def __init__(self, query_dim: int, hidden: Sequence[int], dim: int, *, guided: bool = False) -> None:
+        """Make the layers ``query_dim -> hidden[0] -> hidden[1] -> hidden[2] -> dim``; a guide has one of its own."""
         super().__init__()
+        self.guide = nn.Linear(WIDTH, hidden[0], bias=False) if guided else None
         self.layer1 = nn.Linear(query_dim, hidden[0])
         self.layer2 = nn.Linear(hidden[0], hidden[1])
         self.layer3 = nn.Linear(hidden[1], hidden[2])
         self.head = nn.Linear(hidden[2], dim)
 
-    def forward(self, queries: Tensor) -> Tensor:
-        """Queries (..., N + P) -> features (..., D)."""
-        x = self.layer1(queries).relu()
+    def forward(self, queries: Tensor, colours: Tensor | None = None) -> Tensor:
+        """Queries (..., N + P), and with a guide the codes of their colours (..., C) -> features (..., D)."""
+        x = self.layer1(queries)
+        if self.guide is not None:
+            x = x + self.guide(colours)  # the first layer of [T ; p ; colours], its last columns apart
+        x = x.relu()
         x = self.layer2(x).relu()
         x = self.layer3(x).relu()
         return self.head(x)
@@ -133,7 +138,7 @@ class APM(nn.Module):
         query_dim = config.cells + config.position_dim
         with torch.device("meta"):  # the weights are drawn below, all from one distribution
             self.column = TriggerColumn(config.patch_size)
-            self.mlp = CoordinateMLP(query_dim, config.hidden, config.dim)
+            self.mlp = CoordinateMLP(query_dim, config.hidden, config.dim, guided=config.guide == "rgb")
             self.rgb_head = RGBHead(config.dim, query_dim, config.rgb_hidden)
             self.readout = ObjectQuery(config.dim, config.heads) if config.readout == "query" else MeanReadout()
         drawn = draw_parameters(config, np.random.Generator(np.random.PCG64(seed)))
@@ -153,12 +158,18 @@ class APM(nn.Module):
 
     def field(self, images: Tensor, rows: Tensor | Sequence[float], cols: Tensor | Sequence[float]) -> Tensor:
         """Features (B, Q, D) at Q locations given as rows and columns in grid cells."""
-        return self.mlp(self._queries(images, rows, cols))
+        return self.mlp(self._queries(images, rows, cols), self._colours(images, rows, cols))
 
     def rgb(self, images: Tensor, rows: Tensor | Sequence[float], cols: Tensor | Sequence[float]) -> Tensor:
         """Colours (B, Q, 3) at Q locations, in the units of the (normalised) image but never negative."""
         queries = self._queries(images, rows, cols)
-        return self.rgb_head(self.mlp(queries), queries)
+        return self.rgb_head(self.mlp(queries, self._colours(images, rows, cols)), queries)
+
+    def _colours(self, images: Tensor, rows: Tensor | Sequence[float], cols: Tensor | Sequence[float]) -> Tensor | None:
+        if self.config.guide == "none":
+            return None
+        y, x = (torch.as_tensor(axis, dtype=torch.float64) for axis in (rows, cols))
+        return colour_code(guide_of(images, self.config.grid), y, x, self.config.grid)
 
     def _queries(self, images: Tensor, rows: Tensor | Sequence[float], cols: Tensor | Sequence[float]) -> Tensor:
         positions = position_code(rows, cols, self.config.position_dim).to(images.device)  # (Q, P)
@@ -190,6 +201,8 @@ def parameter_shapes(config: APMConfig) -> dict[str, tuple[int, ...]]:
         shapes["readout.attention.in_proj_weight"] = (3 * dim, dim)
         shapes["readout.attention.in_proj_bias"] = (3 * dim,)
         linear("readout.attention.out_proj", dim, dim)
+    if config.guide == "rgb":  # last, so that all others are drawn alike with it and without
+        shapes["mlp.guide.weight"] = (first, WIDTH)
     return shapes
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from apm.errors import UsageError
 from apm.settings import at_least, check_values, not_negative, positive, setting, settings_of
-from apm.student.config import PRESETS, APMConfig, Distil, Loss, Precision, Readout
+from apm.student.config import PRESETS, APMConfig, Distil, Guide, Loss, Precision, Readout
 from apm.test_time.queries import ALL, AUTO, check_queries, locations_a_step, parse_queries
 from apm.test_time.view_numbers import check_grid_views, parse_grid_views
 
@@ -110,6 +110,11 @@ class StudentOptions(TrainingOptions):
         check=_queries,
         parse=parse_queries,
     )
+    guide: Guide = setting(
+        "none",
+        "What a query holds beside column and place: none (as in the paper), or rgb (a code of the colours there).",
+        choices=typing.get_args(Guide),
+    )
     grid_views: int | str = setting(
         1,
         "Looks at the image whose grids are the field's target, with --distil grid or both: 1 (the whole image), a "
@@ -156,7 +161,7 @@ class StudentOptions(TrainingOptions):
 
     def model(self, dim: int) -> APMConfig:
         """The student's sizes, for a teacher with tokens of width `dim`."""
-        return APMConfig.preset(self.preset, dim=dim, readout=self.chosen_readout)
+        return APMConfig.preset(self.preset, dim=dim, readout=self.chosen_readout, guide=self.guide)
 
     def training(self, device: "torch.device") -> AdaptConfig:
         """How the student is trained on a device: on it depends what ``queries="auto"`` comes to."""

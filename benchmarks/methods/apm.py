@@ -24,7 +24,7 @@ from apm.test_time.view_numbers import number_of
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings
 
-_UNSAID = ("distil", "rgb_weight", "grid_views")
+_UNSAID = ("distil", "rgb_weight", "guide", "grid_views")
 """Settings that records hold only where they are not the default."""
 
 

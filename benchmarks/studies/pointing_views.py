@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ SOURCES = {
     "views' average": "the views' grids laid over one another, at each place the mean of the cells there; no student",
     "field, grid": "a student fitted to the grid at its default size",
     OURS: "a student fitted to the grids of all views",
+    "field, guided": "the same, its queries holding the colours at their places too (guide=rgb)",
 }
 
 
@@ -86,7 +88,8 @@ class Player:
         given = {name: getattr(options, name) for name in ("preset", "steps", "lr", "precision", "seed")}
         student = StudentOptions(**given, distil="grid", queries=ALL)
         self.config, adapt = student.model(teacher.dim), student.training(teacher.device)
-        self.trainers = {name: TestTimeTrainer(self.config, adapt, device=options.device) for name in ("grid", "views")}
+        configs = {"grid": self.config, "views": self.config, "guided": replace(self.config, guide="rgb")}
+        self.trainers = {name: TestTimeTrainer(one, adapt, device=options.device) for name, one in configs.items()}
         size = teacher.grid_size
         self.sizes = {
             "grid": size,
@@ -113,7 +116,7 @@ class Player:
         maps["views' average"] = self._grid_map(average(cells, self.config.grid), one.label)
         seen = student_inputs([one.image], self.teacher, self.config, grids=True)
         assert seen.grids is not None
-        for name, target in (("grid", seen.grids), ("views", cells)):
+        for name, target in (("grid", seen.grids), ("views", cells), ("guided", cells)):
             began = time.perf_counter()
             result = self.trainers[name].adapt(seen.pixels, seen.tokens, grids=target, keep_field=True)
             seconds[f"student, {name}"] = time.perf_counter() - began

@@ -151,7 +151,7 @@ class Engine:
             colours=buffer(count, 3) if self.rgb_weight else None,
             guide=buffer(count, WIDTH, dtype=dtype) if config.guide == "rgb" else None,
         )
-        self._guide = torch.zeros(0)
+        self._guide: Tensor | None = None
         self._read = self._all if self.queries is None else self._all.like(self.queries)
 
     @torch.no_grad()
@@ -338,7 +338,7 @@ class Engine:
         """Copy what the first ``count`` samples need to tell features later: columns, weights of the coordinate MLP."""
         kept = {name: value[:count].clone() for name, value in self.weights.items() if name.startswith("mlp.")}
         query = self.pooling.key[:count].clone() if isinstance(self.pooling, QueryPooling) else None
-        guide = self._guide[:count].clone() if self.config.guide == "rgb" else None
+        guide = None if self._guide is None else self._guide[:count].clone()
         return SavedField(self.column[:count, 0].clone(), kept, self.config.position_dim, query, guide)
 
     def _capture(self) -> torch.cuda.CUDAGraph:

@@ -34,6 +34,7 @@ from apm.test_time.views import pixels_id
 from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets import open_dataset
+from ..runs.environment import peak_memory
 from ..tables.stats import mcnemar, standard_error
 from .composites import Composite, composites
 from .rows import Row, continued
@@ -76,6 +77,7 @@ def measure(options: Options) -> Record:
         "teacher_sizes": player.sizes,
         "settings": {**settings, "locations": player.config.grid},
         "scores": scores(rows),
+        "peak_bytes": peak_memory(teacher.device),
         "seconds": {name: float(np.mean([row["seconds"][name] for row in rows])) for name in rows[0]["seconds"]},
     }
 
@@ -177,7 +179,8 @@ def table(record: Record) -> str:
         "\n".join(f"- *{source}*: {meaning}" for source, meaning in SOURCES.items()),
         f"{record['composites']} composites, {record['classes']} classes. Sides of the teacher's grids in pixels: "
         f"{', '.join(f'{name} {size}' for name, size in sizes.items())}. Seconds an image: "
-        f"{', '.join(f'{name} {value:.2f}' for name, value in seconds.items())}.",
+        f"{', '.join(f'{name} {value:.2f}' for name, value in seconds.items())}. The process held "
+        f"{record['peak_bytes'] / 2**20:.0f} MiB at most.",
         f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · {settings['views']} views · "
         f"{settings['preset']} student, {settings['locations']} × {settings['locations']} locations, "
         f"{settings['steps']} steps, lr {settings['lr']:g}, {settings['precision']} · maps read at {settings['size']} "

@@ -19,6 +19,7 @@ from apm.benchmarks.speed import __main__ as command
 from apm.benchmarks.speed import gpu, gpu_checks, gpu_report
 from apm.benchmarks.speed.gpu_checks import Case, run_checks
 from apm.benchmarks.speed.options import TINY, Options
+from apm.student.cells import Cells
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.student.model import draw_parameters
@@ -57,6 +58,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"queries": 7},
     {"tolerance": 1e-3, "loss": "cosine"},
     {"distil": "both", "rgb_weight": 0.5, "queries": 5},
+    {"distil": "both", "view_cells": 6},
+    {"guide": "rgb", "queries": 5},
 ]
 
 
@@ -67,16 +70,18 @@ def test_a_step_on_a_gpu_touches_nothing_of_the_cpu(
     precision: Precision, readout: Literal["query", "mean"], options: dict[str, Any]
 ) -> None:
     """What is captured must be on the GPU, of fixed shapes, and never ask for a value (a fake tensor has none)."""
-    config = replace(TINY, readout=readout)
+    config = replace(TINY, readout=readout, guide=options.get("guide", "none"))
     initial = draw_parameters(config, np.random.Generator(np.random.PCG64(0)))
+    options = {name: value for name, value in options.items() if name != "guide"}
     with FakeTensorMode(allow_non_fake_inputs=True):
         engine = Engine(config, initial, batch=3, precision=precision, device="cuda", **options)
-        side, grid = config.image_size, options.get("distil") == "both"
-        engine.load(
-            torch.zeros(3, 3, side, side),
-            torch.zeros(3, config.dim),
-            torch.zeros(3, config.cells, config.dim) if grid else None,
-        )
+        side = config.image_size
+        grids: torch.Tensor | Cells | None = None
+        if count := options.get("view_cells"):
+            grids = Cells(torch.ones(3, count, config.cells) / config.cells, torch.zeros(3, count, config.dim))
+        elif options.get("distil") == "both":
+            grids = torch.zeros(3, config.cells, config.dim)
+        engine.load(torch.zeros(3, 3, side, side), torch.zeros(3, config.dim), grids)
         held = {name: value.device.type for name, value in _tensors(engine).items()}
         assert len(held) > 40 and set(held.values()) == {"cuda"}, held
         drawn = engine._draw(2)

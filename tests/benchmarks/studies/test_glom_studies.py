@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from apm.benchmarks.studies import glom_islands, glom_parts, glom_reconstruction
+from apm.benchmarks.studies import glom_islands, glom_parts, glom_reconstruction, glom_student
 from apm.benchmarks.studies.autoencoder import (
     Autoencoder,
     AutoencoderSizes,
@@ -259,3 +259,32 @@ def test_masks_score_all_sources_and_rows_are_kept(
     assert "3 composites and the pasted square" in text
     with pytest.raises(UsageError, match=r"holds no images/\*\.jpg"):
         list(glom_islands.photographs(tmp_path / "none", 4))
+
+
+# --- as a student of test-time training -------------------------------------------------------------------------------
+
+
+def test_students_are_compared_with_their_teacher_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glom_student, "load_teacher", lambda name, device: FakeTeacher(dim=16))
+    monkeypatch.setattr(glom_student, "SPECS", ("apm", "glom-ttt", "glom-ttt:settling=1"))
+    chosen = SimpleNamespace(
+        root=make_folder(tmp_path / "images", 4),
+        teacher="fake",
+        preset="small",
+        steps=2,
+        limit=None,
+        seed=0,
+        device="cpu",
+    )
+    record = glom_student.measure(chosen)  # type: ignore[arg-type]
+    assert record["images"] == 4 and record["classes"] == 2 and record["settings"]["glom-ttt"]["steps"] == 2
+    for row in record["methods"].values():
+        gained = row["accuracy"] - record["teacher_accuracy"]
+        assert gained == pytest.approx((row["wrong_to_right"] - row["right_to_wrong"]) / 4)
+        assert row["cosine_least"] <= row["cosine"] < 1
+    # 64 places, 3 levels and 2 top-down nets of 64 → 256 → 64 numbers, in 6 settling steps; three times with gradients
+    nets = 64 * 5 * 2 * 2 * 64 * 256 * 6 * 3
+    assert nets < record["methods"]["glom-ttt"]["operations"] < 1.3 * nets
+    assert record["methods"]["glom-ttt:settling=1"]["operations"] < record["methods"]["glom-ttt"]["operations"] / 4
+    text = glom_student.table({**record, "environment": {"processor": "p"}, "command": "c", "date": "d"})
+    assert "| `glom-ttt` |" in text and "4 images, 2 classes" in text

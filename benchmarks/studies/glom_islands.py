@@ -123,7 +123,7 @@ def pasted(scenes: Sequence[Scene], count: int, grid: int, *, seed: int) -> list
     middles = (np.arange(grid) + 0.5) / grid
     return [
         Scene(
-            f"composite {number}",
+            f"composite {number} of {count}",
             one.image,
             np.array([[int(one.holds((y, x))) for x in middles] for y in middles]),
         )
@@ -253,7 +253,7 @@ def measure(options: Options) -> Record:
     def scored(scenes: Sequence[Scene], kind: str) -> list[dict[str, dict[str, float]]]:
         def one(number: int) -> dict[str, dict[str, float]]:
             scene, other = scenes[number], scenes[(number + 1) % len(scenes)]
-            if scene.name not in done:
+            if done.get(scene.name, {}).get("other") != other.name:
                 fields = sources(scene.square)
                 scores = {name: score(field, scene.truth, other.truth, options.parts) for name, field in fields.items()}
                 done[scene.name] = {"name": scene.name, "other": other.name, "scores": scores}

@@ -8,12 +8,24 @@ from typing import Any
 
 import pytest
 
-from apm.benchmarks.studies import islands, linear_probe, pointing, pretraining, steps
+from apm.benchmarks.studies import (
+    glom_islands,
+    glom_parts,
+    glom_probe,
+    glom_reconstruction,
+    glom_student,
+    islands,
+    linear_probe,
+    pointing,
+    pretraining,
+    steps,
+)
 from apm.benchmarks.studies import study as documents
 from apm.benchmarks.studies.study import Study, command, each, markdown, run
 from apm.errors import ApmError, UsageError
 
-DOCUMENTED = [module.STUDY for module in (islands, linear_probe, pointing, pretraining, steps)]
+GLOM = (glom_islands, glom_parts, glom_probe, glom_reconstruction, glom_student)
+DOCUMENTED = [module.STUDY for module in (islands, linear_probe, pointing, pretraining, steps, *GLOM)]
 
 
 @pytest.mark.parametrize("study", DOCUMENTED, ids=lambda study: study.name)

@@ -77,7 +77,7 @@ class Recipe:
     scale: float = 16.0  # multiplies cosines in the image stage
     sizes: tuple[tuple[int, float], ...] = field(default=((48, 0.25), (64, 0.45), (80, 0.18), (96, 0.12)))
     image_size: int = 96  # of the finished teacher
-    text_steps: int = 1600
+    text_steps: int = 3200
     seed: int = 0
 
 
@@ -280,6 +280,7 @@ def train_images(recipe: Recipe, sources: list[Source], sharp: Sharp, out: Path,
         saving = done % save_every == 0 or done == recipe.steps
         line: dict[str, Any] = {"step": done, "size": batch.pixels.shape[-1], "loss": round(loss.item(), 4)}
         line["seconds"] = round(spent + time.perf_counter() - started)
+        line["threads"] = torch.get_num_threads()
         if saving:
             check = mixed_check(stage, sources, sharp, recipe.image_size)
             line |= check
@@ -375,7 +376,7 @@ def _describe(options: argparse.Namespace, sources: list[Source]) -> dict[str, A
     seen = sum(max(1, round(Recipe.batch * s.share)) for s in sources) * log[-1]["step"]
     summary = (
         f"{log[-1]['step']} steps, {seen:,} augmented images, {minutes} minutes for the image stage "
-        f"on {torch.get_num_threads()} threads ({platform.machine()}, bfloat16 products), torch {torch.__version__}, "
+        f"on {log[-1]['threads']} threads ({platform.machine()}, bfloat16 products), torch {torch.__version__}, "
         f"finished {time.strftime('%Y-%m-%d', time.gmtime())}. {options.remark}"
     )
     chosen = f"--steps {options.steps} --text-steps {options.text_steps} --seed {options.seed}"

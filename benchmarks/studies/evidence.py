@@ -1,0 +1,107 @@
+"""What do methods gain and cost on images of one data set, clean and corrupted? From the records of finished runs.
+
+The rows of such runs are too many to keep; the record holds what can be trusted of them (`apm table --trust`), and of
+stream methods the spread over the orders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from apm.errors import UsageError
+
+from ..runs.records import Records
+from ..tables.build import make_tables
+from ..tables.table import Table, row_names
+from ..tables.trust import TrustRow, TrustTable, make_trust
+from ..tables.trust_formats import markdown
+from .study import Options, Record, Study, plus_minus, run
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those of this study."""
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs, on the same images")
+
+
+def measure(options: Options) -> Record:
+    """Put together what the runs say.
+
+    Raises:
+        UsageError: no runs, or of several data sets.
+    """
+    if not options.runs:
+        raise UsageError("No runs were given: name their folders.")
+    runs = [Records.open(path) for path in options.runs]
+    tables = make_tables(runs, published=False)
+    if len(tables) != 1:
+        raise UsageError(f"The runs make {len(tables)} tables, not one: {', '.join(table.title for table in tables)}.")
+    return {
+        "runs": [_described(one) for one in runs],
+        "tables": [asdict(table) for table in make_trust(tables, cells=False)],
+        "orders": _orders(tables[0]),
+    }
+
+
+def _described(one: Records) -> dict[str, Any]:
+    """How a run was made: by which command, of which commit, on what."""
+    session, config = one.run["sessions"][0], one.run["config"]
+    kept = ("command", "git_commit", "processor", "threads", "versions", "features")
+    return {
+        **{name: session[name] for name in kept if name in session},
+        "teacher": config["teacher"],
+        "seed": config["seed"],
+    }
+
+
+def _orders(table: Table) -> dict[str, dict[str, list[float]]]:
+    """Of methods that were run in several orders: by column, mean accuracy and its standard deviation, percent."""
+    (names,) = row_names([table])
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, row in zip(names, table.rows, strict=True):
+        for column, score in row.cells.items():
+            if "orders" in score.marks and score.accuracy is not None and score.stderr is not None:
+                found.setdefault(name, {})[column] = [score.accuracy, score.stderr]
+    return found
+
+
+def table(record: Record) -> str:
+    """The commands, what can be trusted, and a list of what the order does."""
+    first = record["runs"][0]
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "open_clip_torch"))
+    shown = [
+        *(f"    {' '.join(one['command'])}" for one in record["runs"]),
+        "",
+        f"Commit {first['git_commit']}, {first['processor']}, {first['threads']} threads, {versions}; teacher "
+        f"`{first['teacher']}`, seed {first['seed']}.",
+        "",
+        markdown([_trust_table(one) for one in record["tables"]]),
+    ]
+    if record["orders"]:
+        shown += ["Mean and standard deviation over seeded orders of the stream:", ""]
+        shown += [f"- {name}: {_spread(columns)}" for name, columns in record["orders"].items()]
+    return "\n".join(shown).rstrip() + "\n"
+
+
+def _spread(columns: dict[str, Sequence[float]]) -> str:
+    """Clean, and all corruptions together: the mean of their means, and of their standard deviations."""
+    parts = [f"clean {plus_minus(columns['clean'], 2)}"] if "clean" in columns else []
+    if others := [value for name, value in columns.items() if name != "clean"]:
+        means = [sum(value[part] for value in others) / len(others) for part in (0, 1)]
+        parts.append(f"{len(others)} corruptions {plus_minus(means, 2)}")
+    return "; ".join(parts)
+
+
+def _trust_table(found: dict[str, Any]) -> TrustTable:
+    rows = tuple(TrustRow(**{**row, "marks": tuple(row["marks"])}) for row in found["rows"])
+    return TrustTable(**{**found, "cells": tuple(found["cells"]), "rows": rows, "notes": tuple(found["notes"])})
+
+
+STUDY = Study(name="evidence", question=__doc__, measure=measure, table=table, shared={}, arguments=arguments)
+
+if __name__ == "__main__":
+    sys.exit(run(STUDY.main))

@@ -65,7 +65,8 @@ class TPTCoOp(TPT):
         others = {key: value for key, value in options.overrides.items() if key != "file"}
         self.name = display_name(self.registered, replace(options, overrides=others), path.stem)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()  # where the file is has no part in the answers
-        self.settings: Mapping[str, Json] = {**self.settings, "file": path.name, "sha256": digest}
+        learned = {"file": path.name, "sha256": digest, "uses_training_data": "yes"}
+        self.settings: Mapping[str, Json] = {**self.settings, **learned}
 
     def own_prompt(self, templates: Sequence[str]) -> str:
         """What stands before the class name, in words."""
@@ -97,7 +98,7 @@ class CoOp(TPTCoOp):
         for name in options.overrides:
             if name not in used:
                 raise unknown(f'setting of method "{self.registered}"', name, used)
-        self.settings = {name: self.settings[name] for name in (*used, "sha256")}
+        self.settings = {name: self.settings[name] for name in (*used, "sha256", "uses_training_data")}
 
     def predict(self, batch: Batch) -> Prediction:
         """Classify the images with the learned prompt."""

@@ -95,13 +95,14 @@ def table(records: Sequence[Record]) -> str:
     titles = (f"{r['preset']}: {what}" for r in records for what in ("cosine (least)", "agreement"))
     shown = [k for k in SHOWN if all(k < len(r["agreement"]) for r in records)]
     described = "; ".join(
-        f"{r['preset']}: {r['images']} images, {r['classes']} classes, {r['precision']}, seed {r['seed']}, "
+        f"{r['preset']}: teacher `{r['teacher']}`, {r['images']} images, {r['classes']} classes, {r['precision']}, "
+        f"seed {r['seed']}, "
         f"{1000 * r['seconds_per_step']:.0f} ms a step on {r['environment']['threads']} threads of "
         f"{r['environment']['processor']}"
         for r in records
     )
     rows = markdown(["steps", *titles], ([k, *cells(k)] for k in shown), text=0)
-    return f"{rows}\n\nTeacher `{records[0]['teacher']}`; {described}."
+    return f"{rows}\n\nPreset {described}."
 
 
 def _arguments(parser: ArgumentParser) -> None:

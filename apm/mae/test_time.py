@@ -5,7 +5,8 @@ with momentum follows the mean reconstruction error of the masked patches. Encod
 head and positions are not. The model is never changed: tuned weights stand in for its own, and are dropped.
 
 Several students may be adapted side by side, in groups of a fixed size: a last group that is not full is filled with
-copies, so that an image's answer depends neither on its neighbours nor on their number.
+copies, so that an image's answer depends neither on its neighbours nor on their number. It may depend on its place in
+the group by rounding, where the machine's batched products do; one at a time, the default, it has the very same bits.
 """
 
 from __future__ import annotations

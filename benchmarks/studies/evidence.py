@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from apm.errors import UsageError
 
+from ..corruptions import CORRUPTIONS
 from ..runs.records import Records
 from ..tables.build import make_tables
 from ..tables.table import Table, row_names
@@ -41,13 +43,13 @@ def measure(options: Options) -> Record:
     if len(tables) != 1:
         raise UsageError(f"The runs make {len(tables)} tables, not one: {', '.join(table.title for table in tables)}.")
     return {
-        "runs": [_described(one) for one in runs],
+        "runs": [described(one) for one in runs],
         "tables": [asdict(table) for table in make_trust(tables, cells=False)],
         "orders": _orders(tables[0]),
     }
 
 
-def _described(one: Records) -> dict[str, Any]:
+def described(one: Records) -> dict[str, Any]:
     """How a run was made: by which command, of which commit, on what."""
     session, config = one.run["sessions"][0], one.run["config"]
     kept = ("command", "git_commit", "processor", "threads", "versions", "features")
@@ -56,6 +58,20 @@ def _described(one: Records) -> dict[str, Any]:
         "teacher": config["teacher"],
         "seed": config["seed"],
     }
+
+
+def made_by(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The commands that made runs, and what the last of them ran on; each as `described`."""
+    last = runs[-1]
+    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "open_clip_torch"))
+    return "\n".join(
+        [
+            *(f"    {' '.join(one['command'])}" for one in runs),
+            "",
+            f"Commit {last['git_commit']}, {last['processor']}, {last['threads']} thread each, {versions}; "
+            f"teacher `{last['teacher']}`, seed {last['seed']}.",
+        ]
+    )
 
 
 def _orders(table: Table) -> dict[str, dict[str, list[float]]]:
@@ -71,16 +87,7 @@ def _orders(table: Table) -> dict[str, dict[str, list[float]]]:
 
 def table(record: Record) -> str:
     """The commands, what can be trusted, and a list of what the order does."""
-    first = record["runs"][0]
-    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "open_clip_torch"))
-    shown = [
-        *(f"    {' '.join(one['command'])}" for one in record["runs"]),
-        "",
-        f"Commit {first['git_commit']}, {first['processor']}, {first['threads']} threads, {versions}; teacher "
-        f"`{first['teacher']}`, seed {first['seed']}.",
-        "",
-        markdown([_trust_table(one) for one in record["tables"]]),
-    ]
+    shown = [made_by(record["runs"]), "", markdown([_trust_table(one) for one in record["tables"]])]
     if record["orders"]:
         shown += ["Mean and standard deviation over seeded orders of the stream:", ""]
         shown += [f"- {name}: {_spread(columns)}" for name, columns in record["orders"].items()]
@@ -88,11 +95,11 @@ def table(record: Record) -> str:
 
 
 def _spread(columns: dict[str, Sequence[float]]) -> str:
-    """Clean, and all corruptions together: the mean of their means, and of their standard deviations."""
-    parts = [f"clean {plus_minus(columns['clean'], 2)}"] if "clean" in columns else []
-    if others := [value for name, value in columns.items() if name != "clean"]:
-        means = [sum(value[part] for value in others) / len(others) for part in (0, 1)]
-        parts.append(f"{len(others)} corruptions {plus_minus(means, 2)}")
+    """Mean and deviation of each column; of corruptions together, the means of both."""
+    parts = [f"{name} {plus_minus(value, 2)}" for name, value in columns.items() if name not in CORRUPTIONS]
+    if corrupted := [value for name, value in columns.items() if name in CORRUPTIONS]:
+        means = [fmean(value[part] for value in corrupted) for part in (0, 1)]
+        parts.append(f"{len(corrupted)} corruptions {plus_minus(means, 2)}")
     return "; ".join(parts)
 
 

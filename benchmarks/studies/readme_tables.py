@@ -100,17 +100,7 @@ def _student(parts: Sequence[MethodRows]) -> Iterator[object]:
 
 def commands(*runs: Records) -> str:
     """The commands that made runs, and what they ran on."""
-    session, config = runs[-1].run["sessions"][0], runs[-1].run["config"]
-    versions = ", ".join(f"{name} {session['versions'][name]}" for name in ("torch", "open_clip_torch"))
-    lines = [f"    {' '.join(run.run['sessions'][0]['command'])}" for run in runs]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Commit {session['git_commit']}, {session['processor']}, {session['threads']} thread each, {versions}; "
-            f"teacher `{config['teacher']}`, seed {config['seed']}.",
-        ]
-    )
+    return evidence.made_by([evidence.described(run) for run in runs])
 
 
 def parts(results: Path = RESULTS) -> Iterator[tuple[str, str]]:

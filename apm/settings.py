@@ -94,6 +94,12 @@ def not_negative(name: str, value: float) -> None:
         raise UsageError(f"{name} must be 0 or a positive number, not {value}.")
 
 
+def cosine(name: str, value: float) -> None:
+    """Refuse anything but a cosine."""
+    if not -1 <= value <= 1:
+        raise UsageError(f"{name} is a cosine, from -1 to 1, not {value}.")
+
+
 def share_of(what: str) -> Check:
     """Refuse anything but a number between 0 and 1, neither of them."""
 

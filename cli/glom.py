@@ -10,22 +10,17 @@ import typer
 from apm.errors import UsageError
 from apm.glom.config import GLOMConfig, GLOMTraining
 from apm.images.paths import printable
+from apm.settings import cosine
 
-from .groups import Group
+from .groups import command_group
 from .options import Debug, MaxPixelsOfImage, options_of
 from .progress import counted
-from .render import notice_if_slow, read_image, say, say_files
-from .training import TRAINING, Out, Session, check_checkpoint, images_of, say_result, session_options, train
+from .render import read_image, say, say_files
+from .training import TRAINING, Images, Out, Session, check_checkpoint, session_options, train_network
 
 NETWORK = "The network"
 
-app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="GLOM (Hinton 2021): columns of levels that agree, step by step, on a parse tree of the image.",
-)
+app = command_group("GLOM (Hinton 2021): columns of levels that agree, step by step, on a parse tree of the image.")
 
 
 @app.command("train")
@@ -33,10 +28,7 @@ app = typer.Typer(
 @options_of(GLOMTraining, "config", TRAINING)
 @session_options
 def train_(
-    data: Annotated[
-        Path,
-        typer.Argument(help="Images in and below a folder, or Parquet files with a column image.", metavar="DATA"),
-    ],
+    data: Images,
     out: Out,
     sizes: GLOMConfig,
     config: GLOMTraining,
@@ -52,25 +44,19 @@ def train_(
     """
     check_checkpoint(out)
     config.check_level(sizes)
-    from apm.devices import pick_device
-    from apm.glom.training import NETWORK as KIND
     from apm.glom.training import GLOMTrainer
-    from apm.pretrain.checkpoint import check_settings, read_network
     from apm.pretrain.images import open_images
 
-    place = pick_device(session.device)
-    source = open_images(data)
-    known = {"data": source.fingerprint}
-    if out.exists():  # told now, and not after many images are read
-        check_settings(out, read_network(out, KIND), sizes, known)
-    notice_if_slow(session.precision, place)
-    images = images_of(source, out, session, size=sizes.image_size, wanted=not session.quiet)
-    trainer = GLOMTrainer(out, images, sizes, config, data=known, precision=session.precision, device=place)
-    train(trainer, {"denoising": "hidden places", "contrast": "contrast"}, session, wanted=not session.quiet)
-    say_result(
-        trainer,
-        "held out on {held_out:,}: mean squared error of hidden places {denoising:.5f}, contrast {contrast:.5f}",
+    train_network(
+        GLOMTrainer,
+        GLOMTrainer.network,
+        open_images(data),
+        out,
+        sizes,
+        config,
         session,
+        names={"denoising": "hidden places", "contrast": "contrast"},
+        result="held out on {held_out:,}: mean squared error of hidden places {denoising:.5f}, contrast {contrast:.5f}",
     )
 
 
@@ -94,8 +80,7 @@ def show(
     """
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be 1 or more, not {steps}.")
-    if not -1 <= threshold <= 1:
-        raise UsageError(f"--threshold is a cosine, from -1 to 1, not {threshold}.")
+    cosine("--threshold", threshold)
     from apm.devices import pick_device
     from apm.figures.base import output_stem
     from apm.figures.glom import write_show

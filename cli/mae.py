@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,40 +15,22 @@ from apm.errors import UsageError
 from apm.images.paths import printable
 from apm.mae.config import HeadConfig, HeadTraining, Kind, MAEConfig, MAETraining
 
-from .groups import Group
+from .groups import command_group
 from .options import Debug, options_of
-from .render import notice, notice_if_slow
-from .training import (
-    TRAINING,
-    Out,
-    Session,
-    check_checkpoint,
-    images_of,
-    place_of,
-    say_result,
-    session_options,
-    train,
-)
+from .render import notice
+from .training import TRAINING, Images, Out, Session, check_checkpoint, session_options, train_network
 
 if TYPE_CHECKING:
     from apm.mae.published import Start
     from apm.pretrain.cache import GridCache
-    from apm.pretrain.loop import Trainer
 
 NETWORK, HEAD = "The network", "The head"
 SOURCES = "a checkpoint of apm mae, MAE's published file, timm:NAME or timm:NAME@FILE"
 
-app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Masked autoencoders (He et al. 2022), and heads on them: what vit-probe and ttt-mae of apm bench use.",
+app = command_group(
+    "Masked autoencoders (He et al. 2022), and heads on them: what vit-probe and ttt-mae of apm bench use."
 )
 
-Images = Annotated[
-    Path, typer.Argument(help="Images in and below a folder, or Parquet files with a column image.", metavar="DATA")
-]
 Labelled = Annotated[
     Path,
     typer.Argument(
@@ -91,17 +73,17 @@ def train_(
     start = _start(base, sizes)
     chosen = replace(start.sizes if start else sizes, classes=0)
 
-    def make(cache: GridCache, known: dict[str, Any], **options: Any) -> Trainer:
-        from apm.mae.training import MAETrainer
+    from apm.mae.training import MAETrainer
+    from apm.pretrain.images import open_images
 
-        return MAETrainer(out, cache, chosen, config, start=start, data=known, **options)
-
-    _train(
-        data,
+    train_network(
+        partial(MAETrainer, start=start),
+        MAETrainer.network,
+        open_images(data),
         out,
         chosen,
+        config,
         session,
-        make,
         names={"reconstruction": "masked patches"},
         result="held out on {held_out:,}: mean squared error of masked patches {reconstruction:.5f}",
     )
@@ -203,56 +185,29 @@ def _train_head(
     chosen = (start.sizes if start else sizes or MAEConfig()).with_head(head, len(class_names))
     digest = hashlib.sha256(json.dumps([class_names, sorted(classes.items())]).encode()).hexdigest()[:16]
 
-    def make(cache: GridCache, known: dict[str, Any], **options: Any) -> Trainer:
-        import numpy as np
+    from apm.mae.training import HeadTrainer
+    from apm.pretrain.images import open_images
 
-        from apm.mae.training import HeadTrainer
+    def make(out: Path, cache: GridCache, *arguments: Any, **options: Any) -> HeadTrainer:
+        import numpy as np
 
         if unknown := [name for name in cache.names if name not in classes]:
             raise UsageError(f"{len(unknown)} image(s) have no class, first {printable(unknown[0])}.")
         labels = np.array([classes[name] for name in cache.names], dtype=np.int64)
-        settings = replace(config, kind=kind)
-        return HeadTrainer(
-            out, cache, chosen, settings, labels=labels, class_names=class_names, start=start, data=known, **options
-        )
+        return HeadTrainer(out, cache, *arguments, labels=labels, class_names=class_names, start=start, **options)
 
     names = {"cross_entropy": "cross-entropy", "accuracy": "accuracy"}
-    result = "held out on {held_out:,}: accuracy {accuracy:.2%}, cross-entropy {cross_entropy:.4f}"
     if kind == "joint":
         names["reconstruction"] = "masked patches"
-    _train(data, out, chosen, session, make, names=names, result=result, labels=digest)
-
-
-def _train(
-    data: Path,
-    out: Path,
-    sizes: MAEConfig,
-    session: Session,
-    make: Callable[..., Trainer],
-    *,
-    names: Mapping[str, str],
-    result: str,
-    labels: str | None = None,
-) -> None:
-    """Train in one process, or in each of several; the first of them talks."""
-    from apm.mae.published import NETWORK as KIND
-    from apm.pretrain.checkpoint import check_settings, read_network
-    from apm.pretrain.images import open_images
-    from apm.processes import join
-
-    source, place = open_images(data), place_of(session.device)
-    known = {"data": source.fingerprint, **({} if labels is None else {"labels": labels})}
-    if out.exists():  # told now, and not after many images are read
-        check_settings(out, read_network(out, KIND), sizes, known)
-    with join() as group:
-        talks = group.first and not session.quiet
-        if group.first:
-            notice_if_slow(session.precision, place)
-            cache = images_of(source, out, session, size=sizes.image_size, wanted=talks)
-        group.barrier()
-        if not group.first:
-            cache = images_of(source, out, session, size=sizes.image_size, wanted=False)
-        trainer = make(cache, known, precision=session.precision, device=place, processes=group)
-        train(trainer, names, session, wanted=talks, speaks=group.first)
-        if group.first:
-            say_result(trainer, result, session)
+    train_network(
+        make,
+        HeadTrainer.network,
+        open_images(data),
+        out,
+        chosen,
+        replace(config, kind=kind),
+        session,
+        names=names,
+        result="held out on {held_out:,}: accuracy {accuracy:.2%}, cross-entropy {cross_entropy:.4f}",
+        data={"labels": digest},
+    )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,24 +12,7 @@ from apm.pretrain.config import PretrainConfig
 from apm.student.config import PRESETS
 
 from .options import Debug, options_of
-from .render import notice, notice_if_slow
-from .training import (
-    TRAINING,
-    Out,
-    Session,
-    check_checkpoint,
-    images_of,
-    place_of,
-    say_result,
-    session_options,
-    train,
-)
-
-if TYPE_CHECKING:
-    import torch
-
-    from apm.pretrain.cache import GridCache
-    from apm.student.config import APMConfig
+from .training import TRAINING, Out, Session, check_checkpoint, place_of, session_options, train_network
 
 STUDENT = "The student"
 
@@ -70,55 +51,25 @@ def pretrain(
     check_checkpoint(out)
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    from apm.pretrain.checkpoint import check_settings, read_checkpoint
     from apm.pretrain.images import open_images
+    from apm.pretrain.trainer import Pretrainer
     from apm.student.config import APMConfig
     from apm.teachers import load_grid_teacher
 
     source = open_images(folder)
-    place = place_of(session.device)
-    teacher = load_grid_teacher(teacher_grid, device=place)
-    student = APMConfig.preset(preset, dim=teacher.dim, readout="mean")
+    teacher = load_grid_teacher(teacher_grid, device=place_of(session.device))
     side = teacher.grid_size if grid_size is None else grid_size
-    data = {"data": source.fingerprint, "teacher": teacher.identity, "grid_size": side}
-    if out.exists():  # told now, and not after the grids of many images
-        check_settings(out, read_checkpoint(out), student, {**data, **asdict(config)})
-
-    def images(wanted: bool) -> GridCache:
-        size = student.image_size
-        return images_of(source, out, session, size=size, teacher=teacher, grid_size=side, wanted=wanted)
-
-    _train(images, out, student, config, session, data=data, place=place, notes=teacher.notes)
-
-
-def _train(
-    images: Callable[[bool], GridCache],
-    out: Path,
-    student: APMConfig,
-    config: PretrainConfig,
-    session: Session,
-    *,
-    data: dict[str, Any],
-    place: torch.device,
-    notes: Sequence[str],
-) -> None:
-    """Train in one process, or in each of several; the first of them talks."""
-    from apm.pretrain.trainer import Pretrainer
-    from apm.processes import join
-
-    with join() as group:
-        talks = group.first and not session.quiet
-        if group.first:
-            for note in notes:
-                notice(note)
-            notice_if_slow(session.precision, place)
-            cache = images(talks)  # the first process computes the grids; the others find them there
-        group.barrier()
-        if not group.first:
-            cache = images(False)
-        precision = session.precision
-        trainer = Pretrainer(out, cache, student, config, data=data, precision=precision, device=place, processes=group)
-        train(trainer, {"grid": "grid", "rgb": "colours"}, session, wanted=talks, speaks=group.first)
-        if group.first:
-            result = "held-out mean squared error on {held_out:,}: grid {grid:.5f}, colours {rgb:.5f}"
-            say_result(trainer, result, session)
+    train_network(
+        Pretrainer,
+        Pretrainer.network,
+        source,
+        out,
+        APMConfig.preset(preset, dim=teacher.dim, readout="mean"),
+        config,
+        session,
+        names={"grid": "grid", "rgb": "colours"},
+        result="held-out mean squared error on {held_out:,}: grid {grid:.5f}, colours {rgb:.5f}",
+        data={"teacher": teacher.identity, "grid_size": side},
+        teacher=teacher,
+        grid_size=side,
+    )

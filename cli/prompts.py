@@ -14,7 +14,7 @@ from apm.errors import unknown
 from apm.settings import at_least, check_values, setting
 
 from .data import load_shared_teacher
-from .groups import Group
+from .groups import command_group
 from .options import Debug, flag, options_of
 from .render import notice, say, say_json, told_when_interrupted
 from .training import TrainingProgress
@@ -23,13 +23,7 @@ if TYPE_CHECKING:
     from apm.text.learned_prompt import LearnedPrompt
     from apm.text.prompt_learning import PromptLearner
 
-app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Learned prompts: what CoOp and CoCoOp learn from labelled images, for apm bench.",
-)
+app = command_group("Learned prompts: what CoOp and CoCoOp learn from labelled images, for apm bench.")
 LEARNING, FILES = "Learning", "Files"
 
 

@@ -7,8 +7,8 @@ import json
 import os
 import time
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,18 +20,30 @@ from apm.settings import at_least, check_values, setting
 from apm.student.config import Precision
 
 from .options import flag, options_of
-from .render import failure, notice, progress_line, progress_on_terminal, say, told_when_interrupted
+from .render import (
+    failure,
+    notice,
+    notice_if_slow,
+    progress_line,
+    progress_on_terminal,
+    say,
+    told_when_interrupted,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from apm.pretrain.cache import GridCache
+    from apm.pretrain.checkpoint import Network
     from apm.pretrain.images import ImageSource
     from apm.pretrain.loop import Trainer
     from apm.teachers.base import GridTeacher
 
 TRAINING, RUN = "Training", "The run"  # panels of the help
 
+Images = Annotated[
+    Path, typer.Argument(help="Images in and below a folder, or Parquet files with a column image.", metavar="DATA")
+]
 Out = Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")]
 
 
@@ -94,14 +106,68 @@ def place_of(device: str) -> torch.device:
     return place
 
 
-def images_of(
+def train_network(
+    make: Callable[..., Trainer],
+    network: Network[Any],
+    source: ImageSource,
+    out: Path,
+    sizes: Any,
+    config: Any,
+    session: Session,
+    *,
+    names: Mapping[str, str],
+    result: str,
+    data: Mapping[str, Any] | None = None,
+    teacher: GridTeacher | None = None,
+    grid_size: int | None = None,
+) -> None:
+    """Train in one process, or in each of several, from wherever the checkpoint is; the first of them talks.
+
+    Args:
+        make: makes the trainer of the checkpoint, the images, `sizes`, `config`, and the options of `Trainer`.
+        network: what is trained.
+        source: the images.
+        out: the checkpoint.
+        sizes: of the network.
+        config: how to train.
+        session: how to go about it.
+        names: the losses → what they are called; the first one is shown at every step.
+        result: what is said at the end, see `_say_result`.
+        data: what identifies what is learned, beside the images themselves.
+        teacher: gives the grids that are learned; None: images alone are.
+        grid_size: side of its input, in pixels.
+    """
+    from apm.pretrain.checkpoint import check_settings, read_network
+    from apm.processes import join
+
+    known, place = {"data": source.fingerprint, **(data or {})}, place_of(session.device)
+    if out.exists():  # told now, and not after many images are read
+        check_settings(out, read_network(out, network), sizes, {**known, **asdict(config)})
+    with join() as group:
+        talks = group.first and not session.quiet
+        if group.first:
+            for note in () if teacher is None else teacher.notes:
+                notice(note)
+            notice_if_slow(session.precision, place)
+            cache = _images_of(source, out, session, sizes.image_size, teacher, grid_size, wanted=talks)
+        group.barrier()
+        if not group.first:  # what the first process made is there
+            cache = _images_of(source, out, session, sizes.image_size, teacher, grid_size, wanted=False)
+        how: dict[str, Any] = {"precision": session.precision, "device": place, "processes": group}
+        trainer = make(out, cache, sizes, config, data=known, **how)
+        _train(trainer, names, session, wanted=talks, speaks=group.first)
+        if group.first:
+            _say_result(trainer, result, session)
+
+
+def _images_of(
     source: ImageSource,
     out: Path,
     session: Session,
-    *,
     size: int,
-    teacher: GridTeacher | None = None,
-    grid_size: int | None = None,
+    teacher: GridTeacher | None,
+    grid_size: int | None,
+    *,
     wanted: bool,
 ) -> GridCache:
     """Compute what training needs of every image, or find it there; see `build_cache`. Says how far it is."""
@@ -120,9 +186,7 @@ def images_of(
         )
 
 
-def train(
-    trainer: Trainer, names: Mapping[str, str], session: Session, *, wanted: bool = True, speaks: bool = True
-) -> None:
+def _train(trainer: Trainer, names: Mapping[str, str], session: Session, *, wanted: bool, speaks: bool) -> None:
     """Train to the end, and say how far it is.
 
     Args:
@@ -143,7 +207,7 @@ def train(
         trainer.run(evaluate_every=every, save_every=session.save_every, on_step=progress.step)
 
 
-def say_result(trainer: Trainer, text: str, session: Session) -> None:
+def _say_result(trainer: Trainer, text: str, session: Session) -> None:
     """Say what was reached, and which images were skipped: exit code 1, then.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from apm.errors import UsageError
 from apm.pretrain.config import Schedule
-from apm.settings import at_least, check_values, not_negative, positive, setting, share_of
+from apm.settings import at_least, check_values, cosine, not_negative, positive, setting, share_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,11 +64,6 @@ class GLOMConfig:
         return 2 * self.levels
 
 
-def _cosine(name: str, value: float) -> None:
-    if not -1 <= value <= 1:
-        raise UsageError(f"{name} is a cosine, from -1 to 1, not {value}.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class GLOMTraining(Schedule):
     """How to train GLOM. Every value decides the weights.
@@ -88,7 +83,7 @@ class GLOMTraining(Schedule):
     contrast_columns: int = setting(256, "Columns that are contrasted in a step.", check=at_least(2))
     temperature: float = setting(0.1, "Temperature of the contrast, which cosines are divided by.", check=positive)
     agree: float = setting(
-        0.7, "Cosine, the level's mean taken out, from which on two places agree and do not repel.", check=_cosine
+        0.7, "Cosine, the level's mean taken out, from which on two places agree and do not repel.", check=cosine
     )
 
     def check_level(self, model: GLOMConfig) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from apm.errors import UsageError
+from apm.settings import cosine
 from apm.student.islands import Labels, regions
 
 
@@ -47,8 +48,7 @@ def island_labels(levels: ArrayLike, threshold: float) -> Labels:
     values = np.asarray(levels, dtype=np.float64)
     if values.ndim != 4 or not values.size:
         raise UsageError(f"Columns have shape (H, W, L, D), not {values.shape}.")
-    if not -1 <= threshold <= 1:
-        raise UsageError(f"The threshold is a cosine, from -1 to 1, not {threshold}.")
+    cosine("The threshold", threshold)
     found: list[Labels] = []
     for level in reversed(range(values.shape[2])):
         labels = regions(values[:, :, level], threshold, within=found[-1] if found else None)

@@ -99,8 +99,11 @@ def kept_places(places: int, masked: float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _OnImages(Schedule):
-    """What trainings of autoencoder and heads share: the crops."""
+    """What trainings of autoencoder and heads share: the optimiser, the crops."""
 
+    batch_size: int = setting(128, "Images a step, over all processes.", check=at_least(1))
+    lr: float = setting(1e-3, "Highest learning rate of AdamW.", check=positive)
+    weight_decay: float = setting(0.05, "AdamW's weight decay, on weights but not on biases.", check=not_negative)
     min_area: float = setting(0.2, "Smallest share of the image in a random crop.", check=positive)
     seed: int = setting(0, "Seed of weights, split, order, crops and masks.")
 
@@ -126,10 +129,7 @@ class MAETraining(_OnImages):
     """
 
     steps: int = setting(20000, "Optimiser steps.", check=at_least(1))
-    batch_size: int = setting(128, "Images a step, over all processes.", check=at_least(1))
-    lr: float = setting(1e-3, "Highest learning rate of AdamW.", check=positive)
     warmup: int = setting(1000, "Steps until the highest learning rate.", check=at_least(0))
-    weight_decay: float = setting(0.05, "AdamW's weight decay, on weights but not on biases.", check=not_negative)
     masked: float = setting(0.75, "Share of the patches that is masked.", check=share_of("the patches"))
 
 
@@ -142,10 +142,7 @@ class HeadTraining(_OnImages):
     """
 
     steps: int = setting(10000, "Optimiser steps.", check=at_least(1))
-    batch_size: int = setting(128, "Images a step, over all processes.", check=at_least(1))
-    lr: float = setting(1e-3, "Highest learning rate of AdamW.", check=positive)
     warmup: int = setting(500, "Steps until the highest learning rate.", check=at_least(0))
-    weight_decay: float = setting(0.05, "AdamW's weight decay, on weights but not on biases.", check=not_negative)
     smoothing: float = setting(
         0.1, "Share of the probability that label smoothing gives to all.", check=_share_from_zero
     )

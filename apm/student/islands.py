@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from apm.errors import UsageError
+from apm.settings import cosine
 
 Labels = NDArray[np.int64]
 
@@ -79,8 +80,7 @@ def measure(field: ArrayLike, *, threshold: float = 0.9, centred: bool = False) 
         centred: first take out the mean over all locations. A part that all locations share (a student fitted to one
             token has little else) makes every cosine nearly 1 and hides what differs.
     """
-    if not -1 <= threshold <= 1:
-        raise UsageError(f"The threshold is a cosine, from -1 to 1, not {threshold}.")
+    cosine("The threshold", threshold)
     values = _field(field)
     if centred:
         values = values - values.mean(axis=(0, 1))

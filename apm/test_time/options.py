@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from apm.errors import UsageError
-from apm.settings import at_least, check_values, not_negative, positive, setting, settings_of
+from apm.settings import at_least, check_values, cosine, not_negative, positive, setting, settings_of
 from apm.student.config import PRESETS, APMConfig, Distil, Guide, Loss, Precision, Readout
 from apm.test_time.queries import ALL, AUTO, check_queries, locations_a_step, parse_queries
 from apm.test_time.view_numbers import check_grid_views, parse_grid_views
@@ -202,11 +202,6 @@ class StudentOptions(TrainingOptions):
         return {**dataclasses.asdict(self), **used}
 
 
-def _cosine(name: str, value: float) -> None:
-    if not -1 <= value <= 1:
-        raise UsageError(f"{name} is a cosine, from -1 to 1, not {value}.")
-
-
 def _parts(name: str, value: int) -> None:
     if not 2 <= value <= 20:
         raise UsageError(f"{name} must be from 2 to 20, not {value}.")
@@ -233,7 +228,7 @@ class IslandOptions:
         check=check_grid_views,
         parse=parse_grid_views,
     )
-    threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=_cosine)
+    threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=cosine)
     parts: int = setting(12, "Number of clusters and of superpixels.", check=_parts)
     seed: int = setting(0, "Seed of first weights, random targets, order of patches, t-SNE.", check=at_least(0))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import filelock
 
@@ -31,6 +32,16 @@ class WriteError(ApmError):
             f"Cannot write {printable(path)}: {self.reason}. What was written before is whole: "
             f"{'free some space and ' if full else ''}run the same command again to continue."
         )
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """Read a file that grows by a JSON line at a time; a last line that a kill cut off is left out.
+
+    Raises:
+        ValueError: another line is no JSON.
+    """
+    content = Path(path).read_bytes()
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
 def write_atomically(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from apm.errors import ApmError, unknown
-from apm.images.files import alone_with, write_atomically
+from apm.images.files import alone_with, read_json_lines, write_atomically
 from apm.pretrain.cache import GridCache
 from apm.pretrain.checkpoint import Checkpoint, Network, check_settings, read_network, write_checkpoint
 from apm.pretrain.config import Schedule
@@ -279,9 +279,8 @@ def parts(numbers: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Read the curves that `Trainer.run` logs; a last line that a kill cut off is left out."""
+    """Read the curves that `Trainer.run` logs; none where there is no file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        return read_json_lines(path)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]

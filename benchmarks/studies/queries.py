@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from apm.errors import ApmError, ImageError, UsageError
-from apm.images.files import write_atomically
+from apm.images.files import read_json_lines, write_atomically
 from apm.images.load import load_image
 from apm.images.paths import images_below
 from apm.labels import label_set, prompt_templates
@@ -119,9 +119,8 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         ApmError: it is none.
     """
-    text = path.read_text(encoding="utf-8")
     try:
-        head, *rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        head, *rows = read_json_lines(path)
         return {name: head[name] for name in ("command", "settings", "environment")}, rows
     except (ValueError, KeyError, TypeError) as error:
         raise ApmError(f"{path} is no file of rows of this study: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apm.errors import UsageError
-from apm.images.files import write_atomically, writing
+from apm.images.files import read_json_lines, write_atomically, writing
 from apm.images.paths import printable
 from apm.settings import differences, refuse_other
 
@@ -55,9 +55,8 @@ def continued(
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> list[Row]:
-    content = path.read_bytes()
     try:
-        first, *rows = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+        first, *rows = read_json_lines(path)
         refuse_other(path, differences(first, settings))
     except (ValueError, AttributeError) as error:
         raise UsageError(f"{printable(path)} holds no rows of this study ({error}): name another file.") from error

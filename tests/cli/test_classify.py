@@ -26,17 +26,11 @@ from apm.test_time.options import AdaptConfig
 from apm.test_time.queries import FEWER
 from tests.fakes import FakeTeacher, png_of_size
 
+pytestmark = pytest.mark.usefixtures("fake_teacher")
+
 SCHEMA = json.loads(resources.files("apm.cli").joinpath("schemas/classify.json").read_text())
 FAST = ("--preset", "small", "--steps", "2", "--precision", "fp32", "--device", "cpu")
 LABELS = ("--labels", "cat, dog,bird,house")
-
-
-@pytest.fixture(autouse=True)
-def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
-    teacher = FakeTeacher()
-    monkeypatch.setattr(module, "load_teacher", lambda *_, **__: teacher)
-    monkeypatch.setattr("apm.teachers.check_teacher", lambda spec: None)
-    return teacher
 
 
 def classify(*arguments: str | Path, stdin: str | bytes | None = None, labels: tuple[str, ...] = LABELS) -> Result:

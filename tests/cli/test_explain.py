@@ -15,15 +15,9 @@ from typer.testing import CliRunner
 from apm.cli.main import app
 from tests.fakes import FakeTeacher
 
+pytestmark = pytest.mark.usefixtures("fake_teacher")
+
 LABELS = ("--labels", "cat,do$g$,bird,house")
-
-
-@pytest.fixture(autouse=True)
-def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
-    teacher = FakeTeacher()
-    monkeypatch.setattr("apm.classifier.load_teacher", lambda name, **_: teacher)
-    monkeypatch.setattr("apm.teachers.check_teacher", lambda name: None)
-    return teacher
 
 
 def explain(folder: Path, *arguments: str | Path) -> Result:

@@ -17,16 +17,10 @@ from typer.testing import CliRunner
 from apm.cli.main import app
 from tests.fakes import FakeTeacher
 
+pytestmark = pytest.mark.usefixtures("fake_teacher")
+
 SCHEMA = json.loads(resources.files("apm.cli").joinpath("schemas/segment.json").read_text())
 FAST = ("--teacher", "fake", "--steps", "2", "--device", "cpu", "--grid-views", "2", "--places", "16")
-
-
-@pytest.fixture(autouse=True)
-def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
-    teacher = FakeTeacher()
-    monkeypatch.setattr("apm.classifier.load_teacher", lambda name, **_: teacher)
-    monkeypatch.setattr("apm.teachers.check_teacher", lambda name: None)
-    return teacher
 
 
 def segment(out: Path, *arguments: str | Path, labels: str = "cat,dog,hen") -> Result:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apm.teachers.training.data import HOLDOUT, Sharp, Source, normalise
+from apm.teachers.training.data import HOLDOUT, Sharp, Source, at_size
 
 
 @torch.no_grad()
@@ -15,9 +14,9 @@ def answers(stage: nn.Module, images: Tensor, allowed: Tensor, size: int) -> Ten
     stage.eval()
     best = []
     for part in images.split(128):
-        pixels = F.interpolate(normalise(part), (size, size), mode="bicubic", antialias=True)
+        pixels = at_size(part, size).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = stage(pixels.contiguous(memory_format=torch.channels_last))
+            logits = stage(pixels)
         best.append(allowed[logits[:, allowed].argmax(1)])
     stage.train()
     return torch.cat(best)

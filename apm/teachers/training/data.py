@@ -163,6 +163,11 @@ def normalise(images: Tensor) -> Tensor:
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
+def at_size(images: Tensor, size: int) -> Tensor:
+    """(B, side, side, 3) uint8 → (B, 3, size, size), normalised: what the finished teacher sees."""
+    return F.interpolate(normalise(images), (size, size), mode="bicubic", antialias=True)
+
+
 def augment(images: Tensor, size: int, generator: torch.Generator, *, flip: bool, scale: float = 0.35) -> Tensor:
     """Random crop, flip, colour, noise, blur, resolution and JPEG: (B, s, s, 3) uint8 → (B, 3, size, size), normalised.
 

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apm.images.files import write_atomically
+from apm.images.files import read_json_lines, write_atomically
 from apm.teachers.training.check import mixed_check
 from apm.teachers.training.data import (
     CIFAR_START,
@@ -50,7 +50,7 @@ from apm.teachers.training.data import (
     load_sharp_classes,
     load_sources,
 )
-from apm.teachers.training.export import export
+from apm.teachers.training.export import export, save
 from apm.teachers.training.muon import Muon
 from apm.teachers.training.patches import use_patches
 from apm.teachers.training.refine import refine
@@ -173,11 +173,6 @@ def size_at(progress: float, sizes: tuple[tuple[int, float], ...]) -> int:
 def rate_at(progress: float, warmup: float) -> float:
     """Learning-rate factor: linear warm-up, then linear to zero."""
     return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
-
-
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint: a kill leaves the old file or the new one."""
-    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def optimisers(stage: ImageStage, recipe: Recipe) -> tuple[Muon, torch.optim.AdamW]:
@@ -371,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _describe(options: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
     """What the model card says of the training itself."""
-    log = [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
+    log = read_json_lines(options.out / "log.jsonl")
     minutes = round(log[-1]["seconds"] / 60)
     seen = sum(max(1, round(Recipe.batch * s.share)) for s in sources) * log[-1]["step"]
     summary = (

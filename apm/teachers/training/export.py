@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apm.images.files import write_atomically
 from apm.labels import imagenet_names, prompt_templates
-from apm.teachers.training.data import CIFAR_WORDS, DIGIT_NAMES, HOLDOUT, MEAN, STD, Source, normalise
+from apm.teachers.training.data import CIFAR_WORDS, DIGIT_NAMES, HOLDOUT, MEAN, STD, Source, at_size
 from apm.teachers.training.text import Vocabulary, train_text, vocabulary, write_bpe
 
 if TYPE_CHECKING:
@@ -99,7 +99,11 @@ def _train_text_tower(
         model.text.load_state_dict(saved["tower"])
         return
     train_text(model.text, tokenizer, words, templates, steps=steps, seed=seed)
-    state = {"how": how, "tower": model.text.state_dict()}
+    save({"how": how, "tower": model.text.state_dict()}, path)
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint: a kill leaves the old file or the new one."""
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -167,11 +171,7 @@ def image_spread(visual: nn.Module, sources: list[Source], size: int, *, images:
 
 def _tokens(visual: nn.Module, source: Source, rows: Tensor, size: int) -> Tensor:
     """Tokens (n, dim) of some images at `size` pixels."""
-    tokens = [
-        visual(F.interpolate(normalise(source.images[part]), (size, size), mode="bicubic", antialias=True))
-        for part in rows.split(128)
-    ]
-    return torch.cat(tokens)
+    return torch.cat([visual(at_size(source.images[part], size)) for part in rows.split(128)])
 
 
 def calibrate(cosines: Tensor, labels: Tensor) -> float:

@@ -1,31 +1,40 @@
 """TTT-MAE (Gandelsman et al. 2022): the encoder tuned to reconstruct the one image, then asked for its class.
 
-For each image by itself all weights begin as they were trained. At each step the image is masked in M ways, and SGD
-with momentum follows the mean reconstruction error of the masked patches. Encoder and mask token are tuned; decoder,
-head and positions are not. The model is never changed: tuned weights stand in for its own, and are dropped.
+For each image by itself all weights begin as they were trained. At each step the image is masked in M ways, or M random
+crops of it in one way each, and SGD with momentum follows the mean reconstruction error of the masked patches. Encoder
+and mask token are tuned; decoder, head and positions are not. The model is never changed: tuned weights stand in for
+its own, and are dropped.
 
 Several students may be adapted side by side, in groups of a fixed size: a last group that is not full is filled with
 copies, so that an image's answer depends neither on its neighbours nor on their number. It may depend on its place in
 the group by rounding, where the machine's batched products do; one at a time, the default, it has the very same bits.
 """
 
+# ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from apm.errors import UsageError
+from apm.images.crops import crop_box
+from apm.images.load import IMAGENET_MEAN, IMAGENET_STD, normalised
 from apm.mae.config import kept_places
 from apm.mae.model import MaskedAutoencoder
 from apm.settings import at_least, check_values, not_negative, positive, setting, share_of
 
 Weights = dict[str, Tensor]
+Crops = Literal["copies", "random"]
+CROP_AREA = 0.2
+"""Smallest share of the image's area in a random crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,9 @@ class TestTimeSettings:
 
     steps: int = setting(20, "Steps of SGD.", check=at_least(0))
     masks: int = setting(128, "Ways in which the image is masked at each step.", check=at_least(1))
+    crops: Crops = setting(
+        "copies", "What is masked: copies of what is looked at, or random crops of the image.", choices=get_args(Crops)
+    )
     masked: float = setting(0.75, "Share of the patches that is masked.", check=share_of("the patches"))
     lr: float = setting(5e-3, "Learning rate of SGD.", check=positive)
     momentum: float = setting(0.9, "Momentum of SGD.", check=not_negative)
@@ -60,12 +72,14 @@ class Adapted:
         step_logits: (B, K + 1, C) before each of K steps and after the last; None where not asked for.
         first_losses: (B,) reconstruction error before the first step; NaN without steps.
         last_losses: (B,) the same before the last step, of other masks.
+        step_losses: (B, K + 1) before each step and after the last, of other masks each; None where not asked for.
     """
 
     logits: Tensor
     step_logits: Tensor | None
     first_losses: Tensor
     last_losses: Tensor
+    step_losses: Tensor | None
 
 
 def tuned_names(model: MaskedAutoencoder) -> list[str]:
@@ -79,6 +93,25 @@ def mask_orders(pixels: Tensor, places: int, masks: int, step: int, *, seed: int
     key = hashlib.sha256(np.ascontiguousarray(pixels.cpu().numpy()).tobytes()).digest()
     generator = np.random.default_rng([seed, step, int.from_bytes(key[:16], "little")])
     return torch.from_numpy(generator.random((masks, places)).argsort(1))
+
+
+def random_crops(image: Image.Image, size: int, count: int, step: int, *, seed: int = 0) -> Tensor:
+    """Random crops of a whole image (`count`, 3, size, size), drawn from its pixels, seed and step alone.
+
+    As torchvision's RandomResizedCrop: a share of the area from `CROP_AREA` to 1, 3:4 to 4:3, bicubic; not mirrored.
+
+    Args:
+        image: RGB, of any shape.
+        size: side of the crops in pixels.
+        count: how many.
+        step: of the adaptation.
+        seed: of the run.
+    """
+    key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+    generator = np.random.default_rng([seed, step, 1, int.from_bytes(key[:16], "little")])
+    boxes = [crop_box(*image.size, generator, CROP_AREA) for _ in range(count)]
+    cut = (image.crop(box).resize((size, size), Image.Resampling.BICUBIC) for box in boxes)
+    return torch.stack([normalised(one, IMAGENET_MEAN, IMAGENET_STD) for one in cut])
 
 
 class TestTimeAdapter:
@@ -106,25 +139,37 @@ class TestTimeAdapter:
         if many:
             self._slopes, self._answer = vmap(self._slopes), vmap(self._answer)
 
-    def adapt(self, pixels: Tensor, *, record_steps: bool = False) -> Adapted:
+    def adapt(
+        self, pixels: Tensor, images: Sequence[Image.Image] | None = None, *, record_steps: bool = False
+    ) -> Adapted:
         """Adapt to B images.
 
         Args:
-            pixels: (B, 3, S, S) float32, normalised as `apm.images.load.student_input` does.
-            record_steps: also answer before each step.
+            pixels: what is looked at of them, (B, 3, S, S) float32, normalised as `apm.images.load.student_input` does.
+            images: the whole images, RGB, which random crops are of; needed for these alone.
+            record_steps: also answer before each step, and tell each step's error.
         """
         size = self.settings.students
+        if self.settings.crops == "random" and images is None:
+            raise UsageError("Random crops are cut out of the whole images: give these beside the pixels.")
         found = []
-        for group in pixels.split(size):
-            count = len(group)
-            filled = torch.cat([group, group[-1:].expand(size - count, -1, -1, -1)])
-            found.append([one[:count] for one in self._group(filled, every=record_steps)])
-        answers, first, last = (torch.cat(each) for each in zip(*found, strict=True))
-        return Adapted(answers[:, -1], answers if record_steps else None, first, last)
+        for start in range(0, len(pixels), size):
+            group = pixels[start : start + size]
+            count, missing = len(group), size - len(group)
+            filled = torch.cat([group, group[-1:].expand(missing, -1, -1, -1)])
+            wholes = list(images[start : start + size]) if images is not None else []
+            found.append([one[:count] for one in self._group(filled, wholes + wholes[-1:] * missing, record_steps)])
+        answers, losses = (torch.cat(each) for each in zip(*found, strict=True))
+        steps = self.settings.steps
+        unknown = torch.full((len(pixels),), torch.nan)
+        first, last = (losses[:, 0], losses[:, steps - 1]) if steps else (unknown, unknown)
+        if not record_steps:
+            return Adapted(answers[:, -1], None, first, last, None)
+        return Adapted(answers[:, -1], answers, first, last, losses)
 
     @torch.no_grad()
-    def _group(self, pixels: Tensor, *, every: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """One full group (G, 3, S, S): answers (G, 1 or K + 1, C), losses at the first and at the last step (G,)."""
+    def _group(self, pixels: Tensor, images: Sequence[Image.Image], every: bool) -> tuple[Tensor, Tensor]:
+        """One full group (G, 3, S, S): answers (G, 1 or K + 1, C), and losses at each step (G, K or K + 1)."""
         settings, place = self.settings, next(iter(self._own.values())).device
         pixels, alone = pixels.to(place), settings.students == 1
         tuned = self._own if alone else {n: w.expand(len(pixels), *w.shape).clone() for n, w in self._own.items()}
@@ -132,30 +177,41 @@ class TestTimeAdapter:
         losses: list[Tensor] = []
         answers = [self._ask(tuned, pixels)] if every else []
         for step in range(settings.steps):
-            orders = torch.stack(
-                [mask_orders(p, self.model.config.places, settings.masks, step, seed=self.seed) for p in pixels]
-            ).to(place)
-            slopes, loss = self._slope(tuned, pixels, orders)
+            slopes, loss = self._slope(tuned, *self._masked(pixels, images, step))
             losses.append(loss)
             speed = {n: s if step == 0 else settings.momentum * speed[n] + s for n, s in slopes.items()}
             tuned = {n: w - settings.lr * speed[n] for n, w in tuned.items()}
             if every:
                 answers.append(self._ask(tuned, pixels))
-        if not every:
+        if every:
+            losses.append(self._slope(tuned, *self._masked(pixels, images, settings.steps))[1])
+        else:
             answers = [self._ask(tuned, pixels)]
-        unknown = torch.full((len(pixels),), torch.nan)
-        first, last = (losses[0].cpu(), losses[-1].cpu()) if losses else (unknown, unknown)
-        return torch.stack(answers, dim=1), first, last
+        return torch.stack(answers, dim=1), torch.stack(losses, dim=1).cpu() if losses else torch.empty(len(pixels), 0)
 
-    def _slope(self, tuned: Weights, pixels: Tensor, orders: Tensor) -> tuple[Weights, Tensor]:
-        """Gradient of each student's loss, over its masks `orders` (G, M, N), and the losses (G,)."""
+    def _masked(self, pixels: Tensor, images: Sequence[Image.Image], step: int) -> tuple[Tensor, Tensor]:
+        """What is masked at a step, (G, 1 or M, 3, S, S), and the orders of its patches (G, M, N)."""
+        settings, sizes = self.settings, self.model.config
+        drawn = [mask_orders(one, sizes.places, settings.masks, step, seed=self.seed) for one in pixels]
+        if settings.crops == "copies":
+            looks = pixels[:, None]
+        else:
+            cut = [random_crops(one, sizes.image_size, settings.masks, step, seed=self.seed) for one in images]
+            looks = torch.stack(cut).to(pixels.device)
+        return looks, torch.stack(drawn).to(pixels.device)
+
+    def _slope(self, tuned: Weights, looks: Tensor, orders: Tensor) -> tuple[Weights, Tensor]:
+        """Gradient of each student's loss over its masks, and the losses (G,); see `_masked`."""
         total: Weights = {}
-        losses = torch.zeros(len(pixels), device=pixels.device)
-        for part in orders.split(self.settings.chunk, dim=1):
+        losses = torch.zeros(len(looks), device=looks.device)
+        size = self.settings.chunk
+        for start in range(0, orders.shape[1], size):
+            part = orders[:, start : start + size]
+            seen = looks if looks.shape[1] == 1 else looks[:, start : start + size]
             if self.settings.students == 1:
-                slopes, loss = self._slopes(tuned, pixels[0], part[0])
+                slopes, loss = self._slopes(tuned, seen[0], part[0])
             else:
-                slopes, loss = self._slopes(tuned, pixels, part)
+                slopes, loss = self._slopes(tuned, seen, part)
             share = part.shape[1] / orders.shape[1]
             total = {n: s * share + total[n] if total else s * share for n, s in slopes.items()}
             losses += loss * share
@@ -165,8 +221,8 @@ class TestTimeAdapter:
         """Logits (G, C) of the whole images."""
         return self._answer(tuned, pixels[0])[None] if self.settings.students == 1 else self._answer(tuned, pixels)
 
-    def _loss(self, tuned: Weights, pixels: Tensor, orders: Tensor) -> Tensor:
-        errors: Tensor = functional_call(self.model, tuned, (pixels[None], orders, self._kept))
+    def _loss(self, tuned: Weights, looks: Tensor, orders: Tensor) -> Tensor:
+        errors: Tensor = functional_call(self.model, tuned, (looks, orders, self._kept))
         return errors.mean()
 
     def _logits(self, tuned: Weights, pixels: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class TTTMAE(ViTProbe):
     """The answer after the encoder was adapted to the one image; every image begins with the trained weights.
 
     The extras are ``loss_first``, the reconstruction error before the first step, ``loss``, that before the last, and
-    the ``steps`` made.
+    the ``steps`` made; where steps are recorded also ``loss_0`` … ``loss_K``, before each step and after the last.
     """
 
     registered = "ttt-mae"
@@ -172,14 +172,17 @@ class TTTMAE(ViTProbe):
     def predict(self, batch: Batch) -> Prediction:
         """Adapt to each image and classify it."""
         chosen = self._classes(batch.head)
-        found = self._adapter.adapt(self._pixels(batch), record_steps=self._record_steps)
-        steps = self._adapter.settings.steps
+        settings = self._adapter.settings
+        whole = batch.images if settings.crops == "random" else None
+        found = self._adapter.adapt(self._pixels(batch), whole, record_steps=self._record_steps)
+        each = [] if found.step_losses is None else found.step_losses.unbind(1)
         return Prediction(
             logits=found.logits[:, chosen].cpu(),
             extras={
                 "loss_first": found.first_losses,
                 "loss": found.last_losses,
-                "steps": torch.full((len(batch),), steps),
+                "steps": torch.full((len(batch),), settings.steps),
+                **{f"loss_{step}": losses for step, losses in enumerate(each)},
             },
             step_logits=None if found.step_logits is None else found.step_logits[:, :, chosen].cpu(),
         )

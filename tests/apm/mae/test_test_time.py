@@ -6,14 +6,23 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from apm.errors import UsageError
+from apm.images.load import IMAGENET_MEAN, IMAGENET_STD
 from apm.mae.config import MAEConfig
 from apm.mae.model import MaskedAutoencoder
-from apm.mae.test_time import TestTimeAdapter, TestTimeSettings, mask_orders, tuned_names
+from apm.mae.test_time import (
+    TestTimeAdapter,
+    TestTimeSettings,
+    mask_orders,
+    random_crops,
+    tuned_names,
+)
 from tests.apm.mae.test_model import SIZES, images, model_of, plain_error, plain_logits, weights_of
 
 SETTINGS = TestTimeSettings(steps=3, masks=5, lr=0.05)
@@ -24,41 +33,111 @@ def model() -> MaskedAutoencoder:
     return model_of().requires_grad_(False)
 
 
-def plainly(model: MaskedAutoencoder, picture: Tensor, settings: TestTimeSettings) -> tuple[Tensor, list[float]]:
-    """Answers before each step and after the last (K + 1, C), and losses, of one image.
+def photographs(count: int) -> list[Image.Image]:
+    """Wide and high ones, of noise."""
+    draw = np.random.default_rng(3)
+    shapes = [(20, 40, 3), (33, 18, 3), (24, 24, 3)]
+    return [Image.fromarray(draw.integers(0, 256, shapes[n % 3], dtype=np.uint8)) for n in range(count)]
 
-    Everything but the decoder and fixed positions is handed to torch's own SGD; the loss is that of as many copies as
-    there are masks, each by itself, and read off their weights patch by patch.
+
+def plainly(
+    model: MaskedAutoencoder, picture: Tensor, settings: TestTimeSettings, whole: Image.Image | None = None
+) -> tuple[Tensor, list[float]]:
+    """Answers before each step and after the last (K + 1, C), and losses as often, of one image.
+
+    Everything but the decoder and fixed positions is handed to torch's own SGD; the loss is that of as many copies, or
+    crops of `whole`, as there are masks, each by itself, and read off their weights patch by patch.
     """
     mine = copy.deepcopy(model).double().requires_grad_(True)
     tuned = [p for n, p in mine.named_parameters() if not n.startswith("decoder") and n != "encoder.pos_embed"]
     optimiser = torch.optim.SGD(tuned, lr=settings.lr, momentum=settings.momentum)
     answers, losses = [plain_logits(weights_of(mine), SIZES, picture.double())], []
-    for step in range(settings.steps):
+    for step in range(settings.steps + 1):
         optimiser.zero_grad()
         w: dict[str, Tensor] = dict(mine.named_parameters())
         orders = mask_orders(picture, 16, settings.masks, step)
-        loss = torch.stack([plain_error(w, SIZES, picture.double(), order.tolist(), 4) for order in orders]).mean()
-        loss.backward()
-        optimiser.step()
+        looks = [picture] * settings.masks if whole is None else random_crops(whole, 16, settings.masks, step)
+        each = [
+            plain_error(w, SIZES, look.double(), order.tolist(), 4) for look, order in zip(looks, orders, strict=True)
+        ]
+        loss = torch.stack(each).mean()
         losses.append(loss.item())
-        answers.append(plain_logits(weights_of(mine), SIZES, picture.double()))
+        if step < settings.steps:
+            loss.backward()
+            optimiser.step()
+            answers.append(plain_logits(weights_of(mine), SIZES, picture.double()))
     return torch.stack(answers), losses
 
 
-@pytest.mark.parametrize(("students", "chunk"), [(1, 128), (2, 128), (4, 128), (1, 2), (2, 3)])
-def test_answers_of_every_step_are_those_of_a_plain_loop(model: MaskedAutoencoder, students: int, chunk: int) -> None:
-    pictures = images(3)
-    settings = TestTimeSettings(steps=3, masks=5, lr=0.05, students=students, chunk=chunk)
-    found = TestTimeAdapter(model, settings).adapt(pictures, record_steps=True)
+@pytest.mark.parametrize(
+    ("students", "chunk", "crops"),
+    [
+        (1, 128, "copies"),
+        (2, 128, "copies"),
+        (4, 128, "copies"),
+        (1, 2, "copies"),
+        (2, 3, "copies"),
+        (1, 2, "random"),
+        (2, 128, "random"),
+    ],
+)
+def test_answers_of_every_step_are_those_of_a_plain_loop(
+    model: MaskedAutoencoder, students: int, chunk: int, crops: Any
+) -> None:
+    pictures, wholes = images(3), photographs(3)
+    settings = TestTimeSettings(steps=3, masks=5, lr=0.05, students=students, chunk=chunk, crops=crops)
+    found = TestTimeAdapter(model, settings).adapt(pictures, wholes, record_steps=True)
     assert found.step_logits is not None and found.step_logits.shape == (3, 4, 5)
+    assert found.step_losses is not None and found.step_losses.shape == (3, 4)
     for number, picture in enumerate(pictures):
-        answers, losses = plainly(model, picture, settings)
+        answers, losses = plainly(model, picture, settings, wholes[number] if crops == "random" else None)
         torch.testing.assert_close(found.step_logits[number].double(), answers, rtol=1e-3, atol=1e-4)
-        assert found.first_losses[number].item() == pytest.approx(losses[0], rel=1e-4)
-        assert found.last_losses[number].item() == pytest.approx(losses[-1], rel=1e-4)
+        assert found.step_losses[number].tolist() == pytest.approx(losses, rel=1e-4)
+    assert torch.equal(found.first_losses, found.step_losses[:, 0])
+    assert torch.equal(found.last_losses, found.step_losses[:, 2])
     assert torch.equal(found.logits, found.step_logits[:, -1])
     assert (found.step_logits[:, -1] - found.step_logits[:, 0]).abs().max() > 0.01  # the steps did something
+
+
+def test_random_crops_are_of_the_whole_photograph_and_each_shows_a_fifth_of_it_or_more() -> None:
+    """Red says the column and green the row, so that a crop's colours tell where it lies."""
+    high, wide = 60, 120
+    ramps = np.zeros((high, wide, 3), dtype=np.uint8)
+    ramps[..., 0], ramps[..., 1] = np.arange(wide) * 2, np.arange(high)[:, None] * 4
+    crops = random_crops(Image.fromarray(ramps), 24, 300, 2, seed=4)
+    assert crops.shape == (300, 3, 24, 24)
+    shown = crops * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    columns, rows = 255 * shown[:, 0].mean(1) / 2, 255 * shown[:, 1].mean(2) / 4  # (300, 24) each
+    width, height = ((line[:, 18] - line[:, 5]) / 13 * 24 for line in (columns, rows))  # falling: mirrored
+    share, ratio = width * height / (high * wide), width / height
+    assert width.min() > 0 and height.min() > 0
+    assert 0.18 < share.min() < 0.25 and share.max() > 0.6  # a crop of 4:3 as high as the photograph: 0.67
+    assert 0.7 < ratio.min() < 0.85 and 1.2 < ratio.max() < 1.42
+    middle = (columns[:, 11] + columns[:, 12]) / 2
+    assert middle.min() < 30 and middle.max() > 90  # the central square ends at these
+
+
+def test_random_crops_come_from_pixels_seed_and_step_alone() -> None:
+    one, other = photographs(2)
+    first = random_crops(one, 8, 4, 3)
+    assert torch.equal(first, random_crops(one.copy(), 8, 4, 3))
+    assert torch.equal(first[:2], random_crops(one, 8, 2, 3))
+    for changed in (random_crops(other, 8, 4, 3), random_crops(one, 8, 4, 4), random_crops(one, 8, 4, 3, seed=1)):
+        assert not torch.equal(first, changed)
+
+
+def test_with_random_crops_too_an_image_is_by_itself(model: MaskedAutoencoder) -> None:
+    pictures, wholes = images(3), photographs(3)
+    adapter = TestTimeAdapter(model, TestTimeSettings(steps=2, masks=3, lr=0.05, crops="random"))
+    together = adapter.adapt(pictures, wholes).logits
+    assert torch.equal(adapter.adapt(pictures.flip(0), wholes[::-1]).logits.flip(0), together)
+    for number in range(3):
+        alone = adapter.adapt(pictures[number : number + 1], wholes[number : number + 1]).logits
+        assert torch.equal(alone[0], together[number])
+    copies = TestTimeAdapter(model, TestTimeSettings(steps=2, masks=3, lr=0.05)).adapt(pictures).logits
+    assert (together - copies).abs().max() > 1e-3
+    with pytest.raises(UsageError, match="cut out of the whole images"):
+        adapter.adapt(pictures)
 
 
 @pytest.mark.parametrize("students", [1, 4])
@@ -122,7 +201,7 @@ def test_what_is_tuned_is_the_encoder_and_the_mask_token(model: MaskedAutoencode
 
 def test_the_published_settings_are_the_default() -> None:
     default = TestTimeSettings()
-    assert (default.steps, default.masks, default.masked) == (20, 128, 0.75)
+    assert (default.steps, default.masks, default.masked, default.crops) == (20, 128, 0.75, "copies")
     assert (default.lr, default.momentum) == (1e-2 * 128 / 256, 0.9)
 
 
@@ -134,6 +213,7 @@ def test_the_published_settings_are_the_default() -> None:
         ({"masked": 1.0}, "masked is a share"),
         ({"lr": 0.0}, "lr must be a positive number"),
         ({"momentum": -1.0}, "momentum must be 0 or"),
+        ({"crops": "some"}, 'Unknown crops "some". Known: copies, random'),
         ({"students": 0}, "students must be 1 or more"),
         ({"chunk": 0}, "chunk must be 1 or more"),
     ],

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import apm.teachers
-from apm.benchmarks.methods import MethodOptions, create_method
+from apm.benchmarks.methods import Batch, MethodOptions, create_method
 from apm.cli.main import app
 from apm.errors import UsageError
 from apm.images.load import IMAGENET_MEAN, IMAGENET_STD, central_square, normalised
@@ -65,9 +66,25 @@ def test_ttt_mae_adapts_to_each_image_and_gives_every_step_where_asked() -> None
     torch.testing.assert_close(steps.step_logits[:, 0], probe, rtol=1e-5, atol=1e-5)
     assert (plain.logits - probe).abs().max() > 1e-3
     assert plain.extras["steps"].tolist() == [3, 3, 3]
-    assert {"loss", "loss_first"} <= plain.extras.keys() and plain.extras["loss"].isfinite().all()
+    assert plain.extras.keys() == {"loss", "loss_first", "steps"} and plain.extras["loss"].isfinite().all()
+    every = torch.stack([steps.extras[f"loss_{step}"] for step in range(4)])
+    assert torch.equal(every[0], plain.extras["loss_first"]) and torch.equal(every[2], plain.extras["loss"])
+    assert every[3].isfinite().all() and "loss_4" not in steps.extras
     other = create_method(spec, MethodOptions(seed=6)).predict(batch)
     assert not torch.equal(other.logits, plain.logits)  # other masks
+
+
+def test_random_crops_are_of_what_lies_outside_the_square_too() -> None:
+    """Two photographs with the same central square: copies of it are one, random crops are not."""
+    spec = f"ttt-mae:file={trained_head('probe')},masks=4,steps=2,lr=0.1"
+    wide = [Image.new("RGB", (48, 16), colour) for colour in ("red", "blue")]
+    for image in wide:
+        image.paste(pictures(1)[0].resize((16, 16)), (16, 0))
+    given = make_batch(2)
+    batch = Batch(["one", "other"], wide, given.teacher, given.head)
+    copies, crops = (create_method(f"{spec}{more}").predict(batch).logits for more in ("", ",crops=random"))
+    assert torch.equal(copies[0], copies[1])
+    assert (crops[0] - crops[1]).abs().max() > 1e-4 and (crops - copies).abs().max() > 1e-4
 
 
 def test_the_middle_of_the_square_is_looked_at_where_a_crop_is_set() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apm.errors import unknown
+from apm.errors import UsageError, unknown
 from apm.pretrain.config import PretrainConfig
 from apm.student.config import PRESETS
 
@@ -24,12 +24,17 @@ def pretrain(
         Path,
         typer.Argument(help="Images in and below it, or Parquet files with a column image.", metavar="FOLDER"),
     ],
-    teacher_grid: Annotated[
-        str, typer.Option(help="Teacher that gives the grids: any of `apm teachers`, or timm:NAME.", metavar="NAME")
-    ],
     out: Out,
     config: PretrainConfig,
     session: Session,
+    teacher_grid: Annotated[
+        str | None,
+        typer.Option(
+            help="Teacher that gives the grids: any of `apm teachers`, or timm:NAME. With --grey-input it may be left "
+            "out: the colours alone are learned then.",
+            metavar="NAME",
+        ),
+    ] = None,
     preset: Annotated[str, typer.Option(help="The student's size: paper or small.", rich_help_panel=STUDENT)] = "small",
     grid_size: Annotated[
         int | None,
@@ -43,12 +48,18 @@ def pretrain(
 ) -> None:
     """Train one student on a folder of images: its field against a teacher's grid, its colours against the image.
 
+    With --grey-input the student sees the images in grey: `apm colourise` colours photographs with it.
+
     No labels. Progress goes to stderr, the curves to CKPT.log.jsonl. The same command after a kill goes on exactly
     where the last checkpoint was. Started by torchrun, the processes share each batch.
 
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
     check_checkpoint(out)
+    if teacher_grid is None and not config.grey_input:
+        raise UsageError("--teacher-grid NAME is missing: whose grids are to be learned? Only --grey-input needs none.")
+    if teacher_grid is None and grid_size is not None:
+        raise UsageError("--grid-size is of the teacher's grids, and there is no --teacher-grid.")
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     from apm.pretrain.images import open_images
@@ -57,19 +68,21 @@ def pretrain(
     from apm.teachers import load_grid_teacher
 
     source = open_images(folder)
-    teacher = load_grid_teacher(teacher_grid, device=place_of(session.device))
-    side = teacher.grid_size if grid_size is None else grid_size
+    teacher = None if teacher_grid is None else load_grid_teacher(teacher_grid, device=place_of(session.device))
+    side = teacher.grid_size if teacher is not None and grid_size is None else grid_size
+    names = {"rgb": "colours"} if teacher is None else {"grid": "grid", "rgb": "colours"}
+    reached = ", ".join(f"{word} {{{name}:.5f}}" for name, word in names.items())
     train_network(
         Pretrainer,
         Pretrainer.network,
         source,
         out,
-        APMConfig.preset(preset, dim=teacher.dim, readout="mean"),
+        APMConfig.preset(preset, dim=APMConfig.dim if teacher is None else teacher.dim, readout="mean"),
         config,
         session,
-        names={"grid": "grid", "rgb": "colours"},
-        result="held-out mean squared error on {held_out:,}: grid {grid:.5f}, colours {rgb:.5f}",
-        data={"teacher": teacher.identity, "grid_size": side},
+        names=names,
+        result="held-out mean squared error on {held_out:,}: " + reached,
+        data={"teacher": teacher and teacher.identity, "grid_size": side},
         teacher=teacher,
         grid_size=side,
     )

@@ -30,6 +30,8 @@ from apm.student.model import APM, parameter_shapes
 _FORMAT = 1
 _NAMES = ("student", "glom", "mae")  # of all networks
 _MOST_STEPS = 10**9
+_BEFORE = {"grey_input": False}
+"""What a setting was in checkpoints that are older than it."""
 
 
 Sizes = TypeVar("Sizes")
@@ -152,7 +154,7 @@ def check_settings(
         UsageError: they differ; every difference is named.
     """
     mine = {**asdict(student), **settings}  # type: ignore[call-overload]
-    theirs = {**asdict(checkpoint.student), **checkpoint.settings}  # type: ignore[call-overload]
+    theirs = {**_BEFORE, **asdict(checkpoint.student), **checkpoint.settings}  # type: ignore[call-overload]
     refuse_other(path, differences(theirs, mine))
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from apm.errors import UsageError
 from apm.settings import at_least, check_values, not_negative, positive, setting, share_of
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Schedule):
-    """How to train a student against grids.
+    """How to train a student against grids, colours, or both.
 
     Raises:
         UsageError: a value that cannot work.
@@ -76,6 +77,13 @@ class PretrainConfig(Schedule):
         None, "Random locations to train at in each step.", default_words="all", check=at_least(1)
     )
     rgb_weight: float = setting(1.0, "Weight of the colours' loss, beside 1 for the grid's.", check=not_negative)
+    grey_input: bool = setting(False, "The student sees the images in grey; their colours are what it learns.")
+
+    def __post_init__(self) -> None:
+        """Check each value, and that colours are learned where the input has none."""
+        super().__post_init__()
+        if self.grey_input and not self.rgb_weight:
+            raise UsageError("Grey input is for learning colours: rgb_weight must be above 0, not 0.")
 
     def places(self, cells: int, step: int) -> NDArray[np.int64]:
         """Numbers of the grid's cells that one step trains at, the same for all its images; in reading order."""

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from apm.errors import UsageError
-from apm.images.load import student_input
+from apm.images.load import IMAGENET_MEAN, IMAGENET_STD, student_input
 from apm.student.config import APMConfig
 from apm.student.model import APM
 from apm.student.position import position_code
 
+LUMA = (0.299, 0.587, 0.114)
+"""Parts of red, green and blue in the luma of ITU-R BT.601."""
 CHUNK = 4096
 """Locations answered at once. 4096 take about 100 MB at the published sizes."""
 
@@ -56,6 +58,16 @@ def answer(model: APM, columns: Tensor, positions: Tensor, *, precision: str = "
     return features, head.layer3(head.layer2(y).relu()).relu()
 
 
+def grey(images: Tensor) -> Tensor:
+    """What a student with grey input sees of images (B, 3, S, S), ImageNet-normalised: their luma in every channel.
+
+    As in a black-and-white photograph: 0.299 R + 0.587 G + 0.114 B, normalised likewise. What was grey stays as it is.
+    """
+    mean, std, share = (torch.tensor(values).to(images) for values in (IMAGENET_MEAN, IMAGENET_STD, LUMA))
+    weight = share * std / std[:, None]  # (3, 3): of channel `column` in channel `row`
+    return functional.conv2d(images, weight[:, :, None, None], (share @ mean - mean) / std)
+
+
 class Student:
     """A trained student, frozen: what `apm pretrain` made, for looking at images with it.
 
@@ -87,18 +99,23 @@ class Student:
         """Sizes of the student."""
         return self.model.config
 
+    @property
+    def grey_input(self) -> bool:
+        """Whether it sees images in grey and was trained to say their colours."""
+        return bool(self.record["settings"].get("grey_input", False))
+
     def describe(self) -> str:
         """Say in one line what it is and how it was trained."""
         settings: Mapping[str, Any] = self.record["settings"]
         return (
             f"student {self.config.grid}×{self.config.grid}, D = {self.config.dim}, {self.record['step']} steps of "
-            f"{settings['batch_size']} images (of {settings['images']}), teacher {settings['teacher']}, "
-            f"seed {settings['seed']}"
+            f"{settings['batch_size']} images (of {settings['images']}), teacher {settings['teacher'] or 'none'}, "
+            f"seed {settings['seed']}{', grey input' if self.grey_input else ''}"
         )
 
     def columns(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), ImageNet-normalised -> trigger columns (B, N): all that is kept of an image."""
-        return self.model.column(images)
+        return self.model.column(grey(images) if self.grey_input else images)
 
     def column(self, image: Image.Image) -> Tensor:
         """The trigger column (1, N) of one RGB image, of its central square."""

@@ -2,7 +2,9 @@
 
 Modi & Rawat 2024, section 3 and figure 5. Unlike in test-time training, all images share the weights; what the student
 knows of an image is its trigger column alone. Loss: ``mean((f - G)²) + rgb_weight · mean((rgb - pooled image)²)`` over
-the student's own locations; G is the teacher's grid resampled to them.
+the student's own locations; G is the teacher's grid resampled to them. Where the cache holds no grids, the
+colours alone are learned. With grey input the student sees the image's luma; the colours are the image's own all the
+same.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from apm.images.load import IMAGENET_MEAN, IMAGENET_STD
 from apm.pretrain.checkpoint import STUDENT
 from apm.pretrain.config import PretrainConfig
 from apm.pretrain.loop import Trainer, parts
-from apm.pretrain.student import answer
+from apm.pretrain.student import answer, grey
 from apm.student.config import APMConfig
 from apm.student.field import resample
 from apm.student.model import APM
@@ -28,16 +30,21 @@ from apm.student.position import grid_locations, position_code
 
 
 class Pretrainer(Trainer):
-    """One student, trained against the grids in a cache."""
+    """One student, trained against the grids in a cache, if it holds any, and the colours of its images."""
 
     network = STUDENT
     model: APM
     config: PretrainConfig
 
+    @property
+    def _weights(self) -> dict[str, float]:
+        """The losses' names and weights."""
+        return {**({"grid": 1.0} if self.cache.grids.size else {}), "rgb": self.config.rgb_weight}
+
     def check(self, sizes: APMConfig) -> None:
         """Refuse a student that is not as wide as the teacher's grid."""
         width = self.cache.grids.shape[-1]
-        if width != sizes.dim:
+        if width and width != sizes.dim:
             raise UsageError(f"The teacher's grid is {width} wide and the student's dim {sizes.dim}.")
 
     @cached_property
@@ -48,39 +55,43 @@ class Pretrainer(Trainer):
 
     def losses(
         self, numbers: NDArray[np.int64], places: NDArray[np.int64] | None = None, *, precision: str = "fp32"
-    ) -> tuple[Tensor, Tensor]:
-        """Squared errors of the images with these numbers in the cache: of the grid (B,) and of the colours (B,).
+    ) -> tuple[Tensor, ...]:
+        """Squared errors of the images with these numbers in the cache: of the grid (B,), if any, and the colours (B,).
 
         At the cells with the numbers `places`, or at all of them; ``precision`` is of the two middle layers.
         """
         at = slice(None) if places is None else torch.from_numpy(places).to(self.device)
         images = self.cache.inputs(numbers).to(self.device)
-        grids = resample(self.cache.targets(numbers).to(self.device), self.model.config.grid)[:, at]  # (B, Q, D)
         colours = pooled_colours(images, self.model.config.patch_size)[:, at]  # (B, Q, 3)
-        features, seen = answer(self.model, self.model.column(images), self._positions[at], precision=precision)
-        return (features - grids).square().mean((1, 2)), (seen - colours).square().mean((1, 2))
+        columns = self.model.column(grey(images) if self.config.grey_input else images)
+        features, seen = answer(self.model, columns, self._positions[at], precision=precision)
+        of_colours = (seen - colours).square().mean((1, 2))
+        if "grid" not in self._weights:
+            return (of_colours,)
+        grids = resample(self.cache.targets(numbers).to(self.device), self.model.config.grid)[:, at]  # (B, Q, D)
+        return (features - grids).square().mean((1, 2)), of_colours
 
     @torch.no_grad()
     def held_out_losses(self) -> dict[str, float]:
-        """Mean squared errors of grid and colours over the held-out images, in float32."""
+        """Mean squared errors of grid, if any, and colours over the held-out images, in float32."""
         found = [self.losses(part) for part in parts(self.held_out, self.config.batch_size)]
-        grid, rgb = (torch.cat(kind).mean().item() for kind in zip(*found, strict=True))
-        return {"grid": grid, "rgb": rgb}
+        means = (torch.cat(kind).mean().item() for kind in zip(*found, strict=True))
+        return dict(zip(self._weights, means, strict=True))
 
     def gradients(self) -> dict[str, float]:
         """Of this process's part of the batch, summed over the processes; see `Trainer`."""
         numbers = self.config.batch(self.train, self.step)
         mine = numbers[self.processes.rank :: self.processes.world]
-        sums = torch.zeros(2, device=self.device)
+        sums = torch.zeros(len(self._weights), device=self.device)
         if len(mine):
             places = self.config.places(self.model.config.cells, self.step)
-            grid, rgb = self.losses(mine, places, precision=self.precision)
+            errors = [one.sum() for one in self.losses(mine, places, precision=self.precision)]
+            total = torch.stack([w * error for w, error in zip(self._weights.values(), errors, strict=True)]).sum()
             # each process's part of the mean over the whole batch: the sum of gradients is the whole batch's gradient
-            ((grid.sum() + self.config.rgb_weight * rgb.sum()) / len(numbers)).backward()
-            sums = torch.stack((grid.detach().sum(), rgb.detach().sum()))
+            (total / len(numbers)).backward()
+            sums = torch.stack(errors).detach()
         self.add_up(sums)
-        grid_loss, rgb_loss = (sums / len(numbers)).tolist()
-        return {"grid": grid_loss, "rgb": rgb_loss}
+        return dict(zip(self._weights, (sums / len(numbers)).tolist(), strict=True))
 
     def begin(self) -> None:
         """Let the outputs begin at the training images' mean feature and colour.
@@ -89,10 +100,12 @@ class Pretrainer(Trainer):
         """
         features, colours = np.zeros(self.model.config.dim), np.zeros(3)
         for part in parts(self.train, 256):
-            features += self.cache.grids[part].mean((1, 2), dtype=np.float64).sum(0)
+            if "grid" in self._weights:
+                features += self.cache.grids[part].mean((1, 2), dtype=np.float64).sum(0)
             colours += self.cache.images[part].mean((1, 2), dtype=np.float64).sum(0) / 255
         with torch.no_grad():
-            self.model.mlp.head.bias.copy_(torch.from_numpy(features / len(self.train)))
+            if "grid" in self._weights:
+                self.model.mlp.head.bias.copy_(torch.from_numpy(features / len(self.train)))
             self.model.rgb_head.layer3.bias.copy_(torch.from_numpy(colours / len(self.train)))
 
 

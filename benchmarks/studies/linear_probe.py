@@ -66,7 +66,7 @@ def describe_images(
     images: list[bytes], student: Student, teacher: Teacher | None, *, side: int, batch: int = 50
 ) -> dict[str, NDArray[np.float32]]:
     """Compute every probe's inputs: arrays (n, K), by name."""
-    untrained = Student(APM(student.config, seed=1), {})
+    untrained = Student(APM(student.config, seed=1), student.record)
     parts: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     for start in range(0, len(images), batch):
         opened = [decode_image(data, "a row", as_published=True).image for data in images[start : start + batch]]

@@ -291,7 +291,8 @@ def measure(options: Options) -> Record:
         raise UsageError("A checkpoint and --root, the images that it was trained on, are needed.")
     student, teacher = _loaded(options)
     settings = student.record["settings"]
-    config = PretrainConfig(**{name: settings[name] for name in PretrainConfig.__dataclass_fields__})
+    known = settings.keys() & PretrainConfig.__dataclass_fields__.keys()  # an older checkpoint says less
+    config = PretrainConfig(**{name: settings[name] for name in known})
     cache = build_cache(
         open_images(options.root),
         teacher,

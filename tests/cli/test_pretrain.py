@@ -52,6 +52,17 @@ def test_trains_and_is_done_with_it(tmp_path: Path, teacher: GridTeacher) -> Non
     assert "data: " in run(more, *command[1:])[2]
 
 
+def test_grey_input_needs_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apm.teachers.load_grid_teacher", lambda *_, **__: pytest.fail("no teacher was named"))
+    folder, out = make_folder(tmp_path / "images", 6), tmp_path / "s.safetensors"
+    code, said, told = run(folder, "--grey-input", "--out", out, *FAST)
+    assert code == 0 and "held-out mean squared error on 1: colours 0." in said and "grid" not in said + told
+    found = read_checkpoint(out)
+    assert (found.settings["grey_input"], found.settings["teacher"]) == (True, None)
+    (where,) = out.with_name(out.name + ".cache").iterdir()
+    assert (where / "grids.f16").stat().st_size == 0
+
+
 def test_skipped_images_are_named_at_the_end(tmp_path: Path, teacher: GridTeacher) -> None:
     table = make_parquet(tmp_path / "t.parquet", 6, broken=(4,))
     code, said, told = run(table, "--teacher-grid", "fake", "--out", tmp_path / "s.safetensors", *FAST, "--quiet")
@@ -77,6 +88,9 @@ def test_wrong_use_is_told_before_anything_is_computed(tmp_path: Path, monkeypat
         ((folder, *named, *out, "--save-every", "0"), "--save-every must be 1 or more"),
         ((folder, *named, *out, "--max-pixels", "0"), "--max-pixels must be 1 or more"),
         ((folder, *named, *out, "--precision", "fp8"), 'Unknown precision "fp8"'),
+        ((folder, *out), "--teacher-grid NAME is missing"),
+        ((folder, *out, "--grey-input", "--grid-size", "64"), "there is no --teacher-grid"),
+        ((folder, *out, "--grey-input", "--rgb-weight", "0"), "rgb_weight must be above 0"),
     ):
         code, said, told = run(*arguments)
         assert (code, said) == (2, "") and message in told, (arguments, told)

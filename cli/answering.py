@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -67,18 +67,30 @@ class Inputs:
             told = {path: problem for path in known if (problem := file_problem(path)) is not None}
             self.problems = {path: f"{printable(path)}: {problem}" for path, problem in told.items()}
 
-    def name_problems(self, form: Form) -> None:
-        """Name what cannot be read on stderr; end here where nothing else was given."""
+    def name_problems(
+        self,
+        form: Form,
+        *,
+        doing: str = "classify",
+        failed: Callable[[Path, str], dict[str, Any]] = render.failure_record,
+    ) -> None:
+        """Name what cannot be read on stderr; end here where nothing else was given.
+
+        Args:
+            form: how it is told.
+            doing: what was to be done.
+            failed: a path and what is wrong → its record for ``--json``.
+        """
         for problem in self.problems.values():
             render.failure(problem)
         if self.total is None or not self.problems or any(path not in self.problems for path in self.paths):
             return
         if form.as_json:
             for path in self.paths:
-                record = render.failure_record(path, self.problems[path])
+                record = failed(path, self.problems[path])
                 typer.echo(json.dumps(record))
         if self.total > 1:
-            render.notice("nothing is left to classify.")
+            render.notice(f"nothing is left to {doing}.")
         raise typer.Exit(1)
 
 

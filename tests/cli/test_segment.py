@@ -83,6 +83,16 @@ def test_the_same_command_goes_on_and_other_settings_are_refused(
     assert jsonl[0]["error"] is None and "broken.png" in jsonl[1]["error"]
 
 
+def test_records_of_files_that_are_not_there_keep_to_the_schema(tmp_path: Path) -> None:
+    result = segment(tmp_path / "out", "--json", tmp_path / "a.png", tmp_path / "b.png")
+    assert result.exit_code == 1 and "nothing is left to segment" in result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(records) == 2
+    for record in records:
+        jsonschema.validate(record, SCHEMA)
+        assert "no such file" in record["error"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -173,10 +173,10 @@ def _layers(group: Mapping[str, Any]) -> None:
 def _check_preprocessing(settings: Any) -> None:
     if not isinstance(settings, dict):
         raise ValueError("its preprocess_cfg is no group of settings")
-    for name, least in (("mean", -math.inf), ("std", 0.0)):
+    for name, minimum in (("mean", -math.inf), ("std", 0.0)):
         value = settings.get(name, 1.0)
         channels: Sequence[Any] = value if isinstance(value, list) and len(value) == 3 else [value]
-        if not all(isinstance(one, (int, float)) and not isinstance(one, bool) and one > least for one in channels):
+        if not all(isinstance(one, (int, float)) and not isinstance(one, bool) and one > minimum for one in channels):
             wanted = "numbers above 0" if name == "std" else "numbers"
             raise ValueError(f"{name} is {_shown(value)}; it must be three {wanted}, one for each channel")
     for name, known in (("interpolation", _INTERPOLATIONS), ("resize_mode", _RESIZE_MODES), ("mode", ("RGB",))):

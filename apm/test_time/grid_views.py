@@ -51,7 +51,7 @@ def grid_views(count: int, *, seed: int, sample_id: str, sides: tuple[float, flo
         count: 1 or more.
         seed: of the run.
         sample_id: names the image among all of its data set.
-        sides: least and largest side of the others, as shares of the square's.
+        sides: minimum and maximum side of the others, as shares of the square's.
     """
     generator = view_generator(seed, f"grid|{sample_id}", 0)
     start, flips = generator.random(3), int(generator.integers(2))

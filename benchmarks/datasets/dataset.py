@@ -258,10 +258,10 @@ def _corrupted_warnings(spec: DatasetSpec, place: str, source: str | None) -> li
     if named is None or spec.reader == "corrupted":
         return []
     corruption, level = named
-    right = f" Corrupted ImageNet is: apm bench imagenet-c --corruption {corruption} --level {level}."
+    hint = f" Corrupted ImageNet is: apm bench imagenet-c --corruption {corruption} --level {level}."
     return [
         f"By its name, {place} holds pictures corrupted by {corruption} at level {level}, not clean ones: do not "
-        f"report them as clean {spec.name}." + (right if spec.label_space and corruption in CORRUPTIONS else "")
+        f"report them as clean {spec.name}." + (hint if spec.label_space and corruption in CORRUPTIONS else "")
     ]
 
 

@@ -42,7 +42,7 @@ class DOTASettings:
     """… and its limit."""
     initial_mean: float | None = 1e-3
     """Every entry of every class's mean before any image; none: the text features, as an older release has it."""
-    least: float = 1e-4
+    min_mass: float = 1e-4
     """A class's covariance is left as it is by an image that belongs to it, all views together, by less than this: an
     image then costs what its few likely classes cost. 0: every image enters every class's, as published."""
     memory: float = 4.0
@@ -99,7 +99,7 @@ class ClassGaussians:
         mass = probabilities.sum(dim=0)  # (C,)
         total = self.counts + mass
         kept = self.counts / total
-        owners = (mass >= self.settings.least).nonzero().flatten()
+        owners = (mass >= self.settings.min_mass).nonzero().flatten()
         deviations = views - self.means[owners].unsqueeze(1)  # (M, K, D) from the old means
         weighted = deviations * (probabilities.T[owners] / total[owners].unsqueeze(1)).unsqueeze(2)
         change = weighted.flatten(0, 1).T @ deviations.flatten(0, 1)  # (D, D) of the covariances' sum

@@ -86,8 +86,8 @@ def flipped_images(parts: Sequence[Part], *, limit: int, pictures: Pictures) -> 
         _, _, images, answered = cells.setdefault(key, (heading, answers, {}, set()))
         answered.update(answers.rows.id[answers.rows.error == None])  # noqa: E711 - elementwise, on objects
         rows, classes = answers.rows, run["label_sets"][cell["label_set"]]
-        right, teacher_right = rows.prediction == rows.label, rows.teacher_prediction == rows.label
-        for place in (right != teacher_right).nonzero()[0].tolist():
+        correct, teacher_correct = rows.prediction == rows.label, rows.teacher_prediction == rows.label
+        for place in (correct != teacher_correct).nonzero()[0].tolist():
             if rows.error[place] is not None:
                 continue
             identity = str(rows.id[place])
@@ -95,7 +95,7 @@ def flipped_images(parts: Sequence[Part], *, limit: int, pictures: Pictures) -> 
                 identity,
                 _Found(heading, answers, place, identity, int(rows.label[place]), int(rows.teacher_prediction[place])),
             )
-            change = Change(name, series, _class(classes, int(rows.prediction[place])), bool(right[place]))
+            change = Change(name, series, _class(classes, int(rows.prediction[place])), bool(correct[place]))
             if change not in found.changes:
                 found.changes.append(change)
     result = []

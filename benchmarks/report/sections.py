@@ -166,9 +166,11 @@ def calibration(ids: Iterator[int], parts: Sequence[Part]) -> list[Group]:
             rows = [answers.rows for _, _, answers in named.cells()]
             kept = [_answered(one) for one in rows]
             sure = np.concatenate([one.probability[keep] for one, keep in zip(rows, kept, strict=True)])
-            right = np.concatenate([(one.prediction == one.label)[keep] for one, keep in zip(rows, kept, strict=True)])
+            correct = np.concatenate(
+                [(one.prediction == one.label)[keep] for one, keep in zip(rows, kept, strict=True)]
+            )
             title = f"{named.name}: ECE {total.ece:.3f}, NLL {total.nll:.3f}, n = {total.n}"
-            bins = reliability_bins(sure, right)
+            bins = reliability_bins(sure, correct)
             if bins:
                 charts.append(reliability_diagram(ids, title, named.name, named.series, bins))
             else:

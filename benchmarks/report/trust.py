@@ -87,9 +87,9 @@ def gain_against_cost(ids: Iterator[int], table: TrustTable, series: Mapping[str
         ticks = [decade * step for decade in decades for step in steps if low <= decade * step <= high]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_formatter(lambda value, _: "")
-        least, most = min(0.0, *gains), max(0.0, *gains)
-        room = 0.12 * (most - least) or 1.0
-        axes.set_ylim(least - room, most + room)
+        bottom, top = min(0.0, *gains), max(0.0, *gains)
+        room = 0.12 * (top - bottom) or 1.0
+        axes.set_ylim(bottom - room, top + room)
         axes.axhline(0, color=COLOUR["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
         axes.step([cost for _, cost in front], [row.gain for row, _ in front], where="post", color=COLOUR["soft"], lw=1)
         for row, cost in front:

@@ -105,8 +105,8 @@ def _subset(case: Case) -> str | None:
 
 def _interval(score: Score) -> str:
     assert score.accuracy is not None
-    right = np.arange(score.n) < round(score.accuracy * score.n / 100)
-    low, high = interval(right, np.arange(score.n))
+    correct = np.arange(score.n) < round(score.accuracy * score.n / 100)
+    low, high = interval(correct, np.arange(score.n))
     return f"the 95 % interval of ours is {100 * low:.1f} to {100 * high:.1f}"
 
 

@@ -143,8 +143,8 @@ def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str
     times = interleaved(works, device, options.rounds)
     passes = ADAM_BYTES * trained_parameters(config) / traffic
     times["adam"] = [seconds * passes for seconds in times["adam"]]
-    least = (products + adam for products, adam in zip(times["products"], times["adam"], strict=True))
-    times["ratio"] = [whole / floor for whole, floor in zip(times["whole"], least, strict=True)]
+    floors = (products + adam for products, adam in zip(times["products"], times["adam"], strict=True))
+    times["ratio"] = [whole / floor for whole, floor in zip(times["whole"], floors, strict=True)]
     return {name: spread(values) for name, values in times.items()}
 
 

@@ -151,7 +151,7 @@ def _speed(options: Options) -> Iterator[Row]:
     yield {"name": "bandwidth of the memory", "per_second": bandwidth}
     del works, stream
 
-    def least(precision: str, queries: int | None = None) -> dict[str, float]:
+    def bound(precision: str, queries: int | None = None) -> dict[str, float]:
         return floor(config, rate=rates[precision]["median"], bandwidth=bandwidth["median"], queries=queries)
 
     precision, usual = options.chosen_precision, 2 if options.quick else USUAL_STEPS
@@ -160,15 +160,15 @@ def _speed(options: Options) -> Iterator[Row]:
         if not _fits(options, batch):
             yield {"name": f"{batch} students side by side", "said": "do not fit into the memory that is free"}
             break
-        yield _timed(options, batch, usual, None, least(precision), sweep="batch")
+        yield _timed(options, batch, usual, None, bound(precision), sweep="batch")
         largest = batch
     middle = min(largest, 16)
     for count in steps:
-        yield _timed(options, middle, count, None, least(precision), sweep="steps")
+        yield _timed(options, middle, count, None, bound(precision), sweep="steps")
     for places in queries:
-        yield _timed(options, middle, usual, places, least(precision, places), sweep="queries")
+        yield _timed(options, middle, usual, places, bound(precision, places), sweep="queries")
     other: Literal["fp32", "bf16"] = "fp32" if precision == "bf16" else "bf16"
-    yield _timed(replace(options, precision=other), middle, usual, None, least(other), sweep="precision")
+    yield _timed(replace(options, precision=other), middle, usual, None, bound(other), sweep="precision")
     yield _through_the_trainer(options, min(largest, 32), usual)
 
 
@@ -182,7 +182,7 @@ def _fits(options: Options, batch: int) -> bool:
 
 
 def _timed(
-    options: Options, batch: int, steps: int, queries: int | None, least: dict[str, float], *, sweep: str
+    options: Options, batch: int, steps: int, queries: int | None, bound: dict[str, float], *, sweep: str
 ) -> Row:
     """Adaptations of one batch that is on the device: reset, load, steps, readout; and single steps by themselves."""
     device = options.device
@@ -211,8 +211,8 @@ def _timed(
         "queries": queries or options.config.cells,
         "precision": options.chosen_precision,
         "step_seconds": spread(step),  # of one student
-        "floor": least,
-        "ratio": spread([value / least["seconds"] for value in step]),
+        "floor": bound,
+        "ratio": spread([value / bound["seconds"] for value in step]),
         "images_per_second": spread([batch / value for value in times["whole"]]),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }

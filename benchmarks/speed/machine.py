@@ -72,7 +72,7 @@ def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[C
 
 
 def floor(config: APMConfig, *, rate: float, bandwidth: float, queries: int | None = None) -> dict[str, float]:
-    """The least seconds that one step of one student can take.
+    """The minimum of seconds that one step of one student can take.
 
     Args:
         config: sizes.

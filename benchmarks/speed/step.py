@@ -96,8 +96,8 @@ def _rows(
             "flops": flops[kind],
         }
         if kind != "optimiser" and products in floors:
-            least = [one["seconds"] for one in floors[products]]
-            row["ratio_to_floor"] = spread([a / students / b for a, b in zip(values, least, strict=False)])
+            bounds = [one["seconds"] for one in floors[products]]
+            row["ratio_to_floor"] = spread([a / students / b for a, b in zip(values, bounds, strict=False)])
         yield row
 
 
@@ -189,8 +189,8 @@ def _plot(figure: Any, record: Mapping[str, Any]) -> None:
     axes.barh(names, medians, xerr=(low, high), color="#4878a8", height=0.6)
     for precision, style in (("fp32", "-"), ("bf16", "--")):
         if precision in record["summary"]:
-            least = record["summary"][precision]["floor"]["seconds"]["median"]
-            axes.axvline(least, color="#c44e52", linestyle=style, linewidth=1, label=f"floor {precision}")
+            bound = record["summary"][precision]["floor"]["seconds"]["median"]
+            axes.axvline(bound, color="#c44e52", linestyle=style, linewidth=1, label=f"floor {precision}")
     axes.set(xscale="log", xlabel="seconds per step of one student", xlim=(min(medians) / 2, 1.5 * max(medians)))
     figure.legend(loc="outside lower center", ncols=2)
 

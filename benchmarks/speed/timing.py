@@ -19,7 +19,7 @@ Work = Callable[[], object]
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
-    """Median, quartiles, least and number of some measurements, in their own unit."""
+    """Median, quartiles, minimum and number of some measurements, in their own unit."""
     q1, median, q3 = np.percentile(values, (25, 50, 75))
     return {"median": float(median), "q1": float(q1), "q3": float(q3), "min": float(min(values)), "n": len(values)}
 
@@ -55,7 +55,7 @@ def interleaved(
     Returns:
         Seconds of every call, by name; the i-th is of round i.
     """
-    names, least = list(works), fewer or {}
+    names, turns = list(works), fewer or {}
     expected = dict.fromkeys(names, 0.0)
     for name in names:
         if warmup:
@@ -67,7 +67,7 @@ def interleaved(
         log.info("round %d of %d", turn + 1, rounds)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            if turn < least.get(name, rounds):
+            if turn < turns.get(name, rounds):
                 if expected[name] >= LONG:
                     log.info("round %d of %d: %s, about %.0f s", turn + 1, rounds, name, expected[name])
                 times[name].append(seconds(works[name], device))

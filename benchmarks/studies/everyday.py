@@ -38,12 +38,12 @@ def measure(options: Options) -> Record:
     best, among = answers.argmax(-1), answers[:, : len(words)].argmax(-1)
 
     def counts(rows: torch.Tensor) -> dict[str, Any]:
-        """Of these photographs: how many there are, fall, are right among all labels, and among the words alone."""
+        """Of these photographs: how many there are, fall, are correct among all labels, and among the words alone."""
         return {
             "photographs": int(rows.sum()),
             "fallen": int((best[rows] >= len(words)).sum()),
-            "right": int((best == labels)[rows].sum()),
-            "right_among_words": int((among == labels)[rows].sum()),
+            "correct": int((best == labels)[rows].sum()),
+            "correct_among_words": int((among == labels)[rows].sum()),
         }
 
     every = torch.ones_like(labels, dtype=torch.bool)
@@ -58,7 +58,7 @@ def measure(options: Options) -> Record:
 
 def table(record: Record) -> str:
     """A row for each word, and one for all."""
-    titles = ["photographs of", "n", "called one of imagenette's ten", "right", "right among the words alone"]
+    titles = ["photographs of", "n", "called one of imagenette's ten", "correct", "correct among the words alone"]
     rows = ((word, *found.values()) for word, found in record["counts"].items())
     return markdown(titles, rows)
 

@@ -79,7 +79,7 @@ def measure(options: Options) -> Record:
             spec: {
                 **_compared(answers[spec], answers["teacher"], truth),
                 "cosine": float(np.mean([row[spec][1] for row in found])),
-                "cosine_least": float(min(row[spec][1] for row in found)),
+                "cosine_minimum": float(min(row[spec][1] for row in found)),
                 "operations": operations(spec, given, first),
             }
             for spec in SPECS
@@ -88,10 +88,10 @@ def measure(options: Options) -> Record:
 
 
 def _compared(mine: np.ndarray[Any, Any], teacher: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> dict[str, Any]:
-    right, before = mine == truth, teacher == truth
-    lost, won = int((before & ~right).sum()), int((~before & right).sum())
+    correct, before = mine == truth, teacher == truth
+    lost, won = int((before & ~correct).sum()), int((~before & correct).sum())
     return {
-        "accuracy": float(right.mean()),
+        "accuracy": float(correct.mean()),
         "agreement": float((mine == teacher).mean()),
         "right_to_wrong": lost,
         "wrong_to_right": won,
@@ -109,13 +109,13 @@ def table(record: Record) -> str:
             f"{100 * row['agreement']:.1f} %",
             f"{row['right_to_wrong']} / {row['wrong_to_right']}",
             f"{row['p']:.2g}",
-            f"{row['cosine']:.4f} ({row['cosine_least']:.3f})",
+            f"{row['cosine']:.4f} ({row['cosine_minimum']:.3f})",
             f"{row['operations'] / 1e9:.2f}",
         )
         for spec, row in record["methods"].items()
     ]
     titles = (
-        *("method", "top-1", "as the teacher", "right→wrong / wrong→right", "p", "cosine to it (least)"),
+        *("method", "top-1", "as the teacher", "right→wrong / wrong→right", "p", "cosine to it (minimum)"),
         "10⁹ operations a step",
     )
     return (

@@ -53,7 +53,7 @@ def answers(cells: Iterable[tuple[Table, str]], method: str) -> list[MethodRows]
     return [next(row for row in table.rows if row.method == method).answers[column].rows for table, column in cells]
 
 
-def right(parts: Sequence[MethodRows]) -> NDArray[np.bool_]:
+def correct(parts: Sequence[MethodRows]) -> NDArray[np.bool_]:
     """Which images are answered rightly, cell behind cell; an image without an answer is not."""
     return np.concatenate([part.rank == 1 for part in parts])
 
@@ -62,10 +62,10 @@ def paired(tiny: Table, cross: Table, reference: str, methods: Sequence[str]) ->
     """Each method against ``reference`` on the same images: a markdown table, one row a group and method."""
     rows = []
     for name, cells in groups(tiny, cross).items():
-        before = right(answers(cells, reference))
+        before = correct(answers(cells, reference))
         n = len(before)
         for method in methods:
-            after = right(answers(cells, method))
+            after = correct(answers(cells, method))
             lost, won = int((before & ~after).sum()), int((~before & after).sum())
             share, base = float(after.mean()), float(before.mean())
             score = plus_minus((100 * share, 100 * standard_error(share, n)), 1)
@@ -76,7 +76,7 @@ def paired(tiny: Table, cross: Table, reference: str, methods: Sequence[str]) ->
 def student(tiny: Table, cross: Table, method: str) -> str:
     """How far a student departs from its teacher, and how sure the teacher's neighbourhood was: a markdown table."""
     titles = (
-        *("images", "n", "agree %", "cosine, median", "cosine, least", "right→wrong", "wrong→right", "p"),
+        *("images", "n", "agree %", "cosine, median", "cosine, minimum", "right→wrong", "wrong→right", "p"),
         *("probability where they agree", "where they differ"),
     )
     return markdown(titles, ((name, *_student(answers(cells, method))) for name, cells in groups(tiny, cross).items()))
@@ -89,7 +89,7 @@ def _student(parts: Sequence[MethodRows]) -> Iterator[object]:
         return np.concatenate([getattr(part, field) for part in parts])
 
     same = joined("prediction") == joined("teacher_prediction")
-    teacher, own = joined("teacher_prediction") == joined("label"), right(parts)
+    teacher, own = joined("teacher_prediction") == joined("label"), correct(parts)
     lost, won = int((teacher & ~own).sum()), int((~teacher & own).sum())
     sure = joined("probability")
     yield from (len(same), f"{100 * same.mean():.1f}")

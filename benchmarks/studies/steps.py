@@ -78,21 +78,21 @@ def measure(options: Options) -> Record:
         "precision": trainer.precision,
         "seconds_per_step": sum(seconds) / n / options.steps,
         "cosine_mean": cosine.mean(0).tolist(),
-        "cosine_least": cosine.amin(0).tolist(),
+        "cosine_minimum": cosine.amin(0).tolist(),
         "agreement": same.tolist(),
         "agreement_stderr": [standard_error(share, n) for share in same.tolist()],
     }
 
 
 def table(records: Sequence[Record]) -> str:
-    """One markdown table: a row a step, for each record mean and least cosine, and agreement ± standard error."""
+    """One markdown table: a row a step, for each record mean and minimum cosine, and agreement ± standard error."""
 
     def cells(k: int) -> Iterator[str]:
         for r in records:
-            yield f"{r['cosine_mean'][k]:.4f} ({r['cosine_least'][k]:.3f})"
+            yield f"{r['cosine_mean'][k]:.4f} ({r['cosine_minimum'][k]:.3f})"
             yield f"{100 * r['agreement'][k]:.1f} ± {100 * r['agreement_stderr'][k]:.1f} %"
 
-    titles = (f"{r['preset']}: {what}" for r in records for what in ("cosine (least)", "agreement"))
+    titles = (f"{r['preset']}: {what}" for r in records for what in ("cosine (minimum)", "agreement"))
     shown = [k for k in SHOWN if all(k < len(r["agreement"]) for r in records)]
     described = "; ".join(
         f"{r['preset']}: teacher `{r['teacher']}`, {r['images']} images, {r['classes']} classes, {r['precision']}, "

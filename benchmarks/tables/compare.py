@@ -139,9 +139,9 @@ def _compare_rows(cell: str, method: str, new: MethodRows, old: MethodRows, limi
     except KeyError as error:
         raise UsageError(f"{cell}: {error.args[0]} is in the baseline and not in the new run.") from None
     prediction = new.prediction[order]  # -1 where there is no answer
-    right, was_right = prediction == new.label[order], old.prediction == old.label
+    correct, was_correct = prediction == new.label[order], old.prediction == old.label
     differs = prediction != old.prediction
-    accuracy, before = 100 * float(right.mean()), 100 * float(was_right.mean())
+    accuracy, before = 100 * float(correct.mean()), 100 * float(was_correct.mean())
     moved = {name: change for name in MEASURES if (change := _change(name, new, old, order)) is not None}
     failures = []
     if relabelled := int((new.label[order] != old.label).sum()):
@@ -159,8 +159,8 @@ def _compare_rows(cell: str, method: str, new: MethodRows, old: MethodRows, limi
         accuracy,
         before,
         tuple(old.id[differs]),
-        tuple(old.id[was_right & ~right]),
-        tuple(old.id[~was_right & right]),
+        tuple(old.id[was_correct & ~correct]),
+        tuple(old.id[~was_correct & correct]),
         moved,
         tuple(failures),
     )

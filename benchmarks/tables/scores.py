@@ -49,9 +49,9 @@ def summary(parts: Sequence[MethodRows]) -> Score:
     label = joined("label")[answered]
     prediction = joined("prediction")[answered]
     teacher = joined("teacher_prediction")[answered]
-    right, teacher_right = prediction == label, teacher == label
-    lost, gained = int((teacher_right & ~right).sum()), int((~teacher_right & right).sum())
-    accuracy = float(right.mean())
+    correct, teacher_correct = prediction == label, teacher == label
+    lost, gained = int((teacher_correct & ~correct).sum()), int((~teacher_correct & correct).sum())
+    accuracy = float(correct.mean())
     seconds = float((joined("seconds") + joined("shared_seconds"))[answered].sum())
     return Score(
         n=n,
@@ -62,7 +62,7 @@ def summary(parts: Sequence[MethodRows]) -> Score:
         right_to_wrong=lost,
         wrong_to_right=gained,
         mcnemar_p=mcnemar(lost, gained),
-        ece=expected_calibration_error(joined("probability")[answered], right),
+        ece=expected_calibration_error(joined("probability")[answered], correct),
         nll=float(joined("nll")[answered].mean()),
         images_per_second=n / seconds if seconds > 0 else None,
     )
@@ -77,10 +77,10 @@ def best_steps(rows: MethodRows) -> tuple[Score, Score] | None:
     answered = rows.error == None  # noqa: E711 - elementwise, on objects
     if rows.step_predictions is None or not answered.any():
         return None
-    right = rows.step_predictions[answered, 1:] == rows.label[answered, None]  # (n, K)
-    n, failed = len(right), int((~answered).sum())
+    correct = rows.step_predictions[answered, 1:] == rows.label[answered, None]  # (n, K)
+    n, failed = len(correct), int((~answered).sum())
     of_cell, of_image = (
         Score(n, failed, 100 * accuracy, 100 * standard_error(accuracy, n))
-        for accuracy in (float(right.mean(0).max()), float(right.any(1).mean()))
+        for accuracy in (float(correct.mean(0).max()), float(correct.any(1).mean()))
     )
     return of_cell, of_image

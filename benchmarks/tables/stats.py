@@ -74,21 +74,21 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in corrected]
 
 
-def interval(right: NDArray[np.bool_], image: NDArray[np.integer]) -> tuple[float, float]:
+def interval(correct: NDArray[np.bool_], image: NDArray[np.integer]) -> tuple[float, float]:
     """95 % interval of an accuracy (Wilson 1927), for answers of which several may be of the same image.
 
     Answers to one photograph under many corruptions say less than as many to different ones. Their number is replaced
     by that of independent answers of the same variance (Kish's effective sample size); without repetitions it is n.
 
     Args:
-        right: (n,) whether each answer is right, n ≥ 1.
+        correct: (n,) whether each answer is, n ≥ 1.
         image: (n,) number of the image that it is of, from 0.
 
     Returns:
         Lower and upper end, in [0, 1].
     """
-    n, accuracy = len(right), float(right.mean())
-    spread = float(np.square(np.bincount(image, weights=right - accuracy)).sum())
+    n, accuracy = len(correct), float(correct.mean())
+    spread = float(np.square(np.bincount(image, weights=correct - accuracy)).sum())
     images = len(np.unique(image))
     effective = min(n, n * n * accuracy * (1 - accuracy) / spread) if spread > 0 else images
     z = float(norm.ppf(0.975))
@@ -98,23 +98,23 @@ def interval(right: NDArray[np.bool_], image: NDArray[np.integer]) -> tuple[floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def auroc(confidence: NDArray[np.floating], right: NDArray[np.bool_]) -> float | None:
-    """How well confidence tells right answers from wrong ones: area under the ROC curve (Mann & Whitney 1947).
+def auroc(confidence: NDArray[np.floating], correct: NDArray[np.bool_]) -> float | None:
+    """How well confidence tells correct answers from wrong ones: area under the ROC curve (Mann & Whitney 1947).
 
     Args:
         confidence: (n,) of each answer.
-        right: (n,) whether it is right.
+        correct: (n,) whether it is.
 
     Returns:
-        The chance that a right answer is more confident than a wrong one, equal confidences counted half: 1 is perfect
-        knowledge of one's mistakes, 0.5 none. None where all answers are right, or all wrong.
+        The chance that a correct answer is more confident than a wrong one, equal ones counted half: 1 is perfect
+        knowledge of one's mistakes, 0.5 none. None where all answers are correct, or all wrong.
     """
-    rights = int(right.sum())
-    wrongs = len(right) - rights
-    if rights == 0 or wrongs == 0:
+    hits = int(correct.sum())
+    misses = len(correct) - hits
+    if hits == 0 or misses == 0:
         return None
     ranks = rankdata(confidence)  # equal ones share their mean rank
-    return float((ranks[right].sum() - rights * (rights + 1) / 2) / (rights * wrongs))
+    return float((ranks[correct].sum() - hits * (hits + 1) / 2) / (hits * misses))
 
 
 PER_BIN, MOST_BINS = 25, 10
@@ -146,7 +146,7 @@ def reliability_bins(
 
     Args:
         confidence: (n,) probability given to the predicted class, in [0, 1].
-        correct: (n,) whether the prediction was right.
+        correct: (n,) whether the prediction was.
         per_bin: answers that a bin holds at least.
         most: bins at most.
 
@@ -159,15 +159,15 @@ def reliability_bins(
     order = np.argsort(confidence, kind="stable")
     bins = []
     for part in np.array_split(order, count):
-        right = int(correct[part].sum())
-        interval = binomtest(right, len(part)).proportion_ci(0.95, method="wilson")
+        hits = int(correct[part].sum())
+        interval = binomtest(hits, len(part)).proportion_ci(0.95, method="wilson")
         bins.append(
             ReliabilityBin(
                 count=len(part),
                 minimum=float(confidence[part[0]]),
                 maximum=float(confidence[part[-1]]),
                 confidence=float(confidence[part].mean()),
-                accuracy=right / len(part),
+                accuracy=hits / len(part),
                 low=float(interval.low),
                 high=float(interval.high),
             )
@@ -186,7 +186,7 @@ def expected_calibration_error(
 
     Args:
         confidence: (n,) probability given to the predicted class, in [0, 1].
-        correct: (n,) whether the prediction was right.
+        correct: (n,) whether the prediction was.
         bins: number of bins.
 
     Returns:

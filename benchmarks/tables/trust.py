@@ -142,28 +142,28 @@ def _title(cell: Mapping[str, Any]) -> str:
     return f"{cell['title']}, {cell['corruption']} at level {cell['level']}" if cell["corruption"] else cell["title"]
 
 
-def ranks(right: Sequence[NDArray[np.bool_]], image: NDArray[np.integer]) -> list[int]:
+def ranks(correct: Sequence[NDArray[np.bool_]], image: NDArray[np.integer]) -> list[int]:
     """Rank methods by what the data show, see the module's docstring.
 
     Args:
-        right: for each method, (n,) whether each answer is right; the same images in the same order.
+        correct: for each method, (n,) whether each answer is; the same images in the same order.
         image: (n,) number of the image that each answer is of, from 0.
 
     Returns:
         Their ranks from 1, in their order.
     """
-    pairs = list(combinations(range(len(right)), 2))
-    changes = [_changes(right[a], right[b], image) for a, b in pairs]
+    pairs = list(combinations(range(len(correct)), 2))
+    changes = [_changes(correct[a], correct[b], image) for a, b in pairs]
     corrected = holm([paired_test(change) for change in changes])
-    beaten_by: dict[int, list[int]] = {place: [] for place in range(len(right))}
+    beaten_by: dict[int, list[int]] = {place: [] for place in range(len(correct))}
     for (a, b), change, p in zip(pairs, changes, corrected, strict=True):
         if p < SIGNIFICANT:
             better, worse = (b, a) if change.sum() > 0 else (a, b)
             beaten_by[worse].append(better)
     found: dict[int, int] = {}
-    for place in sorted(beaten_by, key=lambda place: -int(right[place].sum())):  # the better of a pair comes first
+    for place in sorted(beaten_by, key=lambda place: -int(correct[place].sum())):  # the better of a pair comes first
         found[place] = 1 + max((found[better] for better in beaten_by[place]), default=0)
-    return [found[place] for place in range(len(right))]
+    return [found[place] for place in range(len(correct))]
 
 
 def _changes(first: NDArray[np.bool_], second: NDArray[np.bool_], image: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -177,9 +177,9 @@ class _Aligned:
 
     row: TableRow
     answered: NDArray[np.bool_]
-    right: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
     zero_shot: NDArray[np.bool_]
-    """Whether the teacher's own answer is right."""
+    """Whether the teacher's own answer is correct."""
     probability: NDArray[np.float64]
     nll: NDArray[np.float64]
     seconds: NDArray[np.float64]
@@ -198,9 +198,9 @@ def _table(title: str, columns: Sequence[str], named: Mapping[str, TableRow], no
     methods = [_only(one, anybody) for one in methods]
     image = np.unique(image[anybody], return_inverse=True)[1]
     compared = [place for place, one in enumerate(methods) if not _is_oracle(one.row)]
-    rank = dict(zip(compared, ranks([methods[place].right for place in compared], image), strict=True))
+    rank = dict(zip(compared, ranks([methods[place].correct for place in compared], image), strict=True))
     tested = [place for place in compared if not _is_zero_shot(methods[place].row)]
-    changes = (_changes(methods[place].zero_shot, methods[place].right, image) for place in tested)
+    changes = (_changes(methods[place].zero_shot, methods[place].correct, image) for place in tested)
     p = dict(zip(tested, holm([paired_test(change) for change in changes]), strict=True))
     made = [
         _trust_row(names[place], one, columns, image, rank.get(place), p.get(place))
@@ -223,23 +223,23 @@ def _trust_row(
     rank: int | None,
     p: float | None,
 ) -> TrustRow:
-    low, high = interval(one.right, image)
+    low, high = interval(one.correct, image)
     kept, n = one.answered, int(one.answered.sum())
     own, shared = float(one.seconds[kept].sum()), float(one.shared_seconds[kept].sum())
-    sure, correct = one.probability[kept], one.right[kept]
+    sure, correct = one.probability[kept], one.correct[kept]
     from_store = any("features" in session for column in columns for session in _sessions(one.row.answers[column]))
     told_else = ("failed", "near chance") if len(columns) > 1 else ("failed",)  # chance is a cell's own
     marks = (mark for column in columns for mark in one.row.cells[column].marks if mark not in told_else)
     return TrustRow(
         rank=rank,
         method=name,
-        accuracy=100 * float(one.right.mean()),
+        accuracy=100 * float(one.correct.mean()),
         low=100 * low,
         high=100 * high,
-        gain=100 * float(one.right.mean() - one.zero_shot.mean()),
+        gain=100 * float(one.correct.mean() - one.zero_shot.mean()),
         p=p,
-        right_to_wrong=int((one.zero_shot & ~one.right).sum()),
-        wrong_to_right=int((~one.zero_shot & one.right).sum()),
+        right_to_wrong=int((one.zero_shot & ~one.correct).sum()),
+        wrong_to_right=int((~one.zero_shot & one.correct).sum()),
         ece=expected_calibration_error(sure, correct) if n else None,
         nll=float(one.nll[kept].mean()) if n else None,
         auroc=auroc(sure, correct) if n else None,
@@ -274,7 +274,7 @@ def _aligned(column: str, rows: Sequence[TableRow]) -> list[_Aligned]:
             _Aligned(
                 row=row,
                 answered=answered,
-                right=answered & (mine.prediction[at] == label),
+                correct=answered & (mine.prediction[at] == label),
                 zero_shot=teachers[_teacher_key(answers)] == label,
                 probability=mine.probability[at],
                 nll=mine.nll[at],
@@ -332,7 +332,7 @@ def _images(columns: Sequence[str], rows: Sequence[TableRow]) -> NDArray[np.inte
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
-_ARRAYS = ("answered", "right", "zero_shot", "probability", "nll", "seconds", "shared_seconds")
+_ARRAYS = ("answered", "correct", "zero_shot", "probability", "nll", "seconds", "shared_seconds")
 
 
 def _joined(parts: Sequence[_Aligned]) -> _Aligned:

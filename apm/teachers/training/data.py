@@ -171,7 +171,7 @@ def at_size(images: Tensor, size: int) -> Tensor:
 def augment(images: Tensor, size: int, generator: torch.Generator, *, flip: bool, scale: float = 0.35) -> Tensor:
     """Random crop, flip, colour, noise, blur, resolution and JPEG: (B, s, s, 3) uint8 → (B, 3, size, size), normalised.
 
-    `scale` is the least area of a crop. Everything is drawn from `generator`, per image.
+    `scale` is the minimum area of a crop. Everything is drawn from `generator`, per image.
     """
     x = _cropped(normalise(images), size, generator, flip=flip, scale=scale)
     b = len(x)

@@ -175,7 +175,7 @@ def _tokens(visual: nn.Module, source: Source, rows: Tensor, size: int) -> Tenso
 
 
 def calibrate(cosines: Tensor, labels: Tensor) -> float:
-    """The logit scale of least negative log-likelihood: (n, C) cosines, (n,) columns → scale in [1, 100]."""
+    """The logit scale of minimum negative log-likelihood: (n, C) cosines, (n,) columns → scale in [1, 100]."""
     scales = torch.logspace(0, 2, 401)
     losses = torch.stack([F.cross_entropy(scale * cosines, labels) for scale in scales])
     return float(scales[losses.argmin()])

@@ -137,7 +137,7 @@ def check_dota(golden: Golden) -> None:
         close(method.state.counts, golden["count" + suffix])
         torch.testing.assert_close(method.state.covariance_sum.float(), method.state.covariances.sum(dim=0))
         settings = DOTASettings(
-            least=0,
+            min_mass=0,
             initial_mean=None if start == "none" else float(start),
             **{key: float(value) for key, value in given.items()},
         )

@@ -42,7 +42,7 @@ def test_photographs_that_fall_are_counted(tmp_path: Path, monkeypatch: pytest.M
     found = everyday.measure(everyday.STUDY.read(["--root", str(tmp_path)]))
     assert found["words"] == ["dog", "house"]
     dogs, houses = found["counts"]["dog"], found["counts"]["house"]
-    assert (dogs["photographs"], dogs["fallen"], dogs["right"]) == (4, 1, 2)
-    assert (houses["photographs"], houses["fallen"], houses["right"]) == (2, 1, 1)
-    assert found["counts"]["all"]["fallen"] == 2 and found["counts"]["all"]["right"] == 3
+    assert (dogs["photographs"], dogs["fallen"], dogs["correct"]) == (4, 1, 2)
+    assert (houses["photographs"], houses["fallen"], houses["correct"]) == (2, 1, 1)
+    assert found["counts"]["all"]["fallen"] == 2 and found["counts"]["all"]["correct"] == 3
     assert "| house | 2 | 1 | 1 |" in everyday.table(found)

@@ -285,7 +285,7 @@ def test_students_are_compared_with_their_teacher_and_counted(tmp_path: Path, mo
     for row in record["methods"].values():
         gained = row["accuracy"] - record["teacher_accuracy"]
         assert gained == pytest.approx((row["wrong_to_right"] - row["right_to_wrong"]) / 4)
-        assert row["cosine_least"] <= row["cosine"] < 1
+        assert row["cosine_minimum"] <= row["cosine"] < 1
     # 64 places, 3 levels and 2 top-down nets of 64 → 256 → 64 numbers, in 6 settling steps; three times with gradients
     nets = 64 * 5 * 2 * 2 * 64 * 256 * 6 * 3
     assert nets < record["methods"]["glom-ttt"]["operations"] < 1.3 * nets

@@ -27,7 +27,7 @@ def test_cosines_start_near_nothing_and_rise(record: dict) -> None:
     assert len(record["cosine_mean"]) == len(record["agreement"]) == 16  # before the first step, and after each
     assert abs(record["cosine_mean"][0]) < 0.9
     assert record["cosine_mean"][-1] > record["cosine_mean"][0] + 0.2
-    assert all(least <= mean for least, mean in zip(record["cosine_least"], record["cosine_mean"], strict=True))
+    assert all(low <= mean for low, mean in zip(record["cosine_minimum"], record["cosine_mean"], strict=True))
     assert record["precision"] == "fp32"
     assert record["environment"]["threads"] == torch.get_num_threads()
 
@@ -71,7 +71,7 @@ def test_a_card_takes_its_figures_from_the_runs(tmp_path: Path) -> None:
     }
     for name, content in records.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    counts = {"photographs": 9, "fallen": 2, "right": 5, "right_among_words": 6}
+    counts = {"photographs": 9, "fallen": 2, "correct": 5, "correct_among_words": 6}
     found = {"command": "python -m study", "words": ["dog", "house"], "counts": {"dog": counts}}
     (tmp_path / "everyday.json").write_text(json.dumps(found))
     model_card.main(

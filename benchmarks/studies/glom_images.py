@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,12 +115,6 @@ def switched(model: GLOM, **parts: Any) -> GLOM:
     kept = {name: value for name, value in model.state_dict().items() if name in other.state_dict()}
     other.load_state_dict(kept)
     return other.eval().requires_grad_(False)
-
-
-def mean_and_error(values: Any) -> list[float]:
-    """Mean, and its standard error."""
-    found = np.asarray(values, dtype=np.float64)
-    return [float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found)))]
 
 
 def said(record: dict[str, Any]) -> str:

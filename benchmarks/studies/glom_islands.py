@@ -13,10 +13,8 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,6 @@ from PIL import Image
 from apm.errors import UsageError
 from apm.glom.model import GLOM
 from apm.images.files import write_atomically
-from apm.images.load import load_image
 from apm.student import islands
 from apm.student.field import resample
 from apm.student.islands import Labels
@@ -35,16 +32,17 @@ from apm.student.position import dense_locations
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.inputs import student_inputs, student_pixels, teacher_grids
-from apm.test_time.island_fields import square_of, trainers
+from apm.test_time.island_fields import trainers
 from apm.test_time.label_maps import LR, STEPS
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 from apm.test_time.trainer import TestTimeTrainer
 
-from .composites import composites
-from .glom_images import arguments, mean_and_error, read_trained, said
+from .glom_images import arguments, read_trained, said
+from .partitions import cut_into_islands
 from .queries import read_rows
-from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
+from .scenes import Scene, neighbours, pasted, photographs
+from .study import ROOT, USUAL, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run
 
 Field = NDArray[np.float64]
 MEASURES = {
@@ -54,81 +52,6 @@ MEASURES = {
     "contrast": "contrast at the mask's edges",
 }
 KINDS = {"masks": "photographs and their masks", "composites": "composites and the pasted square"}
-
-
-@dataclass(frozen=True)
-class Scene:
-    """An image and what is where.
-
-    Attributes:
-        name: of the image.
-        square: RGB, as wide as high.
-        truth: (G, G) numbers; those below 0 are not known.
-    """
-
-    name: str
-    square: Image.Image
-    truth: Labels
-
-    @property
-    def usable(self) -> bool:
-        """Whether some neighbours are known to be of one part, and some of two."""
-        known, same = neighbours(self.truth)
-        return bool((known & same).any() and (known & ~same).any())
-
-
-def neighbours(truth: Labels) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Of neighbours to the right and below, in reading order: whether both are known, and of one part."""
-    pairs = ((truth[:, :-1], truth[:, 1:]), (truth[:-1], truth[1:]))
-    known = np.concatenate([((one >= 0) & (other >= 0)).ravel() for one, other in pairs])
-    return known, np.concatenate([(one == other).ravel() for one, other in pairs])
-
-
-def places_of(mask: Image.Image, grid: int) -> Labels:
-    """Tell the places (grid, grid) of a square mask by the number that most of their pixels have; -1 where it is 0."""
-    side = grid * 8
-    pixels = np.asarray(mask.resize((side, side), Image.Resampling.NEAREST)).astype(np.int64)
-    cells = pixels.reshape(grid, 8, grid, 8).swapaxes(1, 2).reshape(grid, grid, 64)
-    most: Labels = np.apply_along_axis(lambda cell: np.bincount(cell).argmax(), 2, cells).astype(np.int64)
-    return np.where(most > 0, most, -1)
-
-
-def photographs(root: Path, grid: int) -> Iterator[Scene]:
-    """Photographs with masks below a folder, in the order of their names.
-
-    Raises:
-        UsageError: there are none.
-    """
-    found = [(path, root / "masks" / f"{path.stem}.png") for path in sorted((root / "images").glob("*.jpg"))]
-    found = [(path, mask) for path, mask in found if mask.is_file()]
-    if not found:
-        raise UsageError(f"{root} holds no images/*.jpg with masks/*.png of the same names.")
-    for path, mask in found:
-        with Image.open(mask) as opened:
-            numbers = Image.fromarray(np.asarray(opened).astype(np.int32))
-        yield Scene(path.name, square_of(load_image(path).image), places_of(_square(numbers), grid))
-
-
-def _square(mask: Image.Image) -> Image.Image:
-    side = min(mask.size)
-    left, top = (mask.width - side) // 2, (mask.height - side) // 2
-    return mask.crop((left, top, left + side, top + side))
-
-
-def pasted(scenes: Sequence[Scene], count: int, grid: int, *, seed: int) -> list[Scene]:
-    """Composites of these photographs; the truth is whether a place's middle lies in the pasted square."""
-
-    samples = [SimpleNamespace(label=number, load=lambda one=one: one.square) for number, one in enumerate(scenes)]
-    made = composites(samples, count, seed=seed)
-    middles = (np.arange(grid) + 0.5) / grid
-    return [
-        Scene(
-            f"composite {number} of {count}",
-            one.image,
-            np.array([[int(one.holds((y, x))) for x in middles] for y in middles]),
-        )
-        for number, one in enumerate(made)
-    ]
 
 
 class Sources:
@@ -161,22 +84,6 @@ class Sources:
         )
         found["coordinates"] = torch.cartesian_prod(*[torch.arange(side, dtype=torch.float64)] * 2)
         return {name: np.asarray(values, dtype=np.float64).reshape(side, side, -1) for name, values in found.items()}
-
-
-def cut_into_islands(field: Field, parts: int) -> Labels:
-    """Islands of a field less its mean, at the threshold that gives nearest to `parts` of them."""
-    centred = field - field.mean(axis=(0, 1))
-    cosines = np.concatenate([one.ravel() for one in islands.neighbour_cosines(centred)])
-    cosines = np.append(np.unique(cosines), 2)  # at which no two places agree
-    low, high = 0, len(cosines) - 1
-    while low < high:  # the number of islands grows with the threshold
-        middle = (low + high) // 2
-        if islands.regions(centred, cosines[middle]).max() + 1 < parts:
-            low = middle + 1
-        else:
-            high = middle
-    tried = [islands.regions(centred, cosines[number]) for number in {max(0, low - 1), low}]
-    return min(tried, key=lambda labels: abs(int(labels.max()) + 1 - parts))
 
 
 def contrast(field: Field, truth: Labels) -> float:

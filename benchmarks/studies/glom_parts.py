@@ -23,8 +23,8 @@ from apm.glom.training import GLOMTrainer, denoising_errors, hide
 from apm.pretrain.cache import GridCache
 
 from .autoencoder import train_until
-from .glom_images import Holes, Trained, arguments, held_out, mean_and_error, read_trained, said, switched
-from .study import ROOT, Options, Record, Study, each, markdown, plus_minus, run
+from .glom_images import Holes, Trained, arguments, held_out, read_trained, said, switched
+from .study import ROOT, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all parts": {},

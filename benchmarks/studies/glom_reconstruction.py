@@ -28,8 +28,8 @@ from .autoencoder import (
     train_until,
     width_of_size,
 )
-from .glom_images import Holes, Trained, arguments, held_out, mean_and_error, read_trained, said
-from .study import ROOT, Options, Record, Study, each, markdown, plus_minus, run
+from .glom_images import Holes, Trained, arguments, held_out, read_trained, said
+from .study import ROOT, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run
 
 NAMES = {
     "grey": "left grey",

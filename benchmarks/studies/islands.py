@@ -33,7 +33,7 @@ from apm.test_time.queries import ALL
 from apm.test_time.trainer import TestTimeTrainer
 
 from ..datasets import open_dataset
-from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
+from .study import ROOT, USUAL, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run, signed
 
 TARGETS = ("cls", "grid")
 CONTROLS = {
@@ -186,11 +186,13 @@ def _summarise(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return [{name: mine[name] - theirs[name] for name in mine} for mine, theirs in pairs]
 
     def against_other(target: str, measure: str) -> list[float]:
-        return _mean([row[f"{measure} image"] - row[f"{measure} other image"] for row in rows(target, "image")])
+        return mean_and_error(
+            [row[f"{measure} image"] - row[f"{measure} other image"] for row in rows(target, "image")]
+        )
 
     def same(target: str) -> list[float]:
         clusters = [one["clusters"][target] for one in found]
-        return _mean([islands.agreement(a, b) for a, b in itertools.pairwise([*clusters, clusters[0]])])
+        return mean_and_error([islands.agreement(a, b) for a, b in itertools.pairwise([*clusters, clusters[0]])])
 
     return {
         "images": len(found),
@@ -198,30 +200,27 @@ def _summarise(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "differences": {t: {c: _summaries(differences(t, c)) for c in CONTROLS} for t in TARGETS},
         "image_against_other": {t: {name: against_other(t, name) for name in ("AMI", "contrast")} for t in TARGETS},
         "same_regions": {t: same(t) for t in TARGETS},
-        "references": {name: _mean([one["references"][name] for one in found]) for name in found[0]["references"]},
-        "teacher_contrast": {
-            "image": _mean([one["contrast"] for one in found]),
-            "other image": _mean([one["other contrast"] for one in found]),
-            "difference": _mean([one["contrast"] - one["other contrast"] for one in found]),
+        "references": {
+            name: mean_and_error([one["references"][name] for one in found]) for name in found[0]["references"]
         },
-        "grid_variance": _mean([one["variance"] for one in found]),
-        "final_loss": {t: _mean([one["losses"][t] for one in found]) for t in TARGETS},
-        "spread": {t: _mean([one["spread"][t] for one in found]) for t in TARGETS},
+        "teacher_contrast": {
+            "image": mean_and_error([one["contrast"] for one in found]),
+            "other image": mean_and_error([one["other contrast"] for one in found]),
+            "difference": mean_and_error([one["contrast"] - one["other contrast"] for one in found]),
+        },
+        "grid_variance": mean_and_error([one["variance"] for one in found]),
+        "final_loss": {t: mean_and_error([one["losses"][t] for one in found]) for t in TARGETS},
+        "spread": {t: mean_and_error([one["spread"][t] for one in found]) for t in TARGETS},
         "rounding": {t: max(one["rounding"][t] for one in found) for t in TARGETS},
         "variation": {
-            t: {name: _mean([one["variation"][t][n] for one in found]) for n, name in enumerate(VARIATION)}
+            t: {name: mean_and_error([one["variation"][t][n] for one in found]) for n, name in enumerate(VARIATION)}
             for t in TARGETS
         },
     }
 
 
-def _mean(values: Sequence[float]) -> list[float]:
-    """Mean and its standard error."""
-    return [float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))]
-
-
 def _summaries(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    return {name: _mean([row[name] for row in rows]) for name in rows[0]}
+    return {name: mean_and_error([row[name] for row in rows]) for name in rows[0]}
 
 
 def table(record: Record) -> str:
@@ -245,7 +244,7 @@ def table(record: Record) -> str:
         f"(the token) and {plus_minus(same['grid'], 3)} (the grid). What is no student's field "
         f"has an AMI with the superpixels of: {references}"
         f". The teacher's grid itself has a contrast of {plus_minus(teacher['image'], 3)}, with another image's "
-        f"superpixels {plus_minus(teacher['other image'], 3)} (difference {_signed(teacher['difference'])}).",
+        f"superpixels {plus_minus(teacher['other image'], 3)} (difference {signed(teacher['difference'])}).",
         f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · {settings['parts']} "
         f"clusters and superpixels · threshold {settings['threshold']} · lr {settings['lr']:g}, of the grid "
         f"{settings['grid_lr']:g} · {settings['precision']} · seed {settings['seed']} · ± is the standard error "
@@ -270,11 +269,11 @@ def _differences(record: Record) -> str:
     rows = [
         (
             f"… the same in the control: {control}",
-            *(_signed(record["differences"][target][control][f"{name} image"]) for name, target in pairs),
+            *(signed(record["differences"][target][control][f"{name} image"]) for name, target in pairs),
         )
         for control in CONTROLS
     ]
-    against = (_signed(record["image_against_other"][target][name]) for name, target in pairs)
+    against = (signed(record["image_against_other"][target][name]) for name, target in pairs)
     titles = (
         "own superpixels, less … (paired; bold: beyond two standard errors)",
         *(f"{target}: {name}" for name in ("AMI", "contrast") for target in ("token", "grid")),
@@ -291,11 +290,6 @@ def _spread(record: Mapping[str, Any], target: str) -> str:
         f"{direction:.1f} % lie in one direction of the features, and {places:.1f} % are a sum of something of the row "
         "and something of the column"
     )
-
-
-def _signed(value: Sequence[float]) -> str:
-    text = f"{value[0]:+.3f} ± {value[1]:.3f}"
-    return f"**{text}**" if abs(value[0]) > 2 * value[1] else text
 
 
 def draw(options: Options) -> None:

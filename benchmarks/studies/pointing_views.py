@@ -95,8 +95,8 @@ class Player:
         size = teacher.grid_size
         self.sizes = {
             "grid": size,
-            "grid, as fine": _whole(size / (sum(GRID_SIDES) / 2)),
-            "grid, same pixels": _whole(size * math.sqrt(options.views)),
+            "grid, as fine": whole(size / (sum(GRID_SIDES) / 2)),
+            "grid, same pixels": whole(size * math.sqrt(options.views)),
         }
 
     def __call__(self, one: Composite) -> Row:
@@ -143,7 +143,7 @@ def average(cells: Cells, side: int) -> Tensor:
     return ((shares.T @ features) / shares.sum(dim=0)[:, None]).reshape(side, side, -1)
 
 
-def _whole(size: float) -> int:
+def whole(size: float) -> int:
     """The nearest multiple of 32 pixels, which the cells of all towers divide."""
     return max(32, 32 * round(size / 32))
 

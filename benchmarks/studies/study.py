@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from apm.errors import ApmError, UsageError
 from apm.images.files import write_atomically
 from apm.student.config import PRESETS
@@ -64,6 +67,7 @@ class Study:
         document: the page that shows its table, in a clone.
         marker: name of the table's place there.
         pictures: makes the page's pictures.
+        plots: makes those that show its records.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Study:
     document: Path | None = None
     marker: str = ""
     pictures: Callable[[Options], object] = lambda options: None
+    plots: Callable[[Sequence[Record]], object] = lambda records: None
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Do what the command line says."""
@@ -125,6 +130,7 @@ class Study:
             print(self.tables([read_record(path) for path in options.table]) if options.table else self.recorded())
         if to_document and self.document is not None:
             fill(self.document, self.marker, self.recorded())
+            self.plots(self.records())
 
     def measured(self, options: Options) -> Record:
         """Measure, and put beside it the command, the date, the commit and the machine."""
@@ -137,7 +143,11 @@ class Study:
         return self.table(records) if self.side_by_side else "\n\n".join(self.table(record) for record in records)
 
     def recorded(self) -> str:
-        """Markdown of the records in the repository.
+        """Markdown of the records in the repository; errors as of `records`."""
+        return self.tables(self.records())
+
+    def records(self) -> list[Record]:
+        """The records in the repository, by name.
 
         Raises:
             UsageError: there are none.
@@ -145,7 +155,7 @@ class Study:
         paths = sorted(RESULTS.glob(self.results))
         if not paths:
             raise UsageError(f"There is no record {self.results} in {RESULTS}: measure first, with --record FILE.")
-        return self.tables([read_record(path) for path in paths])
+        return [read_record(path) for path in paths]
 
 
 def argument_parser(name: str, question: str | None) -> argparse.ArgumentParser:
@@ -222,6 +232,18 @@ def _line(cells: Iterable[object]) -> str:
 def plus_minus(value: Sequence[float], digits: int) -> str:
     """A mean and its standard error."""
     return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+
+
+def mean_and_error(values: ArrayLike) -> list[float]:
+    """Mean and its standard error; the error of one value is not known, and 0 here."""
+    found = np.asarray(values, dtype=np.float64)
+    return [float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else 0.0]
+
+
+def signed(value: Sequence[float], digits: int = 3) -> str:
+    """A mean difference and its standard error; bold beyond two of these."""
+    text = f"{value[0]:+.{digits}f} ± {value[1]:.{digits}f}"
+    return f"**{text}**" if abs(value[0]) > 2 * value[1] else text
 
 
 def require_clone() -> None:

@@ -449,7 +449,7 @@ def test_bytes_of_images_are_read_in_one_place() -> None:
     root = ROOT
     sources = [path for folder in ("apm", "benchmarks", "cli") for path in (root / folder).rglob("*.py")]
     found = {path.relative_to(root).as_posix() for path in sources if "Image.open(" in path.read_text(encoding="utf-8")}
-    others = {"benchmarks/corruptions/digital.py", "benchmarks/studies/glom_islands.py"}
+    others = {"benchmarks/corruptions/digital.py", "benchmarks/studies/scenes.py"}
     assert found == {"apm/images/load.py", *others}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from apm.benchmarks.studies import glom_islands, glom_parts, glom_reconstruction, glom_student
+from apm.benchmarks.studies import glom_islands, glom_parts, glom_reconstruction, glom_student, partitions, scenes
 from apm.benchmarks.studies.autoencoder import (
     Autoencoder,
     AutoencoderSizes,
@@ -23,12 +23,13 @@ from apm.benchmarks.studies.autoencoder import (
     width_of_size,
 )
 from apm.benchmarks.studies.glom_images import Holes, held_out, read_trained, switched
-from apm.benchmarks.studies.glom_islands import Scene
+from apm.benchmarks.studies.scenes import Scene
 from apm.errors import UsageError
 from apm.glom.config import GLOMConfig, GLOMTraining
 from apm.glom.training import GLOMTrainer
 from apm.pretrain.cache import build_cache
 from apm.pretrain.images import open_images
+from apm.student import islands
 from tests.fakes import FakeTeacher
 from tests.pretraining import make_folder, picture
 
@@ -185,7 +186,7 @@ def test_a_place_is_what_most_of_it_is() -> None:
     mask = np.zeros((64, 64), np.int32)
     mask[:, 20:] = 7  # of the second column's 16 pixels 12 are
     mask[32:, :16] = 300
-    found = glom_islands.places_of(Image.fromarray(mask), 4)
+    found = scenes.places_of(Image.fromarray(mask), 4)
     np.testing.assert_array_equal(found, [[-1, 7, 7, 7], [-1, 7, 7, 7], [300, 7, 7, 7], [300, 7, 7, 7]])
 
 
@@ -209,9 +210,9 @@ def test_fields_that_follow_the_truth_score_and_others_do_not() -> None:
 @pytest.mark.parametrize("parts", [1, 2, 5, 16])
 def test_islands_are_cut_at_the_threshold_that_gives_so_many(parts: int) -> None:
     field = np.random.default_rng(1).normal(size=(4, 4, 6))
-    found = glom_islands.cut_into_islands(field, parts)
+    found = partitions.cut_into_islands(field, parts)
     counts = [
-        int(glom_islands.islands.regions(field - field.mean((0, 1)), threshold).max()) + 1
+        int(islands.regions(field - field.mean((0, 1)), threshold).max()) + 1
         for threshold in [*np.linspace(-1, 1, 301), 2]
     ]
     assert abs(int(found.max()) + 1 - parts) == min(abs(count - parts) for count in counts)
@@ -262,7 +263,7 @@ def test_masks_score_all_sources_and_rows_are_kept(
     text = glom_islands.table({**record, "environment": environment, "command": "c", "date": "d"})
     assert "3 composites and the pasted square" in text
     with pytest.raises(UsageError, match=r"holds no images/\*\.jpg"):
-        list(glom_islands.photographs(tmp_path / "none", 4))
+        list(scenes.photographs(tmp_path / "none", 4))
 
 
 # --- as a student of test-time training -------------------------------------------------------------------------------

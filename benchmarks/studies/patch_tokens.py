@@ -40,7 +40,7 @@ from .study import ROOT, USUAL, Options, Record, Study, markdown, plus_minus, ru
 READOUTS = {"query": "object query", "mean": "mean"}
 SOURCES = {
     **{f"token, {key}": f"the field fitted to the token, {name}" for key, name in READOUTS.items()},
-    **{f"other token, {key}": f"… to another photograph's token, {name}" for key, name in READOUTS.items()},
+    "other token": "… to another photograph's token, mean",
     "untrained": "the field before its first step",
     "repeated": "the token itself at each place",
     "others": "the mean patch of the other photographs",
@@ -127,9 +127,9 @@ class Fits:
         }
         losses = {}
         for readout in READOUTS:
-            for name, target in (("token", token), ("other token", strange)):
-                key = f"{name}, {readout}"
-                found[key], losses[key] = self._fitted(readout, seen.pixels, target)
+            key = f"token, {readout}"
+            found[key], losses[key] = self._fitted(readout, seen.pixels, token)
+        found["other token"], losses["other token"] = self._fitted("mean", seen.pixels, strange)
         grid = resample(self.grids[number][None], self.config.grid)
         found["grid"], losses["grid"] = self._fitted("grid", seen.pixels, token, grid)
         found["untrained"] = self._untrained(seen.pixels)
@@ -195,19 +195,16 @@ def table(record: Record) -> str:
     rows = [
         (title, *(plus_minus(record["measures"][name][one], 3) for one in MEASURES)) for name, title in SOURCES.items()
     ]
-    less = "; ".join(
-        f"{READOUTS[key]}, less "
-        + ", ".join(
-            f"{words} {plus_minus(record['above'][f'token, {key}'][control]['correlation'], 3)}"
-            for control, words in ((f"other token, {key}", "another's token"), ("untrained", "before the first step"))
-        )
-        for key in READOUTS
+    above = record["above"]["token, mean"]
+    less = ", ".join(
+        f"less that {words} {plus_minus(above[control]['correlation'], 3)}"
+        for control, words in (("other token", "fitted to another's"), ("untrained", "before its first step"))
     )
     paragraphs = (
         markdown(("features at the patches' places", *MEASURES.values()), rows),
-        f"Cosine with means taken out, of the field fitted to the token, paired by photograph: {less}. Last loss: the "
-        f"token by object query {losses['token, query']:.1e}, by the mean {losses['token, mean']:.1e}, the grid "
-        f"{losses['grid']:.1e}. Chance matches {1 / (grid[0] * grid[1]):.3f} of the places.",
+        f"Cosine with means taken out, of the field fitted to the token by its mean, paired by photograph: {less}. "
+        f"Last loss: the token by object query {losses['token, query']:.1e}, by the mean {losses['token, mean']:.1e}, "
+        f"the grid {losses['grid']:.1e}. Chance matches {1 / (grid[0] * grid[1]):.3f} of the places.",
         f"<sub>`{record['command']}` · {record['date']} · {record['photographs']} photographs · teacher "
         f"`{record['teacher']}`, grid {grid[0]} × {grid[1]} · {settings['preset']} student, {settings['locations']} × "
         f"{settings['locations']} locations, {settings['steps']} steps, lr {settings['lr']:g}, of the grid "

@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": (".pretrain", "Train one student on many images, against a teacher's grids."),
     "interpolate": (".interpolate", "Walk from one image to another between their trigger columns."),
     "field": (".field", "Query a trained student's field of an image, at any locations."),
+    "colourise": (".colourise", "Colour black-and-white photographs with a student trained on grey images."),
     "glom": (".glom", "Train GLOM on images, look at its columns, probe its levels."),
     "mae": (".mae", "Train masked autoencoders, and heads on them, for vit-probe and ttt-mae."),
     "prompts": (".prompts", "Convert prompts that CoOp and CoCoOp learned, for apm bench."),

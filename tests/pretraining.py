@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,25 @@ from apm.images.load import central_square
 from apm.pretrain.cache import GridCache, build_cache
 from apm.pretrain.config import PretrainConfig
 from apm.pretrain.images import open_images
+from apm.pretrain.student import Student
 from apm.student.config import APMConfig
+from apm.student.model import APM
 
 STUDENT = APMConfig(
     dim=4, image_size=16, patch_size=4, position_dim=8, hidden=(16, 12, 8), rgb_hidden=8, readout="mean", init_std=0.1
 )
 TRAINING = PretrainConfig(steps=6, batch_size=4, lr=1e-2, warmup=2, held_out=0.25, seed=3)
 DATA = {"data": "fake", "teacher": "fake@0", "grid_size": 8}
+
+
+def grey_student(seed: int = 5, *, grey_input: bool = True) -> Student:
+    """A student that says colours, of grey input or not: drawn, with colours that no ReLU has shut."""
+    model = APM(replace(STUDENT, init_std=0.5), seed=seed)
+    with torch.no_grad():
+        model.rgb_head.layer3.weight.mul_(0.05)
+        model.rgb_head.layer3.bias.copy_(torch.tensor([0.6, 0.4, 0.3]))
+    settings = {"batch_size": 4, "images": 12, "teacher": None, "seed": 3, "grey_input": grey_input}
+    return Student(model, {"settings": settings, "step": 6})
 
 
 class GridTeacher:

@@ -120,7 +120,7 @@ def _bytes(wanted: NDArray[np.float32]) -> NDArray[np.uint8]:
     outside = wanted[off]
     low, high = np.zeros(len(outside), np.float32), np.ones(len(outside), np.float32)
     for _ in range(_HALVINGS):  # the largest share of the colour that keeps the lightness
-        middle = (low + high) / 2
+        middle = np.float32(0.5) * (low + high)
         fits = np.abs(lab(_rgb(_paler(outside, middle)))[..., 0] - outside[:, 0]) <= _SEEN
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
     rgb[off] = _rgb(_paler(outside, low))

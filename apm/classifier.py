@@ -314,7 +314,9 @@ class Classifier:
         images = torch.stack([one.student_pixels for one in batch])  # (B, 3, S, S)
         grids = self._target_grids(batch) if self.adapt_config.distil != "cls" else None
         modes = self.student.readout == "mode"
-        result = self.trainer.adapt(images, targets, grids=grids, keep_field=keep_field or modes, snapshots=snapshots)
+        result = self.trainer.adapt(
+            images, targets, grids=grids, head=self.head, keep_field=keep_field or modes, snapshots=snapshots
+        )
         if modes:
             result = read_modes(result, self.head, self.student_config.grid, targets)
         answers = [self._one_answer(one, result, row, tokens[row]) for row, one in enumerate(batch)]

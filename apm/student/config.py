@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from apm.errors import UsageError, unknown
 
 Readout = Literal["query", "mean"]
-Loss = Literal["mse", "cosine"]
+Loss = Literal["mse", "cosine", "soft"]
 Distil = Literal["cls", "grid", "both"]
 Guide = Literal["none", "rgb"]
 Precision = Literal["auto", "fp32", "bf16"]

@@ -26,6 +26,7 @@ from apm.student.config import APMConfig, Distil, Loss
 from apm.student.engine_adam import SPAN, AdamRows
 from apm.student.engine_losses import FieldLosses, Locations
 from apm.student.engine_readout import MeanPooling, Parameters, Pooling, QueryPooling
+from apm.student.engine_token import TokenLoss
 from apm.student.field import SavedField
 from apm.student.guide import WIDTH, colour_code, guide_of
 from apm.student.matmul import accumulate, affine, product, relu_backward
@@ -62,6 +63,8 @@ class Engine:
         batch: int = 1,
         lr: float = 1e-4,
         loss: Loss = "mse",
+        temperature: float = 1.0,
+        texts: int | None = None,
         tolerance: float | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
         queries: int | None = None,
@@ -78,7 +81,9 @@ class Engine:
             initial: the state that every sample starts from and is reset to, from `apm.student.model.draw_parameters`.
             batch: B, samples at a time.
             lr: Adam's learning rate, constant.
-            loss: of the token, ``mse``, the mean of squared differences, or ``cosine``, one minus the cosine.
+            loss: of the token, see `apm.student.engine_token`.
+            temperature: of the loss ``soft``.
+            texts: C, how many names with text features the loss ``soft`` is over; None: another loss.
             tolerance: a sample whose loss is at or below this takes no more steps; None: all take every step.
             precision: of the products of the two middle layers; the weights, Adam's moments and all sums are float32.
             queries: locations drawn new for each step, the same for every sample; None: all, at every step.
@@ -88,10 +93,10 @@ class Engine:
             view_cells: R, where the field's target are R cells of views; None: a grid at the student's own locations.
             device: where.
         """
-        self.config, self.batch, self.loss_name, self.tolerance = config, batch, loss, tolerance
+        self.config, self.batch, self.tolerance = config, batch, tolerance
         self.device = torch.device(device)
         self.queries, self.seed = queries, seed
-        self.distil, self.rgb_weight, self.view_cells = distil, rgb_weight, view_cells
+        self.distil, self.rgb_weight, self.view_cells, self.texts = distil, rgb_weight, view_cells, texts
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         trained = {n: value for n, value in initial.items() if rgb_weight or not n.startswith("rgb_head.")}
         self.rows = AdamRows(trained, batch, lr=lr, dtype=dtype, device=self.device)
@@ -100,6 +105,8 @@ class Engine:
         self._make_workspace(dtype)
         w, g = self.weights, self.gradients
         self.pooling: Pooling = QueryPooling(config, w, g) if config.readout == "query" else MeanPooling(w, g)
+        self._token_loss = TokenLoss(loss, batch, config.dim, temperature=temperature, texts=texts, device=self.device)
+        self.target, self.cosine = self._token_loss.target, self._token_loss.cosine
         self._field_losses: FieldLosses | None = None
         if distil != "cls" or rgb_weight:
             self._field_losses = FieldLosses(
@@ -117,9 +124,8 @@ class Engine:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         self.patches = buffer(3 * config.patch_size**2, config.cells)
-        self.target = buffer(config.dim)
         self.column = buffer(1, config.cells)
-        self.token, self.loss, self.cosine = buffer(config.dim), buffer(), buffer()
+        self.token, self.loss = buffer(config.dim), buffer()
         self.finite = torch.ones(batch, dtype=torch.bool, device=device)
 
         self._axis = axis_code(torch.arange(grid), config.position_dim // 2).to(device).expand(batch, -1, -1)
@@ -155,14 +161,16 @@ class Engine:
         self._read = self._all if self.queries is None else self._all.like(self.queries)
 
     @torch.no_grad()
-    def load(self, images: Tensor, targets: Tensor, grids: Tensor | Cells | None = None) -> None:
+    def load(
+        self, images: Tensor, targets: Tensor, grids: Tensor | Cells | None = None, text: Tensor | None = None
+    ) -> None:
         """Take images (B, 3, S, S), targets (B, D) and, where they have a loss, grids (B, N, D) or `Cells`.
 
-        B is the engine's.
+        B is the engine's. With the loss ``soft`` also text features (C, D), as long as the logit scale.
         """
         patch = self.config.patch_size
         self.patches.copy_(F.unfold(images.to(self.device, torch.float32), kernel_size=patch, stride=patch))
-        self.target.copy_(targets)
+        self._token_loss.load(targets, text)
         if isinstance(grids, Cells):
             assert self._field_losses is not None and self._field_losses.cells is not None
             self._field_losses.cells.load(grids)
@@ -207,13 +215,9 @@ class Engine:
         self._halve(h3_half, h3)
 
         self.token.copy_(self.pooling.forward(h3, at.positions))
-        self.cosine.copy_(F.cosine_similarity(self.token, self.target, dim=1))
+        self.loss.copy_(self._token_loss.forward(self.token))
         if self.distil == "grid":
             self.loss.zero_()
-        elif self.loss_name == "mse":
-            self.loss.copy_((self.token - self.target).square().mean(dim=1))
-        else:
-            self.loss.copy_(1 - self.cosine)
         if self._field_losses is not None:
             self.loss += self._field_losses.forward(h3, self.column, at)
         self.finite &= self.loss.isfinite() & self.token.isfinite().all(dim=1)
@@ -231,7 +235,7 @@ class Engine:
             for nothing in (d3, g["mlp.head.weight"], g["mlp.head.bias"]):
                 nothing.zero_()
         else:
-            self.pooling.backward(self._d_token(), out=d3)
+            self.pooling.backward(self._token_loss.backward(self.token), out=d3)
         coloured = None
         if self._field_losses is not None:
             coloured = self._field_losses.backward(h3, self.column, at, out=d3)
@@ -360,15 +364,6 @@ class Engine:
                 self.step()
         self.frozen.copy_(frozen)
         return graph
-
-    def _d_token(self) -> Tensor:
-        """Gradient of each sample's own loss with respect to its token: (B, D)."""
-        if self.loss_name == "mse":
-            return (self.token - self.target) * (2 / self.config.dim)
-        eps = torch.finfo(torch.float32).eps
-        length = self.token.norm(dim=1, keepdim=True).clamp_min(eps)
-        towards = self.target / self.target.norm(dim=1, keepdim=True).clamp_min(eps)
-        return (self.cosine[:, None] * self.token / length - towards) / length
 
     def _weight_gradient(self, d_output: Tensor, inputs: Tensor, out: Tensor) -> None:
         """Write d_output' inputs, (B, n, m)' (B, n, k) -> (B, m, k), straight into what Adam reads, in float32."""

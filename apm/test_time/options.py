@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 Reading = Literal["query", "mean", "mode"]
 
+TEMPERATURE = 1.0
+"""Of softened targets. Networks that Hinton et al. 2015 soften (T from 2 to 20) were trained on labels and are sure of
+one; a zero-shot teacher's scale is what its training found, and its probabilities over the names, from which answers
+are read, are soft already. A larger temperature asks for the order of all labels rather than for the answer's
+probabilities."""
+
 
 def _queries(_: str, value: int | str) -> None:
     check_queries(value)
@@ -58,7 +64,17 @@ class TrainingOptions:
         choices=typing.get_args(Precision),
     )
     seed: int = setting(0, "Seed of the student's first weights and of the augmented views.", check=at_least(0))
-    loss: Loss = setting("mse", "Loss of the token.", choices=typing.get_args(Loss), option=False)
+    loss: Loss = setting(
+        "mse",
+        "Loss of the token: mse (mean squared error), cosine (one minus the cosine), or soft (what the student's token "
+        "says of the labels against what the target says, both softened; Hinton et al. 2015).",
+        choices=typing.get_args(Loss),
+    )
+    temperature: float = setting(
+        TEMPERATURE,
+        "Of --loss soft: what the logits, with the teacher's own scale, are divided by before the softmax.",
+        check=positive,
+    )
     tolerance: float | None = setting(
         None,
         "Stop an image early, once its loss (no label is involved) is at or below this.",
@@ -72,6 +88,10 @@ class TrainingOptions:
         if self.distil == "grid" and self.loss != "mse":
             raise UsageError(
                 f'loss="{self.loss}" is of the token, which has no loss with distil="grid": use distil="both".'
+            )
+        if self.temperature != TEMPERATURE and self.loss != "soft":
+            raise UsageError(
+                f"temperature={self.temperature:g} but loss={self.loss}, which softens nothing; add loss=soft."
             )
 
 
@@ -171,6 +191,7 @@ class StudentOptions(TrainingOptions):
             preset=self.preset,
             readout=self.chosen_readout,
             distil=self.distil,
+            loss=self.loss,
             rgb_weight=self.rgb_weight,
             device=device,
         )

@@ -27,12 +27,13 @@ def check_queries(queries: int | str) -> None:
 
 
 def locations_a_step(
-    queries: int | str, *, preset: str, readout: str, distil: str, rgb_weight: float, device: torch.device
+    queries: int | str, *, preset: str, readout: str, distil: str, loss: str, rgb_weight: float, device: torch.device
 ) -> int | None:
     """Return how many locations each step reads, None for all.
 
-    ``auto`` reads fewer where that is measured: on a CPU, with the object query, and with the token as the only target.
-    A GPU is no faster with fewer, and a loss of the grid or of colours is about every location.
+    ``auto`` reads fewer where that is measured: on a CPU, with the object query, and with the token as the only target,
+    by its mean squared error. A GPU is no faster with fewer, and a loss of the grid or of colours is about every
+    location.
 
     Raises:
         UsageError: as `check_queries`.
@@ -40,7 +41,8 @@ def locations_a_step(
     check_queries(queries)
     if isinstance(queries, int):
         return queries
-    measured = distil == "cls" and rgb_weight == 0 and readout == "query" and device.type == "cpu"
+    alone = distil == "cls" and loss == "mse" and rgb_weight == 0
+    measured = alone and readout == "query" and device.type == "cpu"
     return FEWER.get(preset) if queries == AUTO and measured else None
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from apm.student.field import SavedField
 from apm.student.matmul import measured_precision
 from apm.student.model import draw_parameters
 from apm.test_time.options import AdaptConfig
+
+if TYPE_CHECKING:
+    from apm.text.zeroshot import ZeroShotHead
 
 log = logging.getLogger("apm")
 
@@ -142,6 +145,7 @@ class TestTimeTrainer:
         targets: Tensor,
         *,
         grids: Tensor | Cells | None = None,
+        head: ZeroShotHead | None = None,
         keep_field: bool = False,
         record_tokens: bool = False,
         snapshots: Sequence[int] = (),
@@ -155,6 +159,8 @@ class TestTimeTrainer:
             grids: (B, N, D) float, what the field is to become at the student's own locations, in reading order
                 (`apm.student.field.resample`); or `Cells`, what its means over the cells of views are to become.
                 Needed unless distil="cls".
+            head: the labels whose probabilities are compared with loss="soft": what the targets say of them is what the
+                students' tokens are to say. Needed for it, and without use for other losses.
             keep_field: keep columns and weights, so that the result can tell features at any location.
             record_tokens: keep the token before each update as well.
             snapshots: numbers of steps, from 0 to all, after which to keep the field at the student's own locations,
@@ -168,17 +174,19 @@ class TestTimeTrainer:
             ApmError: not even one image fits into memory.
         """
         self._check(images, targets, grids, snapshots)
+        text = self._text(head)
         began = time.perf_counter()
         parts: list[AdaptResult] = []
         start = 0
         view_cells = grids.features.shape[1] if isinstance(grids, Cells) else None
+        texts = None if text is None else len(text)
         while start < len(images):
-            size = min(self._batch_size(view_cells), len(images) - start)
+            size = min(self._batch_size(view_cells, texts), len(images) - start)
             some = slice(start, start + size)
             try:
                 wanted = None if grids is None else grids[some]
                 parts.append(
-                    self._adapt_some(images[some], targets[some], wanted, keep_field, record_tokens, snapshots)
+                    self._adapt_some(images[some], targets[some], wanted, text, keep_field, record_tokens, snapshots)
                 )
                 start += size
                 continue
@@ -186,7 +194,7 @@ class TestTimeTrainer:
                 if not _out_of_memory(error):
                     raise
             # outside of the except block: the error's traceback would keep alive what did not fit
-            self._halve_batch(size, view_cells)
+            self._halve_batch(size, view_cells, texts)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that `seconds` holds the work and not only its launch
         joined = AdaptResult.join(parts, targets.device)
@@ -224,31 +232,46 @@ class TestTimeTrainer:
         if self.config.queries is not None:
             raise UsageError("Cells of views are read from all locations: leave queries out, or give a grid.")
 
-    def _batch_size(self, view_cells: int | None) -> int:
+    def _text(self, head: ZeroShotHead | None) -> Tensor | None:
+        """Text features (C, D) as long as the logit scale, where the loss is over labels."""
+        if self.config.loss != "soft":
+            return None
+        if head is None:
+            raise UsageError('loss="soft" compares what tokens say of labels, and none are given: give adapt a head.')
+        if head.features.shape[1] != self.model.dim:
+            raise UsageError(
+                f"The head's text features have {head.features.shape[1]} numbers and the targets {self.model.dim}."
+            )
+        return head.logit_scale * head.features
+
+    def _batch_size(self, view_cells: int | None, texts: int | None) -> int:
         """Students in memory at a time: decided once, and from then on only ever lowered."""
         if self._limit is None:
             self._limit = 1 if self.device.type == "cpu" else LARGEST_BATCH
             if self.device.type == "cuda":
                 free, _ = torch.cuda.mem_get_info(self.device)
-                self._limit = max(1, min(LARGEST_BATCH, int(0.8 * free) // self._bytes_per_student(view_cells)))
+                self._limit = max(1, min(LARGEST_BATCH, int(0.8 * free) // self._bytes_per_student(view_cells, texts)))
         return self._limit
 
-    def _bytes_per_student(self, view_cells: int | None = None) -> int:
-        """Memory of one student in the engine: weights, gradients, moments; hidden layers and their gradients."""
+    def _bytes_per_student(self, view_cells: int | None = None, texts: int | None = None) -> int:
+        """Memory of one student in the engine: weights, gradients, moments; hidden layers and their gradients.
+
+        What all share is beside it: text features.
+        """
         parameters = sum(value.numel() for value in self._initial.values())
         hidden = sum(self.model.hidden)
         if self.config.distil != "cls" or self.config.rgb_weight:  # the field, its gradient, what is wanted; colours
             hidden += 2 * self.model.dim + 2 * self.model.rgb_hidden
         in_views = (view_cells or 0) * (self.model.cells + 2 * self.model.dim + 2 * self.model.hidden[2])
-        return 4 * (5 * parameters + 2 * self.model.cells * hidden + in_views)
+        return 4 * (5 * parameters + 2 * self.model.cells * hidden + in_views + 6 * (texts or 0))
 
-    def _halve_batch(self, size: int, view_cells: int | None) -> None:
+    def _halve_batch(self, size: int, view_cells: int | None, texts: int | None) -> None:
         """Give up what did not fit, and go on with half of it. Said once."""
         self._engine = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if size == 1:
-            gib = self._bytes_per_student(view_cells) / 2**30
+            gib = self._bytes_per_student(view_cells, texts) / 2**30
             raise ApmError(
                 f"Out of memory on {self.device}: one image at a time needs about {gib:.1f} GiB. "
                 'Free some memory, or choose the preset "small".'
@@ -258,18 +281,21 @@ class TestTimeTrainer:
             log.warning("Out of memory with %d images at a time: going on with fewer.", size)
         self._said = True
 
-    def _engine_for(self, size: int, view_cells: int | None) -> Engine:
+    def _engine_for(self, size: int, view_cells: int | None, texts: int | None) -> Engine:
         """The engine in use if it holds ``size`` samples, else a new one, reset. A smaller rest will be padded."""
-        if self._engine is not None and self._engine.batch >= size and self._engine.view_cells == view_cells:
-            self._engine.reset()  # before and not after: whatever an interrupted call left behind is gone
+        engine = self._engine
+        if engine is not None and engine.batch >= size and (engine.view_cells, engine.texts) == (view_cells, texts):
+            engine.reset()  # before and not after: whatever an interrupted call left behind is gone
         else:
-            self._engine = None  # its memory goes first
-            self._engine = Engine(
+            self._engine = engine = None  # its memory goes first
+            self._engine = engine = Engine(
                 self.model,
                 self._initial,
                 batch=size,
                 lr=self.config.lr,
                 loss=self.config.loss,
+                temperature=self.config.temperature,
+                texts=texts,
                 tolerance=self.config.tolerance,
                 precision=self.precision,
                 queries=self.config.queries,
@@ -279,19 +305,21 @@ class TestTimeTrainer:
                 view_cells=view_cells,
                 device=self.device,
             )
-        return self._engine
+        return engine
 
     def _adapt_some(
         self,
         images: Tensor,
         targets: Tensor,
         grids: Tensor | Cells | None,
+        text: Tensor | None,
         keep_field: bool,
         record_tokens: bool,
         snapshots: Sequence[int],
     ) -> AdaptResult:
         size = len(images)
-        engine = self._engine_for(size, grids.features.shape[1] if isinstance(grids, Cells) else None)
+        view_cells = grids.features.shape[1] if isinstance(grids, Cells) else None
+        engine = self._engine_for(size, view_cells, None if text is None else len(text))
         spare = engine.batch - size
         if spare:  # repeat the first sample: no sample sees another, so it changes nothing
             images = torch.cat((images, images[:1].expand(spare, -1, -1, -1)))
@@ -300,7 +328,7 @@ class TestTimeTrainer:
                 grids = grids.padded(spare)
             elif grids is not None:
                 grids = torch.cat((grids, grids[:1].expand(spare, -1, -1)))
-        engine.load(images, targets, grids)
+        engine.load(images, targets, grids, text)
         history = engine.run(self.config.steps, record_tokens=record_tokens, snapshots=frozenset(snapshots))
         finite = engine.finite[:size].clone()
         tokens, losses, cosines = (t[:size].clone() for t in (engine.token, engine.loss, engine.cosine))

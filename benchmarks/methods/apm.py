@@ -24,7 +24,7 @@ from apm.test_time.view_numbers import number_of
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings
 
-_UNSAID = ("distil", "rgb_weight", "guide", "grid_views")
+_UNSAID = ("distil", "temperature", "rgb_weight", "guide", "grid_views")
 """Settings that records hold only where they are not the default."""
 
 
@@ -51,6 +51,7 @@ class APMTestTimeTraining:
         record = self._student.record(self._device)
         self.settings: Mapping[str, Json] = {
             **{name: value for name, value in record.items() if name not in _UNSAID or value != defaults[name]},
+            **({"temperature": self._student.temperature} if self._student.loss == "soft" else {}),
             "aggregate": self._policy.kind,
         }
 
@@ -64,7 +65,9 @@ class APMTestTimeTraining:
         images = batch.student_images(trainer.model.image_size)
         grids = self._grids(batch, trainer.model.grid)
         targets, modes = self._targets(batch), self._student.readout == "mode"
-        result = trainer.adapt(images, targets, grids=grids, record_tokens=self._record_steps, keep_field=modes)
+        result = trainer.adapt(
+            images, targets, grids=grids, head=batch.head, record_tokens=self._record_steps, keep_field=modes
+        )
         if modes:
             result = read_modes(result, batch.head, trainer.model.grid, targets)
         return Prediction(
@@ -105,6 +108,10 @@ class APMTestTimeTraining:
             parts += (student.distil,)
         if student.grid_views != 1 and "grid_views" not in options.overrides:
             parts += (f"grid_views={student.grid_views}",)
+        if student.loss != "mse" and "loss" not in options.overrides:
+            parts += (f"loss={student.loss}",)
+        if student.temperature != StudentOptions.temperature and "temperature" not in options.overrides:
+            parts += (f"temperature={student.temperature:g}",)
         if self._adapt.queries is not None and "queries" not in options.overrides:  # never unmarked: an approximation
             parts += (f"queries={self._adapt.queries}",)
         others = {name: text for name, text in options.overrides.items() if name not in ("target", "views", "distil")}

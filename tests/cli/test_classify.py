@@ -450,6 +450,15 @@ def test_grid_views_are_made_and_said(picture: Path, fake_teacher: FakeTeacher) 
     assert json.loads(tokens.stdout)["adaptation"]["grid_views"] == "tokens:4" and fake_teacher.grid_calls == 6
 
 
+def test_softened_targets_are_made_and_said(picture: Path, fake_teacher: FakeTeacher) -> None:
+    plain, soft = (
+        records(classify("--json", *more, picture))[0]["adaptation"]
+        for more in ((), ("--loss", "soft", "--temperature", "2", "--steps", "30", "--lr", "0.001"))
+    )
+    assert (plain["loss"], soft["loss"], soft["temperature"], soft["queries"]) == ("mse", "soft", 2.0, None)
+    assert soft["last_loss"] < 0.5 * soft["first_loss"]
+
+
 def test_wrong_distil_is_refused(picture: Path) -> None:
     for arguments, words in (
         (("--distil", "grids"), 'Unknown distil "grids"'),
@@ -457,6 +466,8 @@ def test_wrong_distil_is_refused(picture: Path) -> None:
         (("--distil", "grid", "--grid-views", "few"), 'grid_views is "few"'),
         (("--distil", "grid", "--readout", "query"), 'choose readout="mean"'),
         (("--rgb-weight", "-1"), "rgb_weight must be 0 or a positive number"),
+        (("--loss", "soft", "--distil", "grid"), 'use distil="both"'),
+        (("--temperature", "2"), "add loss=soft"),
         (("--queries", "257"), "queries must not exceed the 256 locations"),
         (("--queries", "some"), 'queries is "some"; it must be a number from 1 on, all, or auto'),
         (("--queries", "0"), 'queries is "0"'),

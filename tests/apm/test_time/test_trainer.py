@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import logging
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from apm.student.engine import Engine
 from apm.student.model import APM
 from apm.test_time.options import AdaptConfig
 from apm.test_time.trainer import AdaptResult, TestTimeTrainer
+from apm.text.zeroshot import ZeroShotHead
 
 MODEL = APMConfig(
     dim=24, image_size=24, patch_size=3, position_dim=32, hidden=(96, 64, 48), heads=4, rgb_hidden=4, init_std=0.1
@@ -30,6 +32,13 @@ def batch(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, MODEL.image_size, MODEL.image_size, generator=generator)
     return images, torch.randn(count, MODEL.dim, generator=generator)
+
+
+def head(labels: int, seed: int = 0) -> ZeroShotHead:
+    features = torch.randn(labels, MODEL.dim, generator=torch.Generator().manual_seed(seed))
+    return ZeroShotHead(
+        tuple(map(str, range(labels))), torch.nn.functional.normalize(features, dim=1), logit_scale=30.0
+    )
 
 
 def same(a: AdaptResult, b: AdaptResult, pick: Tensor | slice = slice(None)) -> None:
@@ -44,8 +53,8 @@ def same(a: AdaptResult, b: AdaptResult, pick: Tensor | slice = slice(None)) -> 
 @pytest.mark.parametrize("batch_size", [None, 3, 7])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"precision": "bf16"}, {"loss": "cosine"}, {"tolerance": 0.7}, {"queries": 9}],
-    ids=["fp32", "bf16", "cosine", "tolerance", "queries"],
+    [{}, {"precision": "bf16"}, {"loss": "cosine"}, {"loss": "soft"}, {"tolerance": 0.7}, {"queries": 9}],
+    ids=["fp32", "bf16", "cosine", "soft", "tolerance", "queries"],
 )
 def test_the_answer_is_the_same_alone_in_a_batch_and_in_reversed_order(
     changes: dict[str, object], batch_size: int | None
@@ -53,14 +62,44 @@ def test_the_answer_is_the_same_alone_in_a_batch_and_in_reversed_order(
     config = dataclasses.replace(ADAPT, **changes)  # type: ignore[arg-type]
     images, targets = batch(7)
     trainer = TestTimeTrainer(MODEL, config, batch_size=batch_size)
-    together = trainer.adapt(images, targets, record_tokens=True)
+    told: dict[str, Any] = {"head": head(11), "record_tokens": True}
+    together = trainer.adapt(images, targets, **told)
     assert together.finite.all()
-    same(trainer.adapt(images.flip(0), targets.flip(0), record_tokens=True), together, torch.arange(6, -1, -1))
+    same(trainer.adapt(images.flip(0), targets.flip(0), **told), together, torch.arange(6, -1, -1))
     for i in (0, 3, 6):
-        alone = TestTimeTrainer(MODEL, config).adapt(images[i : i + 1], targets[i : i + 1], record_tokens=True)
+        alone = TestTimeTrainer(MODEL, config).adapt(images[i : i + 1], targets[i : i + 1], **told)
         same(alone, together, slice(i, i + 1))
     if "tolerance" in changes:
         assert together.steps.min() < together.steps.max()  # else it would show nothing
+
+
+def test_softened_targets_are_met_and_leave_free_what_no_label_asks_for() -> None:
+    images, targets = batch(2)
+    labels = head(5)
+    results = {}
+    for loss in ("mse", "soft"):
+        config = dataclasses.replace(ADAPT, steps=100, loss=loss)
+        results[loss] = TestTimeTrainer(MODEL, config).adapt(images, targets, head=labels)
+    said, wanted = labels.probabilities(results["soft"].tokens), labels.probabilities(targets)
+    assert float((said - wanted).abs().max()) < 0.01 < 0.4 < float((said - 1 / 5).abs().max())
+    assert results["soft"].final_losses.max() < 1e-3
+    assert results["soft"].final_cosines.max() < 0.9 < 0.95 < results["mse"].final_cosines.min()
+
+
+def test_softened_targets_are_of_the_labels_of_each_call() -> None:
+    images, targets = batch(2)
+    config = dataclasses.replace(ADAPT, loss="soft", temperature=2.0)
+    used = TestTimeTrainer(MODEL, config, batch_size=2)
+    for labels in (head(5), head(5, seed=1), head(40)):
+        found = used.adapt(images, targets, head=labels)
+        same(found, TestTimeTrainer(MODEL, config, batch_size=2).adapt(images, targets, head=labels))
+    with pytest.raises(UsageError, match="none are given: give adapt a head"):
+        used.adapt(images, targets)
+    narrow = ZeroShotHead(("a", "b"), torch.eye(2), 1.0)
+    with pytest.raises(UsageError, match="have 2 numbers and the targets 24"):
+        used.adapt(images, targets, head=narrow)
+    targets[0, 3] = torch.nan
+    assert used.adapt(images, targets, head=head(5)).finite.tolist() == [False, True]
 
 
 def test_a_second_call_knows_nothing_of_the_first() -> None:

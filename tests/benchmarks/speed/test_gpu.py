@@ -60,6 +60,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"distil": "both", "rgb_weight": 0.5, "queries": 5},
     {"distil": "both", "view_cells": 6},
     {"guide": "rgb", "queries": 5},
+    {"loss": "soft", "temperature": 2.0, "texts": 7},
 ]
 
 
@@ -81,7 +82,8 @@ def test_a_step_on_a_gpu_touches_nothing_of_the_cpu(
             grids = Cells(torch.ones(3, count, config.cells) / config.cells, torch.zeros(3, count, config.dim))
         elif options.get("distil") == "both":
             grids = torch.zeros(3, config.cells, config.dim)
-        engine.load(torch.zeros(3, 3, side, side), torch.zeros(3, config.dim), grids)
+        text = torch.ones(count, config.dim) if (count := options.get("texts")) else None
+        engine.load(torch.zeros(3, 3, side, side), torch.zeros(3, config.dim), grids, text)
         held = {name: value.device.type for name, value in _tensors(engine).items()}
         assert len(held) > 40 and set(held.values()) == {"cuda"}, held
         drawn = engine._draw(2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from apm.errors import UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from apm.student.field import SavedField
     from apm.text.zeroshot import ZeroShotHead
 
 PLACES = 112
@@ -82,6 +81,14 @@ class Segmentation:
     """What was unusual about the file."""
 
 
+class Field(Protocol):
+    """What a square tile has at each of its places."""
+
+    def read(self, points: Tensor) -> Tensor:
+        """Features (1, Q, D) at places (Q, 2), as `apm.student.field.SavedField.read`."""
+        ...
+
+
 Tile = tuple[int, int, int]
 """Left, top, side, in pixels."""
 
@@ -96,7 +103,7 @@ def tiles_of(width: int, height: int) -> list[Tile]:
 
 def segment_image(
     image: Image.Image,
-    adapted: Callable[[Image.Image], SavedField],
+    adapted: Callable[[Image.Image], Field],
     head: ZeroShotHead,
     *,
     background: Sequence[str] = (),
@@ -126,7 +133,7 @@ def segment_image(
     wanted = [number for number, label in enumerate(head.labels) if label not in background]
     values = torch.zeros(len(head.labels), dtype=torch.int32)
     values[wanted] = torch.arange(1, len(wanted) + 1, dtype=torch.int32)
-    found = _label_map(lattice, head, values, image.size, min_probability)
+    found = Probable.of_features(lattice, head).map(image.size, values, min_probability)
     labels = tuple(head.labels[number] for number in wanted)
     found = without_small(found, min_area)
     return Segmentation(
@@ -158,11 +165,36 @@ def check(
 
 
 def features_of(
-    image: Image.Image, adapted: Callable[[Image.Image], SavedField], tiles: Sequence[Tile], places: int
+    image: Image.Image, adapted: Callable[[Image.Image], Field], tiles: Sequence[Tile], places: int
 ) -> Tensor:
     """Read the tiles' fields on one lattice over the image: unit features (rows, cols, D), blended where tiles overlap.
 
     Of the fields of the tiles only one is held at a time.
+    """
+
+    def unit_features(tile: Image.Image) -> Callable[[Tensor], Tensor]:
+        field = adapted(tile)
+        return lambda points: functional.normalize(field.read(points)[0].cpu(), dim=1)
+
+    return functional.normalize(blended(image, unit_features, tiles, places), dim=2)
+
+
+def blended(
+    image: Image.Image,
+    look: Callable[[Image.Image], Callable[[Tensor], Tensor]],
+    tiles: Sequence[Tile],
+    places: int,
+) -> Tensor:
+    """Add up what tiles say at the places of one lattice over the image, the nearer to a tile's middle the more.
+
+    Args:
+        image: of any shape.
+        look: tile → what reads V values (Q, V) at places (Q, 2) of it, y and x as shares of its side.
+        tiles: that cover the image.
+        places: of the lattice along the shorter side.
+
+    Returns:
+        (rows, cols, V): sums, of weights that differ from place to place.
     """
     width, height = image.size
     step = max(min(width, height) / places, max(width, height) / MOST_PLACES)  # pixels
@@ -174,16 +206,15 @@ def features_of(
         inside = (y >= top) & (y <= top + side), (x >= left) & (x <= left + side)
         within = [(axis[some] - start) / side for axis, some, start in zip((y, x), inside, (top, left), strict=True)]
         points = np.stack(np.meshgrid(*within, indexing="ij"), axis=-1).reshape(-1, 2)
-        field = adapted(image.crop((left, top, left + side, top + side)))
-        features = functional.normalize(field.read(torch.from_numpy(points))[0].cpu(), dim=1)
+        values = look(image.crop((left, top, left + side, top + side)))(torch.from_numpy(points))
         nearness = np.minimum(points, 1 - points).min(axis=1) + 1e-3  # to the tile's border
         if lattice is None:
-            lattice = torch.zeros(rows, cols, features.shape[1])
+            lattice = torch.zeros(rows, cols, values.shape[1])
         where = np.ix_(*(np.flatnonzero(some) for some in inside))
         shape = (len(within[0]), len(within[1]), -1)
-        lattice[where] += (features * torch.from_numpy(nearness).float()[:, None]).reshape(shape)
+        lattice[where] += (values * torch.from_numpy(nearness).float()[:, None]).reshape(shape)
     assert lattice is not None
-    return functional.normalize(lattice, dim=2)
+    return lattice
 
 
 def without_small(found: NDArray[np.int32], min_area: float) -> NDArray[np.int32]:
@@ -230,33 +261,51 @@ def _pieces(found: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int
     return pieces, np.bincount(pieces.ravel())
 
 
-def _label_map(
-    lattice: Tensor, head: ZeroShotHead, values: Tensor, size: tuple[int, int], min_probability: float
-) -> NDArray[np.int32]:
-    """Classify a lattice of unit features, and interpolate between its places, among the labels that win anywhere."""
-    rows, cols, dim = lattice.shape
-    text = head.features.float().cpu()
+@dataclass(frozen=True)
+class Probable:
+    """Probabilities, at the places of a lattice, of the labels that are the best of all somewhere."""
 
-    def probabilities(some: Tensor) -> Tensor:
-        return (head.logit_scale * (some @ text.T)).softmax(dim=1)  # (Q, C)
+    labels: Tensor
+    """(K,) their numbers, ascending."""
+    values: Tensor
+    """(K, rows, cols)."""
 
-    places = lattice.reshape(-1, dim).split(CHUNK)
-    best = torch.cat([probabilities(some).argmax(dim=1) for some in places])
-    winners = best.unique()  # (K,)
-    among = torch.cat([probabilities(some)[:, winners] for some in places]).T.reshape(-1, rows, cols)
-    width, height = size
-    found = torch.empty(height, width, dtype=torch.int32)
-    upper, lower, down = _between(height, rows)
-    left, right, across = _between(width, cols)
-    strip = max(1, NUMBERS // (len(winners) * max(width, cols)))
-    for start in range(0, height, strip):
-        some = slice(start, start + strip)
-        lines = torch.lerp(among[:, upper[some]], among[:, lower[some]], down[some, None])
-        probable, which = torch.lerp(lines[..., left], lines[..., right], across).max(dim=0)  # (strip, W)
-        named = values[winners[which]]
-        named[probable < min_probability] = BACKGROUND
-        found[some] = named
-    return found.numpy()
+    @classmethod
+    def of_features(cls, lattice: Tensor, head: ZeroShotHead) -> Probable:
+        """Classify unit features (rows, cols, D), some at a time."""
+        rows, cols, dim = lattice.shape
+        text = head.features.float().cpu()
+
+        def probabilities(some: Tensor) -> Tensor:
+            return (head.logit_scale * (some @ text.T)).softmax(dim=1)  # (Q, C)
+
+        places = lattice.reshape(-1, dim).split(CHUNK)
+        winners = torch.cat([probabilities(some).argmax(dim=1) for some in places]).unique()
+        among = torch.cat([probabilities(some)[:, winners] for some in places])
+        return cls(winners, among.T.reshape(-1, rows, cols))
+
+    def map(self, size: tuple[int, int], values: Tensor, min_probability: float = 0.0) -> NDArray[np.int32]:
+        """Interpolate between the places, and take the best label of each pixel.
+
+        Args:
+            size: width and height of the image, in pixels.
+            values: (C,) int32, each label's in the map.
+            min_probability: a pixel whose best label is less probable is background.
+        """
+        rows, cols = self.values.shape[1:]
+        width, height = size
+        found = torch.empty(height, width, dtype=torch.int32)
+        upper, lower, down = _between(height, rows)
+        left, right, across = _between(width, cols)
+        strip = max(1, NUMBERS // (len(self.labels) * max(width, cols)))
+        for start in range(0, height, strip):
+            some = slice(start, start + strip)
+            lines = torch.lerp(self.values[:, upper[some]], self.values[:, lower[some]], down[some, None])
+            probable, which = torch.lerp(lines[..., left], lines[..., right], across).max(dim=0)  # (strip, W)
+            named = values[self.labels[which]]
+            named[probable < min_probability] = BACKGROUND
+            found[some] = named
+        return found.numpy()
 
 
 def _between(count: int, places: int) -> tuple[Tensor, Tensor, Tensor]:

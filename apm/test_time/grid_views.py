@@ -118,26 +118,49 @@ def view_cells(
     Returns:
         Each view's cells, in the order of the views, on the teacher's device.
     """
-    count, by_token = number_of(views)
     found = []
     for number, (image, name) in enumerate(zip(images, sample_ids, strict=True)):
-        drawn = grid_views(count, seed=seed, sample_id=name, sides=TOKEN_SIDES if by_token else GRID_SIDES)
-        parts = [cut(image, view) for view in drawn]
-        if by_token:
-            known = [_token(teacher, part) for part, _ in parts]
-        else:
-            whole = None if grids is None else grids[number]
-            known = [
-                whole if whole is not None and at == 0 else teacher.encode_grid(part, size=size)
-                for at, (part, _) in enumerate(parts)
-            ]
-        shares = [
-            shares_of(view.box, grid.shape[0], grid.shape[1], side, flipped=view.flipped)
-            for grid, (_, view) in zip(known, parts, strict=True)
-        ]
-        found.append((torch.cat(shares), torch.cat([grid.flatten(0, 1) for grid in known])))
-    shares_, features = (torch.stack(one) for one in zip(*found, strict=True))
-    return Cells(shares_.to(features.device), features.float())
+        known = None if grids is None else grids[number]
+        seen = looks(image, teacher, views, seed=seed, sample_id=name, grid=known, size=size)
+        found.append(cells_of(seen, side))
+    shares, features = (
+        torch.cat(one) for one in zip(*((cells.shares, cells.features) for cells in found), strict=True)
+    )
+    return Cells(shares, features)
+
+
+@torch.no_grad()
+def looks(
+    image: Image.Image,
+    teacher: Teacher,
+    views: int | str,
+    *,
+    seed: int,
+    sample_id: str,
+    grid: Tensor | None = None,
+    size: int | None = None,
+) -> list[tuple[GridView, Tensor]]:
+    """Have the teacher look at every view of one image: the views as they were cut, and their grids (h', w', D).
+
+    The arguments are those of `view_cells`; `grid` is that of the whole image.
+    """
+    count, by_token = number_of(views)
+    drawn = grid_views(count, seed=seed, sample_id=sample_id, sides=TOKEN_SIDES if by_token else GRID_SIDES)
+    parts = [cut(image, view) for view in drawn]
+    if by_token:
+        return [(view, _token(teacher, part)) for part, view in parts]
+    known = [grid] + [None] * (count - 1)
+    return [
+        (view, teacher.encode_grid(part, size=size) if whole is None else whole)
+        for (part, view), whole in zip(parts, known, strict=True)
+    ]
+
+
+def cells_of(seen: Sequence[tuple[GridView, Tensor]], side: int) -> Cells:
+    """The cells of all views of one image, in their order, for a student of `side` × `side` locations."""
+    shares = [shares_of(view.box, grid.shape[0], grid.shape[1], side, flipped=view.flipped) for view, grid in seen]
+    features = torch.cat([grid.flatten(0, 1) for _, grid in seen])
+    return Cells(torch.cat(shares)[None].to(features.device), features[None].float())
 
 
 def _token(teacher: Teacher, part: Image.Image) -> Tensor:

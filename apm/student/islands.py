@@ -57,15 +57,20 @@ def regions(field: ArrayLike, threshold: float, *, within: Labels | None = None)
     Where `within` (H, W) is given, only those that have the same number there.
     """
     right, below = neighbour_cosines(field)
-    height, width = below.shape[0] + 1, below.shape[1]
-    number = np.arange(height * width).reshape(height, width)
     # a cosine of equal vectors may come out one rounding below 1
     joined_right, joined_below = right >= threshold - 1e-9, below >= threshold - 1e-9
     if within is not None:
         joined_right = joined_right & (within[:, 1:] == within[:, :-1])
         joined_below = joined_below & (within[1:] == within[:-1])
-    starts = np.concatenate([number[:, :-1][joined_right], number[:-1][joined_below]])
-    ends = np.concatenate([number[:, 1:][joined_right], number[1:][joined_below]])
+    return connected(joined_right, joined_below)
+
+
+def connected(right: NDArray[np.bool_], below: NDArray[np.bool_]) -> Labels:
+    """Number (H, W) what hangs together, where each place is joined or not to the right (H, W-1) and below (H-1, W)."""
+    height, width = below.shape[0] + 1, below.shape[1]
+    number = np.arange(height * width).reshape(height, width)
+    starts = np.concatenate([number[:, :-1][right], number[:-1][below]])
+    ends = np.concatenate([number[:, 1:][right], number[1:][below]])
     graph = coo_matrix((np.ones(len(starts), dtype=np.int8), (starts, ends)), shape=(number.size, number.size))
     _, labels = connected_components(graph, directed=False)
     return labels.astype(np.int64).reshape(height, width)

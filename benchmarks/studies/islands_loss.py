@@ -1,0 +1,358 @@
+"""Whether wholes break into parts as the loss falls: `python -m apm.benchmarks.studies.islands_loss --root DIR`.
+
+Modi & Rawat 2024 (Figure 3) show it in pictures. Here a student's field is kept whenever its loss has fallen by half a
+decade more, from 1e-1 to ``--until``, read in float64 at the student's own places, and the size of its regions told in
+several ways (``SIZES``): at a fixed cosine, and relative to the field's own spread, because a field that is nearly
+constant is one region at any fixed cosine. Beside the image stand controls in which no region could follow it, other
+learning rates, and the teacher's grid as the target, whose loss is looked at in eighths of a decade below its first.
+``--rows FILE`` keeps every image's row: the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy.stats import spearmanr
+
+from apm.teachers import load_teacher
+from apm.teachers.base import Teacher
+from apm.test_time.island_fields import prepare, trainers
+from apm.test_time.label_maps import LR
+from apm.test_time.options import StudentOptions
+from apm.test_time.queries import ALL
+
+from ..datasets import open_dataset
+from .region_sizes import PARTS, SIZES, measures
+from .rows import Row, continued
+from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, plus_minus, run
+from .watching import Moment, Watcher
+
+CONDITIONS = {
+    "image": "the teacher's token of the image as the target, as in the paper",
+    "random target": "a target of a random direction and the same length",
+    "other target": "another image's",
+    "3 × lr": "the image's, a learning rate three times as large",
+    "lr / 3": "the image's, a third of the learning rate",
+    "grid": "the teacher's grid of the image",
+    "grid, random": "a grid of random directions and the same lengths",
+}
+LATE = 1e-2
+"""Loss from which on sizes are compared by themselves: what changes first is the draw of the first weights."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One condition: what is fitted to what."""
+
+    watcher: Watcher
+    control: str
+    """Of `apm.test_time.island_fields.prepare`."""
+
+
+class Player:
+    """Fits one image's students under all conditions, and measures their fields."""
+
+    def __init__(self, teacher: Teacher, options: Options) -> None:
+        self.teacher, self.options = teacher, options
+        student = StudentOptions(preset=options.preset, steps=options.steps, seed=options.seed, queries=ALL)
+        made = trainers(student.model(teacher.dim), student.training(teacher.device), grid_lr=options.grid_lr)
+        self.model, adapt = made["cls"].model, made["cls"].config
+        self.lr = adapt.lr
+
+        def watcher(factor: float = 1) -> Watcher:
+            return Watcher(self.model, replace(adapt, lr=factor * adapt.lr), device=options.device)
+
+        as_it_is = watcher()
+        self.fits = {
+            "image": Fit(as_it_is, "image"),
+            "random target": Fit(as_it_is, "random target"),
+            "other target": Fit(as_it_is, "other target"),
+            "3 × lr": Fit(watcher(3), "image"),
+            "lr / 3": Fit(watcher(1 / 3), "image"),
+        }
+        grid = Watcher(made["grid"].model, made["grid"].config, device=options.device)
+        self.fits |= {"grid": Fit(grid, "image"), "grid, random": Fit(grid, "random target")}
+        for name in options.without:
+            del self.fits[name]
+
+    def __call__(self, image: Image.Image, other: Image.Image) -> Row:
+        """Moments of every condition, each with its measures."""
+        subject = prepare(image, other, self.teacher, self.model, parts=PARTS, seed=self.options.seed)
+        return {
+            name: [
+                {"passed": passed, "step": one.step, "loss": one.loss, **measures(one, self.model.grid)}
+                for passed, one in self._moments(fit.watcher, subject.inputs[fit.control], name.startswith("grid"))
+            ]
+            for name, fit in self.fits.items()
+        }
+
+    def _moments(self, watcher: Watcher, inputs: Any, by_grid: bool) -> Iterator[tuple[float, Moment]]:
+        """The student whenever its loss has passed a threshold, the lowest of those passed at once, and that."""
+        passing = Passing(self.options.until, of_first=by_grid)
+        for one in watcher(inputs, passing):
+            yield passing.last, one
+            if passing.last <= self.options.until * 1.001:
+                return
+
+
+class Passing:
+    """Says when a loss is at or below the next threshold: half decades from 1e-1 on, or eighths below the first."""
+
+    def __init__(self, until: float, *, of_first: bool = False) -> None:
+        self.until, self.of_first = until, of_first
+        self.first: float | None = None
+        self.last = math.inf
+        """The threshold passed last."""
+
+    def __call__(self, step: int, loss: float) -> bool:
+        """Whether a threshold was passed by this step that was not before."""
+        if self.first is None:
+            self.first = loss
+        start, each = (self.first, 8) if self.of_first else (1.0, 2)
+        passed = math.floor(each * math.log10(start / loss) + 1e-9) if loss > 0 else 0
+        lowest = self.until if loss <= self.until else start * 10 ** (-passed / each)
+        if passed < (1 if self.of_first else 2) or lowest >= self.last * 0.999:
+            return False
+        self.last = lowest
+        return True
+
+
+def measure(options: Options) -> Record:
+    """Watch every image, or as many as are done at Ctrl-C; the image after it is the other one."""
+    data = open_dataset("folder", options.root)
+    teacher = load_teacher(options.teacher, device=options.device)
+    player = Player(teacher, options)
+    samples = [data.samples[number] for number in np.random.default_rng(options.seed).permutation(len(data.samples))]
+    kept = ("preset", "steps", "grid_lr", "until", "without", "seed")
+    settings = {name: getattr(options, name) for name in kept}
+    began = time.perf_counter()
+    rows = continued(
+        range(min(options.limit, len(samples))),
+        lambda number: player(samples[number].load(), samples[(number + 1) % len(samples)].load()),
+        "images",
+        path=options.rows,
+        settings={**settings, "dataset": data.name, "samples": len(samples), "teacher": teacher.identity},
+    )
+    return {
+        "dataset": data.name,
+        "sample_ids": [sample.id for sample in samples[: len(rows)]],
+        "teacher": teacher.identity,
+        "settings": {**settings, "locations": player.model.grid, "lr": player.lr, "precision": "fp32, read in fp64"},
+        "seconds": time.perf_counter() - began,
+        **summary(rows),
+    }
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Means over images.
+
+    Returns:
+        ``moments``: condition → threshold → ``images`` that passed it, and mean and error of each measure (grids:
+        thresholds are not shared, so none); ``correlation``: condition → size → see `correlation`, of all moments;
+        ``late``: the same of those with a loss of at most `LATE`, grids left out; ``ratio``: condition → size → its
+        value at the last moment over that at `LATE` (grids: over that at the first moment), mean and error;
+        ``last``: condition → `_last`; ``rounding``: the largest of all.
+    """
+    conditions = list(rows[0])
+    token = [name for name in conditions if not name.startswith("grid")]
+    moments = [one for row in rows for of in row.values() for one in of]
+    return {
+        "images": len(rows),
+        "moments": {name: _by_threshold([row[name] for row in rows]) for name in token},
+        "correlation": {name: _correlations([row[name] for row in rows]) for name in conditions},
+        "late": {name: _correlations([_late(row[name]) for row in rows]) for name in token},
+        "ratio": {
+            name: _ratios([row[name] if "grid" in name else _late(row[name]) for row in rows]) for name in rows[0]
+        },
+        "last": {name: _last([row[name] for row in rows]) for name in conditions},
+        "rounding": max(one["rounding"] for one in moments),
+    }
+
+
+def _last(runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """Images of which no threshold was passed, the highest of the others' last losses, and the mean step to these."""
+    ends = [moments[-1] for moments in runs if moments]
+    return {
+        "without": len(runs) - len(ends),
+        "loss": max((one["loss"] for one in ends), default=None),
+        "step": float(np.mean([one["step"] for one in ends])) if ends else None,
+    }
+
+
+def _late(moments: Sequence[Row]) -> list[Row]:
+    return [one for one in moments if one["passed"] <= LATE * 1.001]
+
+
+def _by_threshold(runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    found: dict[str, list[Row]] = {}
+    for one in (one for moments in runs for one in moments):
+        found.setdefault(f"{one['passed']:.1e}", []).append(one)
+    names = (*SIZES, "spread", "directions", "step")
+    return {
+        passed: {"images": len(some), **{name: mean_and_error([one[name] for one in some]) for name in names}}
+        for passed, some in sorted(found.items(), key=lambda item: -float(item[0]))
+    }
+
+
+def _correlations(runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    return {name: correlation([[(one["loss"], one[name]) for one in moments] for moments in runs]) for name in SIZES}
+
+
+def correlation(runs: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    """Spearman's correlation of size and loss, image by image: above 0 where regions get smaller as the loss falls.
+
+    Args:
+        runs: for each image (loss, size) of its moments.
+
+    Returns:
+        ``mean``: mean and error over the images where it is defined, None without any; ``smaller``, ``larger``: images
+        with a correlation above and below 0; ``constant``: those whose size never changes, or with less than three
+        moments.
+    """
+    found = []
+    for run_ in runs:
+        losses, sizes = zip(*run_, strict=True) if run_ else ((), ())
+        if len(run_) > 2 and len(set(sizes)) > 1:
+            found.append(float(spearmanr(losses, sizes).statistic))
+    return {
+        "mean": mean_and_error(found) if found else None,
+        "smaller": sum(one > 0 for one in found),
+        "larger": sum(one < 0 for one in found),
+        "constant": len(runs) - len(found),
+    }
+
+
+def _ratios(runs: Sequence[Sequence[Row]]) -> dict[str, list[float] | None]:
+    """Of each size: the last over the first of an image's moments."""
+    usable = [moments for moments in runs if len(moments) > 1]
+    return {
+        name: mean_and_error([one[-1][name] / one[0][name] for one in usable]) if usable else None for name in SIZES
+    }
+
+
+def table(records: Sequence[Record]) -> str:
+    """Records as markdown, one after the other."""
+    meanings = "\n".join(f"- *{name}*: {meaning}" for name, meaning in {**SIZES, **CONDITIONS}.items())
+    return "\n\n".join([meanings, *(_table(record) for record in records)])
+
+
+def _table(record: Record) -> str:
+    settings, conditions = record["settings"], list(record["correlation"])
+    lowest = "; ".join(
+        f"{name} {of['loss']:.0e} after {of['step']:.0f}" if of["step"] is not None else f"{name} none"
+        for name, of in record["last"].items()
+    )
+    paragraphs = (
+        f"**{settings['preset']} student**, {settings['locations']} × {settings['locations']} places, "
+        f"{record['images']} images. Highest of the last losses, and mean of the steps to these: {lowest}. Rounding is "
+        f"at most {100 * record['rounding']:.1g} % of what differs between places.",
+        "The image's token, places a region when the loss first is as low as this:",
+        _moments(record, "image"),
+        *(
+            ("The same with a random target:", _moments(record, "random target"))
+            if "random target" in conditions
+            else ()
+        ),
+        "Spearman's correlation of size and loss, image by image (above 0: smaller as the loss falls); in brackets the "
+        "images in which regions get smaller, get larger, stay:",
+        _compared(record, "correlation", _correlation),
+        f"The same from a loss of {LATE:g} on:",
+        _compared(record, "late", _correlation),
+        f"Size at the lowest loss as a share of that at {LATE:g} (grids: of that at the first threshold):",
+        _compared(record, "ratio", lambda found: plus_minus(found, 2) if found else "–"),
+        f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · lr {settings['lr']:g}, of "
+        f"grids {settings['grid_lr']:g} · at most {settings['steps']} steps · {settings['precision']} · seed "
+        f"{settings['seed']} · ± is the standard error over images</sub>",
+    )
+    return "\n\n".join(paragraphs)
+
+
+def _moments(record: Record, condition: str) -> str:
+    rows = [
+        (
+            passed,
+            of["images"],
+            f"{of['step'][0]:.0f}",
+            *(plus_minus(of[name], 1) for name in SIZES),
+            f"{100 * of['spread'][0]:.2f} %",
+            plus_minus(of["directions"], 2),
+        )
+        for passed, of in record["moments"][condition].items()
+    ]
+    return markdown(("loss", "images", "step", *SIZES, "spread", "directions"), rows)
+
+
+def _compared(record: Record, what: str, cell: Callable[[Any], str]) -> str:
+    """A row a size, a column a condition."""
+    found: Mapping[str, Any] = record[what]
+    return markdown(("size", *found), ((name, *(cell(of[name]) for of in found.values())) for name in SIZES))
+
+
+def _correlation(found: Mapping[str, Any]) -> str:
+    counts = f"({found['smaller']}, {found['larger']}, {found['constant']})"
+    return f"{found['mean'][0]:+.2f} ± {found['mean'][1]:.2f} {counts}" if found["mean"] else f"– {counts}"
+
+
+def plot(records: Sequence[Record]) -> None:
+    """Draw sizes against the loss, a row a record."""
+    from apm.figures.base import new_figure, save
+
+    shown = [name for name in SIZES if name != "¼ spread"]
+    figure = new_figure(13, 2.7 * len(records))
+    axes = figure.subplots(len(records), len(shown), squeeze=False)
+    for record, row in zip(records, axes, strict=True):
+        for name, axis in zip(shown, row, strict=True):
+            for number, (condition, moments) in enumerate(record["moments"].items()):
+                means, errors = zip(*(of[name] for of in moments.values()), strict=True)
+                losses = [float(passed) for passed in moments]
+                axis.errorbar(losses, means, errors, color=f"C{number}", marker=".", lw=1, label=condition)
+            axis.set_xscale("log")
+            axis.invert_xaxis()
+            axis.set_title(f"{record['settings']['preset']}, {record['images']} images: {name}", fontsize=7)
+            axis.set_xlabel("loss", fontsize=7)
+            axis.tick_params(labelsize=6)
+        row[0].set_ylabel("places a region", fontsize=7)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", fontsize=7, frameon=False)
+    save(
+        figure,
+        ROOT / "docs" / "islands-loss.png",
+        settings=f"teacher {records[0]['teacher']} · target: the teacher's token, and controls · each point where the "
+        "loss first is as low as this · bars: standard error over images · wavelength: places a wave",
+    )
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
+    parser.add_argument("--until", type=float, default=1e-8, help="lowest loss looked at (default: %(default)s)")
+    parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's students")
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=[*CONDITIONS][1:], metavar="CONDITION", help="conditions left out"
+    )
+
+
+STUDY = Study(
+    name="islands_loss",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    arguments=_arguments,
+    shared={**USUAL, "preset": "small", "steps": 600, "limit": 20},
+    side_by_side=True,
+    results="islands_loss-*.json",
+    document=ROOT / "docs" / "islands.md",
+    marker="islands and loss",
+    plots=plot,
+)
+
+if __name__ == "__main__":
+    sys.exit(run(STUDY.main))

@@ -21,7 +21,7 @@ from apm.test_time.queries import ALL
 from .data import answer, load_shared_teacher, shared_precision
 from .options import Debug, options_of, student_options
 from .render import failure, notice, told_when_interrupted
-from .reproduced import differs, in_words, missing, print_beside, print_plan
+from .reproduced import differs, in_words, left_out, missing, print_beside, print_plan
 from .run_options import DATA, METHOD, OUTPUT, PROTOCOL_HELP, RUN, VIEWS_HELP, Place, Quiet, Work
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class Rows:
     )
     coop: Path | None = setting(None, "A prompt that CoOp learned, for its rows.")
     cocoop: Path | None = setting(None, "A prompt that CoCoOp learned, for its rows.")
+    probe: Path | None = setting(None, "A checkpoint of apm mae probe, for the rows ViT Probe and TTT-MAE.")
+    finetuned: Path | None = setting(None, "A checkpoint of apm mae finetune, for the row Fine-Tune.")
+    joint: Path | None = setting(None, "A checkpoint of apm mae joint, for the row Joint Train.")
     views: int | None = setting(None, VIEWS_HELP)
     protocol: str = setting("published", PROTOCOL_HELP)
     download: bool = setting(False, "Fetch weights that are not on this machine.")
@@ -54,11 +57,11 @@ class Rows:
             UsageError: nothing can, or a value that cannot work.
         """
         from apm.benchmarks.reproduce.plan import make_plan
-        from apm.benchmarks.reproduce.recipes import PAPER
+        from apm.benchmarks.reproduce.recipes import LEARNED, PAPER
         from apm.benchmarks.runs.plan import check_protocol
 
         check_protocol(self.protocol, {"--views": self.views})
-        learned = {"coop": self.coop, "cocoop": self.cocoop}
+        learned = {one.option: getattr(self, one.option) for one in LEARNED.values()}
         plan = make_plan(
             PAPER[number],
             place.root,
@@ -71,7 +74,8 @@ class Rows:
             download=download,
         )
         if not plan.ready or not plan.ready_jobs:
-            raise UsageError(f"{plan.table.title}: nothing can be run. {' '.join(missing(plan))}")
+            why = [*missing(plan), *left_out(plan)]
+            raise UsageError(f"{plan.table.title}: nothing can be run. {' '.join(why)}")
         return plan
 
 
@@ -143,7 +147,7 @@ def reproduce(
 
 def _teachers(given: Sequence[str]) -> dict[str, str]:
     """By the paper's name of a teacher, the one that is given for it."""
-    from apm.benchmarks.reproduce.recipes import WEIGHTS
+    from apm.benchmarks.reproduce.recipes import NO_TEACHER, WEIGHTS
 
     found: dict[str, str] = {}
     for text in given:
@@ -151,7 +155,7 @@ def _teachers(given: Sequence[str]) -> dict[str, str]:
         if equals and label in WEIGHTS:
             found[label] = spec
         else:
-            found |= dict.fromkeys(WEIGHTS, text)
+            found |= dict.fromkeys((*WEIGHTS, NO_TEACHER), text)
     return found
 
 
@@ -206,7 +210,8 @@ class _Running:
 
         compared = list(beside(self.plan, self.out, self.methods))
         print_beside(self.plan, compared, self.rows.protocol, as_json=as_json)
-        problems = [*missing(self.plan), *(differs(one) for one in compared if one.verdict == "differs")]
+        asked = left_out(self.plan, self.rows.method or ())
+        problems = [*missing(self.plan), *asked, *(differs(one) for one in compared if one.verdict == "differs")]
         if failed:
             problems.append(f"{failed} image(s) have no answer; see the rows with an error below {self.out}.")
         return problems

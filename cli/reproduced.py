@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 def missing(plan: Plan) -> list[str]:
     """What keeps cells from being run, a sentence each."""
     data = [f"{cell.column}: no data: {cell.reason}" for cell in plan.cells if cell.dataset is None]
-    weights = {job.teacher: job.reason for job in plan.jobs if job.reason}
-    return [*data, *(f"{reason} (--download fetches them.)" for reason in weights.values())]
+    runs = {job.reason: job for job in plan.jobs if job.reason}
+    return [*data, *(f"{why} (--download fetches them.)" if job.fetchable else why for why, job in runs.items())]
+
+
+def left_out(plan: Plan, methods: Sequence[str] | None = None) -> list[str]:
+    """What rows need that are in no run, a sentence each; of these methods alone where they are named."""
+    rows = plan.left_out.items()
+    return [f"{recipe.title}: {why}" for recipe, why in rows if methods is None or recipe.method in methods]
 
 
 def in_words(hours: float) -> str:
@@ -57,8 +63,8 @@ def print_plan(plan: Plan, hours: Mapping[Job, float], protocol: str, *, as_json
         for job in plan.jobs
     ]
     print_table(["teacher", "prompts", "rows", "weights", "expected"], runs)
-    for recipe, reason in plan.left_out.items():
-        say(f"  {recipe.row}, {recipe.teacher}: {reason}")
+    for text in left_out(plan):
+        say(f"  {text}")
     if hours:
         total = in_words(sum(hours.values()))
         say(f"\nExpected in all: {total}, by the time of each method on one image of noise on this machine.")
@@ -109,7 +115,7 @@ def print_beside(plan: Plan, compared: Sequence[Beside], protocol: str, *, as_js
         return
     lines = [
         [
-            f"{one.recipe.row}, {one.recipe.teacher}",
+            one.recipe.title,
             one.column,
             f"{one.score.accuracy:.1f} ± {one.score.stderr:.1f}",
             str(one.score.n),
@@ -134,7 +140,7 @@ def print_beside(plan: Plan, compared: Sequence[Beside], protocol: str, *, as_js
 def differs(one: Beside) -> str:
     """Say that a cell is not the published one, and why."""
     assert one.score is not None
-    cell = f"{one.recipe.row}, {one.recipe.teacher}, {one.column}"
+    cell = f"{one.recipe.title}, {one.column}"
     what = f"{cell}: {one.score.accuracy:.1f}, published {one.published:.1f}"
     if not one.causes:
         return f"{what}. The record gives no cause."

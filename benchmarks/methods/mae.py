@@ -116,18 +116,18 @@ class ViTProbe:
         start = (whole - size) // 2
         return batch.student_images(whole)[..., start : start + size, start : start + size]
 
-    def _classes(self, head: ZeroShotHead) -> list[int]:
-        """The head's numbers of a data set's classes.
-
-        Raises:
-            UsageError: it was not trained on all of them.
-        """
-        if strange := [name for name in head.labels if name not in self._numbers]:
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Refuse classes of a data set that the head was not trained on, by a `UsageError`."""
+        if strange := [name for name in names if name not in self._numbers]:
             shown = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
             raise UsageError(
-                f"{self.name} was not trained on {len(strange)} of the {len(head.labels)} classes ({shown}). Leave the "
+                f"{self.name} was not trained on {len(strange)} of the {len(names)} classes ({shown}). Leave the "
                 "method out for these images, or train a head on their classes."
             )
+
+    def _classes(self, head: ZeroShotHead) -> list[int]:
+        """The head's numbers of a data set's classes, which are checked."""
+        self.check_classes(head.labels)
         return [self._numbers[name] for name in head.labels]
 
 

@@ -20,12 +20,14 @@ from apm.teachers.base import Teacher
 from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets import Dataset
+from ..methods import create_method
 from ..methods.base import Method, StreamMethod
+from ..methods.mae import ViTProbe
 from ..methods.published import AsPublished
 from ..runs.plan import CLEAN, plan_cells
 from ..runs.records import Records, RunFolder
 from ..runs.timed_batch import TimedBatch
-from .recipes import OWN, WEIGHTS, PaperTable, Recipe
+from .recipes import OWN, PaperTable, Recipe
 
 LONG = 2.0
 """Seconds of work that need no second, warmer measurement."""
@@ -56,7 +58,9 @@ class Job:
     specs: tuple[str, ...]
     """The methods of the recipes, as `create_method` takes them."""
     reason: str = ""
-    """Why it cannot be run: its weights are not here."""
+    """Why it cannot be run: its weights are not here, or a learned file cannot be used."""
+    fetchable: bool = True
+    """Whether the reason is that the teacher's weights are not here."""
 
     @property
     def folder(self) -> str:
@@ -108,8 +112,8 @@ def make_plan(
         table: one of `PAPER`.
         root: folder that holds the data sets; None: APM_DATA.
         methods: those wanted, by their names in the bench; none given: all of the table.
-        teachers: by the paper's name of a teacher, another than that of `WEIGHTS`.
-        learned: by ``coop`` and ``cocoop``, the file of a learned prompt.
+        teachers: by the paper's name of a teacher, another than that of its recipes.
+        learned: files with what was learned from labels, by the options of `recipes.LEARNED`.
         limit, seed, from_clean: as `plan_cells`.
         download: whether weights that are not here may be fetched when the run begins.
 
@@ -121,26 +125,29 @@ def make_plan(
         if name not in known:
             raise unknown(f"method of Table {table.number}", name, known)
     cells = [_cell(table, column, root, limit=limit, seed=seed, from_clean=from_clean) for column in table.columns]
-    jobs: dict[tuple[str, str | None], Job] = {}
+    jobs: dict[tuple[str, str | None, str], Job] = {}
     left_out: dict[Recipe, str] = {}
     for recipe in table.recipes:
         if methods and recipe.method not in methods:
             continue
-        spec = recipe.method
+        spec, problem = recipe.method, ""
         if recipe.learned:
-            file = (learned or {}).get(recipe.learned)
+            file = (learned or {}).get(recipe.learned.option)
             if file is None:
-                left_out[recipe] = f"needs a learned prompt: --{recipe.learned} FILE (apm prompts makes one)"
+                needed = recipe.learned
+                left_out[recipe] = f"needs {needed.what}: --{needed.option} FILE ({needed.command} makes one)"
                 continue
             spec = f"{recipe.method}:file={file}"
-        teacher = (teachers or {}).get(recipe.teacher, WEIGHTS[recipe.teacher])
-        key = (teacher, recipe.prompts)
+            problem = learned_problem(spec, cells)
+        teacher = (teachers or {}).get(recipe.teacher, recipe.weights)
+        key = (teacher, recipe.prompts, problem)
         job = jobs.get(key) or Job(
             teacher=teacher,
             prompts=recipe.prompts,
             recipes=(),
             specs=(),
-            reason="" if download else missing_weights(teacher),
+            reason=problem or ("" if download else missing_weights(teacher)),
+            fetchable=not problem,
         )
         jobs[key] = replace(job, recipes=(*job.recipes, recipe), specs=tuple(dict.fromkeys((*job.specs, spec))))
     return Plan(table=table, cells=tuple(cells), jobs=tuple(jobs.values()), left_out=left_out)
@@ -152,6 +159,19 @@ def missing_weights(teacher: str) -> str:
         with hub.no_network():
             check_teacher(teacher)
     except TeacherError as error:
+        return str(error)
+    return ""
+
+
+def learned_problem(spec: str, cells: Sequence[PlannedCell]) -> str:
+    """Why a method's learned file cannot be used on these cells; empty where it can."""
+    try:
+        method = create_method(spec)
+        if isinstance(method, ViTProbe):
+            for cell in cells:
+                if cell.dataset is not None:
+                    method.check_classes(cell.dataset.class_names)
+    except UsageError as error:
         return str(error)
     return ""
 

@@ -17,6 +17,31 @@ WEIGHTS = {
     "ViT-H/14": "ViT-H-14-quickgelu/dfn5b",
 }
 """By the paper's name of a teacher, the weights that are taken for it."""
+NO_TEACHER, STAND_IN = "none", "embedded"
+"""What the paper says of rows without a teacher, and what their runs take where no other is named: every run has a
+teacher to compare with, which has no part in these rows' answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What a row needs that was learned from labels, as a file."""
+
+    option: str
+    """Of `apm reproduce`."""
+    what: str
+    command: str
+    """What makes it."""
+
+
+LEARNED = {
+    "coop": Learned(option="coop", what="a learned prompt", command="apm prompts"),
+    "cocoop": Learned(option="cocoop", what="a learned prompt", command="apm prompts"),
+    "vit-probe": Learned(option="probe", what="a trained head", command="apm mae probe"),
+    "ttt-mae": Learned(option="probe", what="a trained head", command="apm mae probe"),
+    "mae-finetune": Learned(option="finetuned", what="a trained head", command="apm mae finetune"),
+    "mae-joint": Learned(option="joint", what="a trained head", command="apm mae joint"),
+}
+"""By method, what it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +51,7 @@ class Recipe:
     row: str
     """The published method."""
     teacher: str
-    """The published teacher, a key of `WEIGHTS`."""
+    """The published teacher, a key of `WEIGHTS`, or `NO_TEACHER`."""
     method: str
     """Name of the method in the bench."""
     prompts: str | None = None
@@ -35,10 +60,19 @@ class Recipe:
     """Whether the paper says which weights its teacher has."""
 
     @property
-    def learned(self) -> str | None:
-        """``coop`` or ``cocoop`` where a prompt learned from labels is needed."""
-        kind = self.method.removeprefix("tpt+")
-        return kind if kind in ("coop", "cocoop") else None
+    def learned(self) -> Learned | None:
+        """What it needs that was learned from labels."""
+        return LEARNED.get(self.method.removeprefix("tpt+"))
+
+    @property
+    def title(self) -> str:
+        """The row, and its teacher where it has one."""
+        return self.row if self.teacher == NO_TEACHER else f"{self.row}, {self.teacher}"
+
+    @property
+    def weights(self) -> str:
+        """The teacher that is taken for the published one, as `apm bench --teacher` takes it."""
+        return WEIGHTS.get(self.teacher, STAND_IN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +125,10 @@ PAPER: Mapping[int, PaperTable] = {
         recipes=(
             Recipe(row="OpenCLIP zero-shot", teacher="ViT-L/14", method="zero-shot", stated=False),
             Recipe(row="APM", teacher="ViT-L/14", method="apm", stated=False),
+            Recipe(row="Joint Train", teacher=NO_TEACHER, method="mae-joint"),
+            Recipe(row="Fine-Tune", teacher=NO_TEACHER, method="mae-finetune"),
+            Recipe(row="ViT Probe", teacher=NO_TEACHER, method="vit-probe"),
+            Recipe(row="TTT-MAE", teacher=NO_TEACHER, method="ttt-mae"),
         ),
         corrupted=True,
     ),

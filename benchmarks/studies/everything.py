@@ -32,19 +32,16 @@ BESIDE = {
     "TDA": "tda",
     "DMN-ZS": "dmn:alpha=oracle",
     "CLIP zero-shot (open_clip)": "zero-shot",
-    "Joint Train": "mae-joint:file=JOINT",
-    "Fine-Tune": "mae-finetune:file=FINETUNED",
-    "ViT Probe": "vit-probe:file=PROBE",
-    "TTT-MAE": "ttt-mae:file=PROBE",
 }
 """Published rows that `apm reproduce` has no recipe for → the method, as `apm bench` takes it."""
 TRAINED = {
-    "vit-probe": "`apm mae probe IMAGENET --base MAE --out PROBE`",
-    "ttt-mae": "`apm mae probe IMAGENET --base MAE --out PROBE`",
-    "mae-finetune": "`apm mae finetune IMAGENET --base MAE --out FINETUNED`",
-    "mae-joint": "`apm mae joint IMAGENET --base MAE --out JOINT`",
+    "coop": ("PROMPT", "`apm prompts learn coop IMAGENET --shots 16`"),
+    "cocoop": ("PROMPT", "`apm prompts learn cocoop IMAGENET --shots 16`"),
+    "probe": ("PROBE", "`apm mae probe IMAGENET --base MAE --out PROBE`"),
+    "finetuned": ("FINETUNED", "`apm mae finetune IMAGENET --base MAE --out FINETUNED`"),
+    "joint": ("JOINT", "`apm mae joint IMAGENET --base MAE --out JOINT`"),
 }
-"""Methods that need a head trained on ImageNet's labels → what makes it, of MAE's published weights."""
+"""Options of `apm reproduce` for what is learned from ImageNet's labels → file, and what makes it."""
 MEASURED = {1: ("tiny-clean",), 2: ("tiny-corrupted",), 3: ("cross-dataset",)}
 """Runs in benchmarks/results that stand for a table here, with the embedded teacher."""
 
@@ -59,15 +56,14 @@ def command_of(table: PaperTable, row: Mapping[str, str]) -> str:
     """What runs a published row here."""
     recipe = recipe_of(table, row)
     if recipe is not None:
-        learned = f" --{recipe.learned} PROMPT" if recipe.learned else ""
+        learned = f" --{recipe.learned.option} {TRAINED[recipe.learned.option][0]}" if recipe.learned else ""
         return f"`apm reproduce {table.number} --root DATA --method {recipe.method}{learned}`"
     method = BESIDE.get(row["method"])
     if method is None:
         return NOT_HERE
     what = {1: "natural-shifts", 2: "imagenet-c --level 5", 3: "cross-dataset"}[table.number]
-    teacher = "" if row["teacher"] == "none" else f" --teacher {WEIGHTS[row['teacher']]}"
     more = " --oracle" if "oracle" in method else " --prompts openai" if _ensemble(row) else ""
-    return f"`apm bench {what} --root DATA --method {method}{teacher}{more}`"
+    return f"`apm bench {what} --root DATA --method {method} --teacher {WEIGHTS[row['teacher']]}{more}`"
 
 
 def _ensemble(row: Mapping[str, str]) -> bool:
@@ -77,12 +73,9 @@ def _ensemble(row: Mapping[str, str]) -> bool:
 def needs_of(table: PaperTable, row: Mapping[str, str]) -> str:
     """Weights beside the table's data, and a learned prompt or head."""
     recipe = recipe_of(table, row)
-    name = recipe.method if recipe else BESIDE.get(row["method"], "").partition(":")[0]
     parts = [f"`{WEIGHTS[row['teacher']]}`"] if row["teacher"] in WEIGHTS else []
     if recipe is not None and recipe.learned:
-        parts.append(f"`apm prompts learn {recipe.learned} IMAGENET --shots 16`")
-    if name in TRAINED:
-        parts.append(TRAINED[name])
+        parts.append(TRAINED[recipe.learned.option][1])
     return ", ".join(parts)
 
 

@@ -10,8 +10,11 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner, Result
 
+from apm.benchmarks.datasets import open_dataset
+from apm.benchmarks.runs.records import Records
 from apm.cli.main import app
 from tests.benchmarks.datasets.trees import tree, wnids_of
+from tests.benchmarks.reproduce.test_reproduce import head_for
 
 
 def reproduce(*arguments: object) -> Result:
@@ -71,6 +74,44 @@ def test_other_teachers_by_the_papers_name(root: Path) -> None:
     runs = checked(told)["runs"]
     assert [run["teacher"] for run in runs] == ["embedded", "embedded", "ViT-H-14/no-such-file.pt"]
     assert "no checkpoint file" in runs[-1]["reason"] and runs[0]["rows"][0]["teacher"] == "ViT-B/16"
+
+
+def test_rows_without_a_head_are_told_and_asked_for_by_name_are_missing(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    tree(root / "ImageNet-C" / "fog" / "5", wnids_of("imagenet", 2))
+    asked = [2, "--root", root, "--plan", "--no-measure"]
+    told = reproduce(*asked, "--teacher", "embedded")
+    assert told.exit_code == 0 and "  TTT-MAE: needs a trained head: --probe FILE (apm mae probe makes" in told.stdout
+    alone = reproduce(*asked, "--method", "vit-probe")
+    assert alone.exit_code == 2 and "ViT Probe: needs a trained head: --probe FILE" in alone.stderr
+    nowhere = reproduce(*asked, "--teacher", "embedded", "--probe", tmp_path / "none.safetensors")
+    assert nowhere.exit_code == 0 and "none.safetensors: no such checkpoint" in nowhere.stderr
+    assert "--download fetches them" not in nowhere.stderr
+    runs = checked(reproduce(*asked, "--teacher", "embedded", "--probe", tmp_path / "no", "--json"))["runs"]
+    assert [(run["weights"], len(run["rows"])) for run in runs] == [(True, 2), (False, 2)]
+
+
+@pytest.mark.slow
+def test_rows_that_are_no_clip_are_planned_run_and_compared(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    tree(root / "ImageNet-C" / "fog" / "5", wnids_of("imagenet", 2))
+    names = open_dataset("imagenet-c", root, corruption="fog").class_names
+    probe = head_for(tmp_path / "probe.safetensors", "probe", names)
+    asked = [2, "--root", root, "--probe", probe, "--out", out]
+    asked += ["--method", "vit-probe", "--method", "ttt-mae", "--method", "mae-joint"]
+    (planned,) = checked(reproduce(*asked, "--plan", "--json"))["runs"]
+    assert planned["weights"] and planned["teacher"] == "embedded" and planned["hours"] > 0
+    told = reproduce(*asked, "--json")
+    assert told.exit_code == 1  # the other corruptions and a joint network are missing
+    assert "Joint Train: needs a trained head: --joint FILE" in told.stderr
+    cells = {(cell["row"], cell["column"]): cell for cell in checked(told)["cells"]}
+    for row, published in (("ViT Probe", 38.6), ("TTT-MAE", 44.7)):
+        cell = cells[row, "fog"]
+        assert cell["n"] == 4 and cell["published"] == published and cell["verdict"] is None
+        assert cell["difference"] == cell["ours"] - published
+    methods = Records.open(out / planned["folder"]).methods
+    assert all(one["crop"] == 0.875 for one in methods.values()) and len(methods) == 2  # as published
+    assert "ViT Probe" in reproduce(*asked).stdout
 
 
 @pytest.mark.slow

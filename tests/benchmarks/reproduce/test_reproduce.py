@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ from apm.benchmarks.runs.records import Records
 from apm.benchmarks.tables.scores import score_cell
 from apm.errors import UsageError
 from apm.labels import prompt_templates
+from apm.mae.config import MAEConfig
+from apm.mae.model import MaskedAutoencoder
+from apm.pretrain.checkpoint import Checkpoint, write_checkpoint
 from apm.teachers import catalog
 from tests.benchmarks.datasets.trees import tree, wnids_of
+from tests.benchmarks.methods.made import learned_prompt
 from tests.benchmarks.tables.test_trust import write_run
 from tests.fakes import FakeTeacher
 
@@ -34,7 +39,10 @@ def test_every_recipe_has_its_published_row_and_weights_that_are_known(number: i
     table = PAPER[number]
     published = published_of(table)
     assert all(float(published[recipe][column]) > 0 for recipe in table.recipes for column in table.columns)
-    assert all(catalog.find(*WEIGHTS[recipe.teacher].split("/")) for recipe in table.recipes)
+    with_teacher = [recipe for recipe in table.recipes if recipe.teacher != "none"]
+    assert all(catalog.find(*WEIGHTS[recipe.teacher].split("/")) for recipe in with_teacher)
+    assert all(recipe.learned and recipe.weights == "embedded" for recipe in set(table.recipes) - set(with_teacher))
+    assert len(table.recipes) - len(with_teacher) == (4 if number == 2 else 0)
 
 
 def data(root: Path) -> Path:
@@ -76,8 +84,39 @@ def test_a_learned_prompt_brings_its_rows(tmp_path: Path) -> None:
     file = tmp_path / "coop.safetensors"
     plan = make_plan(PAPER[3], None, methods=["coop", "cocoop"], teachers=EMBEDDED, learned={"coop": file})
     (job,) = plan.jobs
-    assert job.specs == (f"coop:file={file}",)
+    assert job.specs == (f"coop:file={file}",) and "No such file" in job.reason and not job.fetchable
     assert [recipe.row for recipe in plan.left_out] == ["CoCoOp"] and "--cocoop" in next(iter(plan.left_out.values()))
+    plan = make_plan(PAPER[3], None, methods=["coop"], teachers=EMBEDDED, learned={"coop": learned_prompt("coop")})
+    assert [job.reason for job in plan.ready_jobs] == [""]
+
+
+def head_for(path: Path, kind: str, names: Sequence[str]) -> Path:
+    """A checkpoint of tiny random weights that names these classes."""
+    sizes = MAEConfig(image_size=16, patch_size=8, width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1,
+                      decoder_heads=1, head_width=8, head_depth=0, head_heads=1, classes=len(names))  # fmt: skip
+    settings = {"class_names": json.dumps(list(names)), "kind": kind, "decoder": "trained"}
+    write_checkpoint(path, Checkpoint(sizes, settings, 1, dict(MaskedAutoencoder(sizes).state_dict()), {}, "mae"))
+    return path
+
+
+def test_rows_that_are_no_clip_need_a_head_and_no_weights_of_clip(tmp_path: Path) -> None:
+    tree(tmp_path / "ImageNet-C" / "fog" / "5", wnids_of("imagenet", 2))
+    names = make_plan(PAPER[2], tmp_path, methods=["zero-shot"]).ready[0].dataset.class_names  # type: ignore[union-attr]
+    files = {"probe": head_for(tmp_path / "p.safetensors", "probe", names)}
+    files["finetuned"] = head_for(tmp_path / "f.safetensors", "finetune", names[:-2])
+    plan = make_plan(PAPER[2], tmp_path, learned=files)
+    (ready,) = plan.ready_jobs  # ViT-L/14 is not here
+    assert ready.teacher == "embedded" and [recipe.row for recipe in ready.recipes] == ["ViT Probe", "TTT-MAE"]
+    assert ready.specs == (f"vit-probe:file={files['probe']}", f"ttt-mae:file={files['probe']}")
+    reasons = {job.recipes[0].row: job.reason for job in plan.jobs if job.reason}
+    assert "was not trained on 2 of the 1000 classes" in reasons["Fine-Tune"] and len(reasons) == 2
+    assert {recipe.title: why for recipe, why in plan.left_out.items()} == {
+        "Joint Train": "needs a trained head: --joint FILE (apm mae joint makes one)"
+    }
+    wrong = make_plan(PAPER[2], tmp_path, methods=["mae-joint"], learned={"joint": files["probe"]})
+    assert "a checkpoint of `apm mae probe`: mae-joint needs one of `apm mae joint`" in wrong.jobs[0].reason
+    beside_zero_shot = make_plan(PAPER[2], tmp_path, teachers={**EMBEDDED, "none": "embedded"}, learned=files)
+    assert beside_zero_shot.ready_jobs[0].specs == ("zero-shot", "apm", *ready.specs)
 
 
 def test_a_method_that_the_table_does_not_have_is_refused() -> None:

@@ -13,14 +13,15 @@ from PIL import Image
 
 from apm import Classifier, StudentOptions
 from apm.benchmarks.studies import segmentation
-from apm.benchmarks.studies.masked import Masked
-from apm.benchmarks.studies.segmentation import BASELINES, OURS, SOURCES, Case, Player, grouped, scores
+from apm.benchmarks.studies.masked import Masked, counts, pixel_accuracy, tallied
+from apm.benchmarks.studies.segment_scores import BASELINES, GIVEN, OURS, SOURCES, grouped, scores
+from apm.benchmarks.studies.segmentation import Case, Player
 from apm.errors import UsageError
 from tests.benchmarks.studies.test_masked import photograph, write
 from tests.benchmarks.studies.test_pointing import COLOURS, ColourTeacher
 from tests.fakes import FakeTeacher
 
-GIVEN = ["--steps", "3", "--views", "3", "--places", "16"]
+SMALL = ["--steps", "3", "--views", "3", "--places", "16"]
 NAMES = {1: "red thing", 2: "brick wall", 187: "sky"}
 
 
@@ -46,7 +47,7 @@ def halves() -> Masked:
 @pytest.mark.slow
 def test_our_map_is_that_of_the_classifier() -> None:
     """The same tiles, views, students, places and small pieces: what is scored is what a user gets."""
-    options = segmentation.STUDY.read([*GIVEN, "--root", "none", "--steps", "30"])
+    options = segmentation.STUDY.read([*SMALL, "--root", "none", "--steps", "30"])
     teacher = ColourTeacher()
     student = StudentOptions(preset="small", steps=30, lr=1e-3, distil="grid", grid_views=3, precision="fp32")
     classifier = Classifier(teacher, labels=list(COLOURS), student=student, device="cpu")
@@ -55,19 +56,19 @@ def test_our_map_is_that_of_the_classifier() -> None:
     assert len(np.unique(found.map)) > 1
     row = Player(teacher, teacher.head(), (1, 3, 2), options)(Case(halves(), "clean"))
     ids = np.array([0, 1, 3, 2], dtype=np.int32)[found.map]
-    assert row["counts"]["all"][OURS] == segmentation.counts(ids, halves().truth)
+    assert row["counts"]["all"][OURS] == counts(ids, halves().truth)
     assert row["tiles"] == found.tiles == 2
 
 
 def test_all_ways_see_what_is_to_be_seen() -> None:
     """With a teacher that knows the colours every way without a student draws the halves."""
     teacher = ColourTeacher()
-    options = segmentation.STUDY.read([*GIVEN, "--root", "none"])
+    options = segmentation.STUDY.read([*SMALL, "--root", "none"])
     row = Player(teacher, teacher.head(), (1, 3, 2), options)(Case(halves(), "clean"))
     for name in BASELINES:
-        for given in segmentation.GIVEN:
-            tally = segmentation.tallied([row["counts"][given][name]])
-            assert segmentation.pixel_accuracy(tally)[0] > 0.95, name
+        for given in GIVEN:
+            tally = tallied([row["counts"][given][name]])
+            assert pixel_accuracy(tally)[0] > 0.95, name
     assert row["seconds"]["views"] > 0 and row["seconds"][OURS] > 0
 
 
@@ -80,7 +81,7 @@ def rows_of(condition: str, ours: list[int], others: list[int], pasted: int = 0)
             "pasted": pasted,
             "counts": {
                 given: {name: {"1": [one := mine if name == OURS else theirs, one, 10]} for name in SOURCES}
-                for given in segmentation.GIVEN
+                for given in GIVEN
             },
         }
         for number, (mine, theirs) in enumerate(zip(ours, others, strict=True))
@@ -115,7 +116,7 @@ def test_the_command_measures_and_goes_on(
 ) -> None:
     monkeypatch.setattr(segmentation, "load_teacher", lambda name, device: FakeTeacher(64))
     root, rows, record = folder(tmp_path / "data", 3), tmp_path / "rows.jsonl", tmp_path / "r.json"
-    given = [*GIVEN, "--root", str(root), "--conditions", "clean,composites,fog", "--corrupted", "1", "--limit", "2"]
+    given = [*SMALL, "--root", str(root), "--conditions", "clean,composites,fog", "--corrupted", "1", "--limit", "2"]
     segmentation.STUDY.main([*given, "--rows", str(rows), "--record", str(record)])
     found = json.loads(record.read_text())
     assert {name: (one["n"], one["conditions"]) for name, one in found["groups"].items()} == {
@@ -138,3 +139,20 @@ def test_probabilities_of_a_grid_are_the_head_s() -> None:
     grid = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
     found = segmentation.probabilities(grid, head)
     torch.testing.assert_close(found.reshape(6, 3), head.probabilities(grid.reshape(6, 16)))
+
+
+def test_an_early_end_has_some_of_each_condition(tmp_path: Path) -> None:
+    given = ["--root", str(folder(tmp_path, 4)), "--conditions", "clean,fog,contrast", "--corrupted", "2"]
+    cases = segmentation.cases_of(segmentation.STUDY.read(given))
+    assert [(case.masked.name, case.condition) for case in cases] == [
+        ("00", "clean"),
+        ("00", "fog"),
+        ("00", "contrast"),
+        ("01", "clean"),
+        ("02", "clean"),
+        ("01", "fog"),
+        ("01", "contrast"),
+        ("03", "clean"),
+    ]
+    clean, fog = cases[0].masked, cases[1].masked
+    assert (clean.truth == fog.truth).all() and clean.image != fog.image

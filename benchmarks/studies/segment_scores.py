@@ -1,0 +1,164 @@
+"""Scores of label maps in pairs, over resampled photographs, and their tables: of the study `segmentation`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..corruptions import CORRUPTIONS
+from .masked import RESAMPLES, by_category, mean_iou, pixel_accuracy, resampled, tallied, with_interval
+from .rows import Row
+from .study import Record, markdown
+
+OURS, GUIDED = "field, views", "field, guided"
+SOURCES = {
+    "grid": "the teacher's grid at its default size, its features resampled bilinearly",
+    "grid, probabilities": "the same grid, classified first and its probabilities resampled bilinearly",
+    "grid, filtered": "the first, its probabilities put through a joint bilateral filter with the image's colours",
+    "grid, as fine": "its grid at the size at which its cells are as large as those of the average view",
+    "grid, same pixels": "its grid at the size at which the image has as many pixels as all views together",
+    "views' average": "the views' grids laid over one another at the student's own places; no student",
+    "views, bilinear": "the same at every place, each view read bilinearly",
+    "views, probabilities": "the same, each view classified first",
+    "views, filtered": "*views, bilinear*, put through the joint bilateral filter",
+    OURS: "`apm segment`: a student fitted to the grids of all views",
+    GUIDED: "the same with `--guide rgb`",
+    "field, filtered": f"*{OURS}*, put through the joint bilateral filter",
+}
+FILTERED = {"grid, filtered": "grid", "views, filtered": "views, bilinear", "field, filtered": OURS}
+BASELINES = tuple(name for name in SOURCES if not name.startswith("field"))
+CLEAN, COMPOSITES, CORRUPTED = "clean", "composites", "corrupted"
+GIVEN = {"present": "those there", "all": "all"}
+"""Which labels are given."""
+
+
+def grouped(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Rows by group and condition, in the order of the photographs; of a group the photographs that have all of it."""
+    by: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by.setdefault(row["condition"], {})[row["name"]] = row
+    corruptions = [name for name in by if name in CORRUPTIONS]
+    groups = {name: [name] for name in (CLEAN, COMPOSITES) if name in by} | (
+        {CORRUPTED: corruptions} if corruptions else {}
+    )
+    found = {}
+    for group, names in groups.items():
+        complete = [one for one in by[names[0]] if all(one in by[name] for name in names)]
+        if complete:
+            found[group] = {name: [by[name][one] for one in complete] for name in names}
+    return found
+
+
+def scores(conditions: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """Mean IoU and pixel accuracy of every way, means over the conditions, and how far ours is above each.
+
+    Intervals are of resampled photographs, the same ones for both of a pair and for all conditions.
+    """
+    n = len(next(iter(conditions.values())))
+    weights = resampled(n)
+    found: dict[str, Any] = {"n": n, "conditions": list(conditions)}
+    for given in GIVEN:
+        samples: dict[str, dict[str, NDArray[np.float64]]] = {}
+        for name in SOURCES:
+            sums = [
+                np.tensordot(weights, tallied([row["counts"][given][name] for row in rows]), axes=(1, 0))
+                for rows in conditions.values()
+            ]  # (R, K, 3) each
+            samples[name] = {
+                "miou": np.mean([mean_iou(one) for one in sums], axis=0),
+                "accuracy": np.mean([pixel_accuracy(one) for one in sums], axis=0),
+            }
+            if all(row["pasted"] for rows in conditions.values() for row in rows):
+                objects = np.array([object_iou(row, given, name) for rows in conditions.values() for row in rows])
+                samples[name]["object"] = weights @ objects / n
+        found[given] = {
+            name: {
+                of: {**with_interval(values), "ours_above": with_interval(samples[OURS][of] - values)}
+                for of, values in mine.items()
+            }
+            for name, mine in samples.items()
+        }
+    return found
+
+
+def object_iou(row: Row, given: str, name: str) -> float:
+    """IoU of the pasted object's category, which is nowhere else on the photograph."""
+    right, said, there = row["counts"][given][name][str(row["pasted"])]
+    return float(right / (said + there - right))
+
+
+def per_category(rows: Sequence[Row], names: Mapping[int, str]) -> dict[str, Any]:
+    """IoU of each category on the clean photographs with the labels that are there, by ours and by the grid."""
+    found: dict[str, Any] = {}
+    for name in (OURS, "grid", "views, bilinear"):
+        for category, one in by_category([row["counts"]["present"][name] for row in rows]).items():
+            row = found.setdefault(names[int(category)], {"images": one["images"]})
+            row[name] = one["iou"]
+    return found
+
+
+def table(record: Record) -> str:
+    """Print a record as markdown."""
+    settings, seconds = record["settings"], record["seconds"]
+    parts = []
+    for group, found in record["groups"].items():
+        parts.append(f"**{_title(group, found, settings)}**")
+        parts.append(_scores_table(found))
+    parts.append("\n".join(f"- *{name}*: {meaning}" for name, meaning in SOURCES.items()))
+    if record["categories"]:
+        parts.append(_categories_table(record["categories"]))
+    sizes = ", ".join(f"{name} {size}" for name, size in record["teacher_sizes"].items())
+    took = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    parts.append(
+        f"Sides of the teacher's grids in pixels: {sizes}. Seconds a photograph, of {record['tiles']:.1f} tiles on "
+        f"average: {took}. The process held {record['peak_bytes'] / 2**20:.0f} MiB at most. The filter: reach "
+        f"{settings['filter']['reach']} of the shorter side, colours {settings['filter']['spread']}."
+    )
+    parts.append(
+        f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}`, {record['labels']} labels · "
+        f"{settings['views']} views · {settings['preset']} student, {settings['locations']} × {settings['locations']} "
+        f"locations, {settings['steps']} steps, lr {settings['lr']:g}, {settings['precision']} · read at "
+        f"{settings['places']} places along the shorter side · pieces below {settings['min_area']} given away · seed "
+        f"{settings['seed']} · intervals of 95 % from {RESAMPLES:,} resamples of the photographs, paired</sub>"
+    )
+    return "\n\n".join(parts)
+
+
+def _title(group: str, found: Record, settings: Mapping[str, Any]) -> str:
+    if group == CORRUPTED:
+        return f"{found['n']} photographs, mean of {', '.join(found['conditions'])} at level {settings['level']}"
+    if group == COMPOSITES:
+        return f"{found['n']} composites: an object along its own outline on another photograph"
+    return f"{found['n']} photographs, {group}"
+
+
+def _scores_table(found: Record) -> str:
+    titles = ["map", "mIoU", f"{OURS}: above it by", "pixels", "above it by", "mIoU, all labels", "above it by"]
+    columns = [("present", "miou"), ("present", "accuracy"), ("all", "miou")]
+    if "object" in found["present"][OURS]:
+        titles += ["IoU of the object", "above it by"]
+        columns.append(("present", "object"))
+    rows = []
+    for name in SOURCES:
+        row = [name]
+        for given, of in columns:
+            one = found[given][name][of]
+            row += [f"{100 * one['value']:.1f}", "–" if name == OURS else _interval(one["ours_above"])]
+        rows.append(row)
+    return markdown(titles, rows)
+
+
+def _interval(one: Mapping[str, float]) -> str:
+    return f"{100 * one['value']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
+
+
+def _categories_table(categories: Mapping[str, Mapping[str, float]]) -> str:
+    names = ("grid", "views, bilinear", OURS)
+    shown = sorted(categories.items(), key=lambda one: (-one[1]["images"], one[0]))
+    rows = [(name, one["images"], *(f"{100 * one[of]:.0f}" for of in names)) for name, one in shown]
+    return "IoU of each category, clean, with the labels that are there:\n\n" + markdown(
+        ("category", "photographs", *names), rows
+    )

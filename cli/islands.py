@@ -104,6 +104,7 @@ def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer)
         "grid lr": options.grid_lr,
         "grid size": options.grid_size or source.grid_size,
         "grid views": options.grid_views,
+        "agree": options.agree,
         "precision": student.precision,
         "seed": options.seed,
         "threshold": options.threshold,

@@ -101,6 +101,7 @@ def _settings(perception: Perception, classifier: Classifier) -> dict[str, Any]:
         "nothing in the field is finer than": f"1/{_finest(perception, classifier)} of the side",
         "token's loss": f"soft, temperature {config.temperature:g}" if config.loss == "soft" else config.loss,
         "rgb_weight": config.rgb_weight,
+        "agree": config.agree,
         "steps": int(result.steps[0]),
         "lr": config.lr,
         "precision": result.precision,

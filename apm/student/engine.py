@@ -71,6 +71,7 @@ class Engine:
         seed: int = 0,
         distil: Distil = "cls",
         rgb_weight: float = 0.0,
+        agree: float = 0.0,
         view_cells: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -90,6 +91,7 @@ class Engine:
             seed: of that draw.
             distil: what has a loss: ``cls``, the token; ``grid``, the field, towards the teacher's grid; ``both``.
             rgb_weight: of the loss of the colours, which is added; 0: none.
+            agree: weight of `apm.student.agreement`, which is added and of all locations (queries None); 0: none.
             view_cells: R, where the field's target are R cells of views; None: a grid at the student's own locations.
             device: where.
         """
@@ -108,9 +110,9 @@ class Engine:
         self._token_loss = TokenLoss(loss, batch, config.dim, temperature=temperature, texts=texts, device=self.device)
         self.target, self.cosine = self._token_loss.target, self._token_loss.cosine
         self._field_losses: FieldLosses | None = None
-        if distil != "cls" or rgb_weight:
+        if distil != "cls" or rgb_weight or agree:
             self._field_losses = FieldLosses(
-                config, w, g, self._axis, distil=distil, rgb_weight=rgb_weight, view_cells=view_cells
+                config, w, g, self._axis, distil=distil, rgb_weight=rgb_weight, agree=agree, view_cells=view_cells
             )
         self._graph: torch.cuda.CUDAGraph | None = None
         self.reset()

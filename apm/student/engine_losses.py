@@ -1,4 +1,4 @@
-"""Losses of the field itself: towards a teacher's grid or grids, and towards the image's colours. Gradients by hand.
+"""Losses of the field itself: to a teacher's grid or grids, to the image's colours, to itself. Gradients by hand.
 
 The same numbers as `apm.student.model` (the tests hold them together). The field ``f = W h + b`` is built here, as its
 losses are of every location. The colour head's first layer is separable as the coordinate MLP's is: ``W [f ; T ; p] =
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apm.student.agreement import AgreementLoss
 from apm.student.cells import Cells
 from apm.student.config import APMConfig, Distil
 from apm.student.engine_readout import Parameters
@@ -105,7 +106,10 @@ class CellLosses:
 
 
 class FieldLosses:
-    """``mean((f - G)^2) + rgb_weight * mean((rgb - colours)^2)`` of B samples: forward and hand-written backward."""
+    """``mean((f - G)^2) + rgb_weight * mean((rgb - colours)^2)`` of B samples: forward and hand-written backward.
+
+    To which `apm.student.agreement` may be added.
+    """
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class FieldLosses:
         *,
         distil: Distil,
         rgb_weight: float,
+        agree: float = 0.0,
         view_cells: int | None = None,
     ) -> None:
         """Use these weights; write gradients into these.
@@ -127,6 +132,7 @@ class FieldLosses:
             axis: (B, grid, position_dim / 2) position code of one axis of the grid.
             distil: whether the teacher's grid is wanted.
             rgb_weight: of the colours' loss; 0: none.
+            agree: weight of the loss of places that disagree with their neighbours; 0: none.
             view_cells: R, the cells of views in which a grid is wanted; None: at the student's own locations.
         """
         self.config, self.weights, self.gradients, self._axis = config, weights, gradients, axis
@@ -139,7 +145,8 @@ class FieldLosses:
         self.cells: CellLosses | None = None
         if self.with_grid and view_cells is not None:
             self.cells = CellLosses(config, weights, gradients, len(axis), view_cells, axis.device)
-        self._builds_field = self.cells is None or bool(rgb_weight)
+        self._builds_field = self.cells is None or bool(rgb_weight or agree)
+        self._agreement = AgreementLoss(config, len(axis), weight=agree, device=axis.device) if agree else None
         if self._builds_field:
             self._field, self._d_field = buffer(count, config.dim), buffer(count, config.dim)
         if rgb_weight:
@@ -161,6 +168,10 @@ class FieldLosses:
             torch.sub(field, at.grid, out=d_field)
             loss += mean_square(d_field)
             d_field *= 2 / (n * self.config.dim)
+        else:
+            d_field.zero_()
+        if self._agreement is not None:
+            loss += self._agreement.forward(field, d_field)
         if at.colours is not None:
             d_rgb = self._d_rgb[:, :n]
             torch.sub(self._colours(field, column, at), at.colours, out=d_rgb)
@@ -180,8 +191,6 @@ class FieldLosses:
         if not self._builds_field:
             return None
         field, d_field = self._field[:, :n], self._d_field[:, :n]
-        if at.grid is None:
-            d_field.zero_()
         d_column = None if at.colours is None else self._colours_backward(field, d_field, column, at)
         accumulate(d_field.mT, hidden, out=g["mlp.head.weight"])
         g["mlp.head.bias"] += d_field.sum(dim=1)

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 Reading = Literal["query", "mean", "mode"]
 
-TEMPERATURE = 1.0
-"""Of softened targets. Networks that Hinton et al. 2015 soften (T from 2 to 20) were trained on labels and are sure of
-one; a zero-shot teacher's scale is what its training found, and its probabilities over the names, from which answers
-are read, are soft already. A larger temperature asks for the order of all labels rather than for the answer's
-probabilities."""
+TEMPERATURE = 4.0
+"""Of softened targets. At 1 they are the probabilities that answers are read from, and where these lie on one label the
+loss hardly asks for the others. With a temperature that is large beside the spread of the logits the loss is all but
+the squared error of all of them (Hinton et al. 2015, section 2.1). In between the student is soonest near its teacher
+(docs/softened.md)."""
 
 
 def _queries(_: str, value: int | str) -> None:
@@ -58,6 +58,12 @@ class TrainingOptions:
     # Modi & Rawat 2024: 0 in test-time training. The colour head ends in a ReLU, which the first draw may shut for a
     # channel: that channel then stays black, without a gradient.
     rgb_weight: float = setting(0.0, "Weight of an added loss towards the image's own colours.", check=not_negative)
+    agree: float = setting(
+        0.0,
+        "Weight of an added loss that draws each place's feature to the mean of its neighbours', each weighed by its "
+        "likeness (GLOM's consensus).",
+        check=not_negative,
+    )
     precision: Precision = setting(
         "auto",  # bf16 where it is measured to be clearly faster
         "Number format of the matrix products: auto, fp32 or bf16.",
@@ -193,6 +199,7 @@ class StudentOptions(TrainingOptions):
             distil=self.distil,
             loss=self.loss,
             rgb_weight=self.rgb_weight,
+            agree=self.agree,
             device=device,
         )
         return AdaptConfig(**shared, queries=locations)
@@ -249,6 +256,9 @@ class IslandOptions:
         check=check_grid_views,
         parse=parse_grid_views,
     )
+    agree: float = setting(
+        0.0, "Weight of an added loss that draws each place's feature to its neighbours'.", check=not_negative
+    )
     threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=cosine)
     parts: int = setting(12, "Number of clusters and of superpixels.", check=_parts)
     seed: int = setting(0, "Seed of first weights, random targets, order of patches, t-SNE.", check=at_least(0))
@@ -259,4 +269,6 @@ class IslandOptions:
 
     def student(self) -> StudentOptions:
         """The student's settings among these; every location is read at each step."""
-        return StudentOptions(preset=self.preset, steps=self.steps, lr=self.lr, seed=self.seed, queries=ALL)
+        return StudentOptions(
+            preset=self.preset, steps=self.steps, lr=self.lr, seed=self.seed, queries=ALL, agree=self.agree
+        )

@@ -27,13 +27,21 @@ def check_queries(queries: int | str) -> None:
 
 
 def locations_a_step(
-    queries: int | str, *, preset: str, readout: str, distil: str, loss: str, rgb_weight: float, device: torch.device
+    queries: int | str,
+    *,
+    preset: str,
+    readout: str,
+    distil: str,
+    loss: str,
+    rgb_weight: float,
+    agree: float,
+    device: torch.device,
 ) -> int | None:
     """Return how many locations each step reads, None for all.
 
     ``auto`` reads fewer where that is measured: on a CPU, with the object query, and with the token as the only target,
-    by its mean squared error. A GPU is no faster with fewer, and a loss of the grid or of colours is about every
-    location.
+    by its mean squared error. A GPU is no faster with fewer, and a loss of the grid, of colours or of agreement is
+    about every location.
 
     Raises:
         UsageError: as `check_queries`.
@@ -41,7 +49,7 @@ def locations_a_step(
     check_queries(queries)
     if isinstance(queries, int):
         return queries
-    alone = distil == "cls" and loss == "mse" and rgb_weight == 0
+    alone = distil == "cls" and loss == "mse" and rgb_weight == agree == 0
     measured = alone and readout == "query" and device.type == "cpu"
     return FEWER.get(preset) if queries == AUTO and measured else None
 

@@ -134,6 +134,11 @@ class TestTimeTrainer:
         """Refuse, by a `UsageError`, a student and a way to train it that do not go together."""
         if adapt.queries is not None and adapt.queries > model.cells:
             raise UsageError(f"queries must not exceed the {model.cells} locations of the grid; got {adapt.queries}.")
+        if adapt.agree and adapt.queries is not None:
+            raise UsageError(
+                f"agree={adapt.agree:g} is of places and those next to them, and queries={adapt.queries} reads a few "
+                "alone: leave one out."
+            )
         if adapt.distil == "grid" and model.readout == "query":
             raise UsageError(
                 'With distil="grid" nothing trains the object query: choose readout="mean", or distil="both".'
@@ -260,8 +265,11 @@ class TestTimeTrainer:
         """
         parameters = sum(value.numel() for value in self._initial.values())
         hidden = sum(self.model.hidden)
-        if self.config.distil != "cls" or self.config.rgb_weight:  # the field, its gradient, what is wanted; colours
+        # the field, its gradient, what is wanted; colours
+        if self.config.distil != "cls" or self.config.rgb_weight or self.config.agree:
             hidden += 2 * self.model.dim + 2 * self.model.rgb_hidden
+        if self.config.agree:  # half of it, since locations count twice below
+            hidden += (self.model.cells + self.model.dim) // 2
         in_views = (view_cells or 0) * (self.model.cells + 2 * self.model.dim + 2 * self.model.hidden[2])
         return 4 * (5 * parameters + 2 * self.model.cells * hidden + in_views + 6 * (texts or 0))
 
@@ -302,6 +310,7 @@ class TestTimeTrainer:
                 seed=self.config.seed,
                 distil=self.config.distil,
                 rgb_weight=self.config.rgb_weight,
+                agree=self.config.agree,
                 view_cells=view_cells,
                 device=self.device,
             )

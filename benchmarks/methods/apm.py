@@ -24,7 +24,7 @@ from apm.test_time.view_numbers import number_of
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings
 
-_UNSAID = ("distil", "temperature", "rgb_weight", "guide", "grid_views")
+_UNSAID = ("distil", "temperature", "rgb_weight", "agree", "guide", "grid_views")
 """Settings that records hold only where they are not the default."""
 
 
@@ -108,10 +108,10 @@ class APMTestTimeTraining:
             parts += (student.distil,)
         if student.grid_views != 1 and "grid_views" not in options.overrides:
             parts += (f"grid_views={student.grid_views}",)
-        if student.loss != "mse" and "loss" not in options.overrides:
-            parts += (f"loss={student.loss}",)
-        if student.temperature != StudentOptions.temperature and "temperature" not in options.overrides:
-            parts += (f"temperature={student.temperature:g}",)
+        for name in ("loss", "temperature", "agree"):
+            value = getattr(student, name)
+            if value != getattr(StudentOptions, name) and name not in options.overrides:
+                parts += (f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}",)
         if self._adapt.queries is not None and "queries" not in options.overrides:  # never unmarked: an approximation
             parts += (f"queries={self._adapt.queries}",)
         others = {name: text for name, text in options.overrides.items() if name not in ("target", "views", "distil")}

@@ -371,12 +371,13 @@ def test_auto_reads_fewer_locations_where_that_was_measured() -> None:
         {"distil": "grid"},
         {"rgb_weight": 0.1},
         {"loss": "soft"},
+        {"agree": 0.1},
         {"readout": "mean"},
     ):
         assert build(**options).adapt_config.queries is None
     assert build(queries=5).adapt_config.queries == 5
     cuda = torch.device("cuda")
-    common = {"preset": "paper", "readout": "query", "distil": "cls", "loss": "mse", "rgb_weight": 0.0}
+    common = {"preset": "paper", "readout": "query", "distil": "cls", "loss": "mse", "rgb_weight": 0.0, "agree": 0.0}
     assert locations_a_step("auto", device=cuda, **common) is None
     assert locations_a_step("auto", device=torch.device("cpu"), **common) == FEWER["paper"]
     with pytest.raises(UsageError, match='queries is "few"'):

@@ -80,10 +80,11 @@ def test_one_image_alone_without_controls_as_svg(picture: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_many_views_are_the_grids_target(picture: Path, tmp_path: Path) -> None:
-    result = islands(tmp_path / "out", "--steps", "1", "--no-controls", "--grid-views", "tokens:2", picture)
+    fast = ("--steps", "1", "--no-controls")
+    result = islands(tmp_path / "out", *fast, "--grid-views", "tokens:2", "--agree", "0.5", picture)
     assert result.exit_code == 0, result.stderr
     record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
-    assert record["settings"]["grid views"] == "tokens:2"
+    assert record["settings"]["grid views"] == "tokens:2" and record["settings"]["agree"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ def test_many_views_are_the_grids_target(picture: Path, tmp_path: Path) -> None:
         (["--threshold", "2"], "threshold is a cosine, from -1 to 1, not 2"),
         (["--parts", "1"], "parts must be from 2 to 20, not 1"),
         (["--format", "bmp"], '"bmp"'),
+        (["--agree", "-1"], "agree must be 0 or a positive number, not -1"),
         (["--grid-views", "many"], 'grid_views is "many"'),
     ],
 )

@@ -227,8 +227,16 @@ def same(a: AdaptResult, b: AdaptResult, pick: Any) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"precision": "bf16"}, {"queries": 9}, {"distil": "grid"}, {"distil": "cls"}, {"tolerance": 2.04}],
-    ids=["fp32", "bf16", "queries", "grid", "cls", "tolerance"],
+    [
+        {},
+        {"precision": "bf16"},
+        {"queries": 9},
+        {"distil": "grid"},
+        {"distil": "cls"},
+        {"agree": 3},
+        {"tolerance": 2.04},
+    ],
+    ids=["fp32", "bf16", "queries", "grid", "cls", "agree", "tolerance"],
 )
 def test_the_answer_is_the_same_alone_in_a_batch_and_in_reversed_order(changes: dict[str, Any]) -> None:
     config = dataclasses.replace(ADAPT, **changes)

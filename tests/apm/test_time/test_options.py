@@ -108,7 +108,7 @@ def test_the_record_holds_what_is_used() -> None:
 
 
 def test_the_trainer_gets_every_setting_it_shares() -> None:
-    changed = {"steps": 3, "lr": 0.5, "distil": "both", "rgb_weight": 0.1, "precision": "fp32", "seed": 4}
+    changed = {"steps": 3, "lr": 0.5, "distil": "both", "rgb_weight": 0.1, "agree": 0.3, "precision": "fp32", "seed": 4}
     changed |= {"loss": "soft", "temperature": 3.0, "tolerance": 0.2, "queries": 5}
     assert set(changed) == {field.name for field in dataclasses.fields(AdaptConfig)}
     assert StudentOptions(**changed).training(CPU) == AdaptConfig(**changed)  # type: ignore[arg-type]
@@ -119,6 +119,7 @@ def test_the_trainer_gets_every_setting_it_shares() -> None:
     [
         ({"views": 8}, 'views with the target "cls"'),
         ({"readout": "mode"}, "add distil=both"),
+        ({"agree": -1.0}, "agree must be 0 or a positive number, not -1.0"),
         ({"loss": "hard"}, 'Unknown loss "hard"'),
         ({"loss": "soft", "distil": "grid"}, 'use distil="both"'),
         ({"loss": "soft", "temperature": 0.0}, "temperature must be a positive number, not 0.0"),

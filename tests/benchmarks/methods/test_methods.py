@@ -102,11 +102,14 @@ def test_settings_say_what_is_distilled_only_where_it_is_not_the_token_alone() -
     assert coloured.settings["rgb_weight"] == 0.5 and coloured.name == "apm[rgb_weight=0.5]"
     assert create_method("apm", run_options(distil="both")).name == "apm[both]"
     soft = create_method("apm:loss=soft", SMALL)
-    assert soft.name == "apm[loss=soft]" and soft.settings["temperature"] == 1.0
+    assert soft.name == "apm[loss=soft]" and soft.settings["temperature"] == 4.0
     assert "temperature" not in settings["apm"] and settings["apm"]["loss"] == "mse"
     assert create_method("apm", run_options(loss="soft", temperature=3.0)).name == "apm[loss=soft,temperature=3]"
     assert create_method("apm:loss=soft,temperature=3", SMALL).name == "apm[loss=soft,temperature=3]"
+    assert create_method("apm", run_options(agree=0.5)).name == "apm[agree=0.5]"
+    assert create_method("apm:agree=0.5", SMALL).settings["agree"] == 0.5 and "agree" not in settings["apm"]
     for spec, words in (
+        ("apm:agree=0.5,queries=9", "leave one out"),
         ("apm:temperature=3", "add loss=soft"),
         ("apm:distil=grid,target=mta", "has no loss for it; add distil=both"),
         ("apm:distil=grid,readout=query", "nothing trains the object query"),

@@ -60,6 +60,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"distil": "both", "rgb_weight": 0.5, "queries": 5},
     {"distil": "both", "view_cells": 6},
     {"guide": "rgb", "queries": 5},
+    {"distil": "both", "agree": 0.5},
     {"loss": "soft", "temperature": 2.0, "texts": 7},
 ]
 

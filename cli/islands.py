@@ -13,16 +13,16 @@ from apm.images.paths import expand_paths, printable
 from apm.test_time.options import IslandOptions
 
 from . import render
+from .island_inputs import load_named, other_of, read_images
 from .options import Debug, options_of
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from apm.teachers.base import Teacher
     from apm.test_time.trainer import TestTimeTrainer
 
 FRAMES = 24
 """Steps that the animation shows at most, besides those of the strip."""
+FIXED = "Layers of a fixed model"
 
 
 @options_of(IslandOptions, "options", "The student and its islands")
@@ -33,13 +33,29 @@ def islands(
     teacher: Annotated[
         str | None, typer.Option(help="As in apm classify. Default: ViT-B-16/openai, else the embedded one.")
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Look at layers of a fixed model, not at a student: mvit:3,4 (MViTv2-S of torchvision, the image as a "
+            "still video), vit:NAME:LAYER (a model of timm or torchvision), teacher:LAYER. Behind it @FILE names "
+            "weights, @random or @random:SEED takes them at random; else they are the published ones.",
+            metavar="SOURCE",
+            rich_help_panel=FIXED,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Images in the video of mvit: 8 or 16. Default: 16.", rich_help_panel=FIXED),
+    ] = None,
     snapshots: Annotated[
         str | None, typer.Option(help='Steps to show: "0,5,50". Default: 0, 1, 2, 5, 10, … up to --steps.')
     ] = None,
-    controls: Annotated[bool, typer.Option(help="Also fit the controls, which takes four times as long.")] = True,
+    controls: Annotated[bool, typer.Option(help="Also make the controls; fitted ones take four times as long.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     figure_format: Annotated[str, typer.Option("--format", help="File format of the figures: png or svg.")] = "png",
     debug: Debug = False,
+    *,
+    context: typer.Context,
 ) -> None:
     """Watch the field form while a student is fitted to the token and to the grid of a teacher, in float32.
 
@@ -48,49 +64,55 @@ def islands(
     "other target" takes its target from the next of the images given; with one image only, from that image turned
     upside down.
 
+    With --source nothing is fitted: for each image the layers' features as colours (principal components, t-SNE), the
+    parts found, arrays and measures, beside the same network with weights at random, the image's patches in another
+    order, another image, plain colours, and coordinates.
+
     Exit code: 0 all done, 1 some images could not be read, 2 wrong usage.
     """
-    shown = _snapshots(snapshots, options.steps)
     if figure_format not in ("png", "svg"):
         raise UsageError(f'--format is "{figure_format}"; it must be png or svg.')
+    if source is not None:
+        from .layer_islands import Looking, look_at_layers
+
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, of in sources.items() if of is not None and of.name == "COMMANDLINE"}
+        looking = Looking(
+            paths=paths, out=out, options=options, controls=controls, device=device, kind=figure_format, given=given
+        )
+        look_at_layers(source, looking, named=teacher, frames=frames)
+        return
+    if frames is not None:
+        raise UsageError("--frames is of the video that --source mvit:LAYER looks at, and no --source is given.")
+    shown = _snapshots(snapshots, options.steps)
     files = list(expand_paths(paths))
-    source = _teacher(teacher, device)
+    fitted_to = load_named(teacher, device)
 
     from apm.figures.base import output_stem
     from apm.figures.islands import write_islands
     from apm.test_time.island_fields import observe, trainers
 
     student = options.student()
-    model, training = student.model(source.dim), student.training(source.device)
-    by_target = trainers(model, training, grid_lr=options.grid_lr, device=source.device)
-    settings = _settings(options, source, by_target["cls"])
-    images = _read(files)
-    frames = _logarithmic(options.steps, FRAMES)
+    model, training = student.model(fitted_to.dim), student.training(fitted_to.device)
+    by_target = trainers(model, training, grid_lr=options.grid_lr, device=fitted_to.device)
+    settings = _settings(options, fitted_to, by_target["cls"])
+    images = read_images(files)
+    kept = _logarithmic(options.steps, FRAMES)
+    failed = len(files) - len(images)
     for number, (file, image) in enumerate(images):
-        other, told = _other(images, number)
-        found = observe(image, other, source, by_target, options, shown=shown, kept=frames, controls=controls)
+        other, told = other_of(images, number)
+        try:
+            found = observe(image, other, fitted_to, by_target, options, shown=shown, kept=kept, controls=controls)
+        except ImageError as error:
+            failed += 1
+            render.failure(f"{printable(file.name)} beside {told}: {error}")
+            continue
         of_file = {"image": printable(file.name), **settings, "other target": told}
         stem = out / output_stem(file)
         render.say_files(write_islands(found, stem, shown=shown, settings=of_file, kind=figure_format))
         sys.stdout.flush()
-    if len(images) < len(files):
+    if failed:
         raise typer.Exit(1)
-
-
-def _teacher(name: str | None, device: str) -> Teacher:
-    """Load it, and say what is to be known of it."""
-    if name is not None:
-        from apm.teachers import check_teacher
-
-        check_teacher(name)
-    from apm.devices import pick_device
-    from apm.teachers import load_default_teacher, load_teacher
-
-    where = pick_device(device)
-    source = load_teacher(name, device=where) if name else load_default_teacher(device=where)
-    for note in source.notes:
-        render.notice(note)
-    return source
 
 
 def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer) -> dict[str, Any]:
@@ -110,29 +132,6 @@ def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer)
         "threshold": options.threshold,
         "parts": options.parts,
     }
-
-
-def _other(images: list[tuple[Path, Image.Image]], number: int) -> tuple[Image.Image, str]:
-    """The image whose target serves as a control for one of them, and what to call it."""
-    from PIL import Image
-
-    if len(images) == 1:
-        return images[0][1].transpose(Image.Transpose.ROTATE_180), "the image itself, upside down"
-    file, image = images[(number + 1) % len(images)]
-    return image, printable(file.name)
-
-
-def _read(files: list[Path]) -> list[tuple[Path, Image.Image]]:
-    """Read the images; what cannot be read is told, and left out."""
-    from apm.images.load import load_image
-
-    images = []
-    for file in files:
-        try:
-            images.append((file, load_image(file).image))
-        except ImageError as error:
-            render.failure(str(error))
-    return images
 
 
 def _snapshots(text: str | None, steps: int) -> list[int]:

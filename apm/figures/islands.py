@@ -178,7 +178,7 @@ def parts(
     axes = figure.subplots(len(found), columns, squeeze=False)
     side = square.width
     for row, (target, by_condition) in zip(axes, found.items(), strict=True):
-        row[0].imshow(_outlined(square, superpixels))
+        row[0].imshow(outlined(square, superpixels))
         row[0].set_ylabel(NAMES[target], fontsize=8)
         row[0].set_title("superpixels", fontsize=8)
         for one, (condition, labels) in zip(row[1:], by_condition.items(), strict=False):
@@ -222,7 +222,8 @@ def _cell_colours(square: Image.Image, grid: int) -> NDArray[np.float64]:
     return np.asarray(square.resize((grid, grid), Image.Resampling.BOX), dtype=np.float64).reshape(-1, 3) / 255
 
 
-def _outlined(square: Image.Image, labels: islands.Labels) -> NDArray[np.float64]:
+def outlined(square: Image.Image, labels: islands.Labels) -> NDArray[np.float64]:
+    """Draw the edges of parts (H, H) into an image, in yellow: about 224 pixels a side, (S, S, 3) in [0, 1]."""
     from skimage.segmentation import mark_boundaries
 
     side = labels.shape[0] * max(1, round(224 / labels.shape[0]))

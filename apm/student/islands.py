@@ -19,7 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from apm.errors import UsageError
+from apm.errors import ImageError, UsageError
 from apm.settings import cosine
 
 Labels = NDArray[np.int64]
@@ -126,6 +126,9 @@ def superpixels(square: Image.Image, grid: int, count: int) -> Labels:
 
     Returns:
         (grid, grid): for each cell the superpixel that most of its pixels belong to.
+
+    Raises:
+        ImageError: that is the same one for all.
     """
     from skimage.segmentation import slic
 
@@ -133,7 +136,10 @@ def superpixels(square: Image.Image, grid: int, count: int) -> Labels:
     pixels = np.asarray(square.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
     found = slic(pixels, n_segments=count, compactness=10, sigma=1, start_label=0)
     cells = found.reshape(grid, 8, grid, 8).transpose(0, 2, 1, 3).reshape(grid, grid, 64)
-    return np.apply_along_axis(lambda cell: np.bincount(cell).argmax(), 2, cells).astype(np.int64)
+    parts = np.apply_along_axis(lambda cell: np.bincount(cell).argmax(), 2, cells).astype(np.int64)
+    if (parts == parts[0, 0]).all():
+        raise ImageError(f"of {count} superpixels {grid} × {grid} places show one alone: nothing to compare with")
+    return parts
 
 
 def agreement(first: ArrayLike, second: ArrayLike) -> float:
@@ -199,8 +205,10 @@ def shuffle_patches(square: Image.Image, parts: int, seed: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(mixed))
 
 
-def embed(field: ArrayLike, *, seed: int = 0, perplexity: float = 30.0) -> NDArray[np.float64]:
-    """Lay the features (H, W, D) out in the plane by t-SNE (van der Maaten & Hinton 2008): (H·W, 2), in reading order.
+def embed(field: ArrayLike, *, seed: int = 0, perplexity: float = 30.0, numbers: int = 2) -> NDArray[np.float64]:
+    """Lay the features (H, W, D) out by t-SNE (van der Maaten & Hinton 2008): (H·W, numbers), in reading order.
+
+    In the plane, or with three numbers a place, which may be shown as a colour.
 
     Distances are of the features less their mean, in units of their spread; features without any spread lie in one
     point. The same seed gives the same picture.
@@ -213,11 +221,11 @@ def embed(field: ArrayLike, *, seed: int = 0, perplexity: float = 30.0) -> NDArr
     rows = rows - rows.mean(axis=0)
     spread = np.sqrt((rows**2).mean())
     if spread < 1e-7 * max(float(np.abs(values).max()), 1e-30):
-        return np.zeros((len(rows), 2))
+        return np.zeros((len(rows), numbers))
     few = min(20, *rows.shape)
     rows = PCA(few, svd_solver="full").fit_transform(rows / spread)
     settings: dict[str, Any] = {"perplexity": min(perplexity, (len(rows) - 1) / 3), "init": "pca", "random_state": seed}
-    laid: NDArray[np.float64] = TSNE(2, **settings).fit_transform(rows).astype(np.float64)
+    laid: NDArray[np.float64] = TSNE(numbers, **settings).fit_transform(rows).astype(np.float64)
     return laid
 
 

@@ -12,6 +12,8 @@
 
 * ``timm:NAME``, a vision transformer of timm, such as ``timm:vit_small_patch14_reg4_dinov2.lvd142m``,
 * ``timm:NAME@FILE``, the same with weights from a file.
+
+``load_layers`` opens such models, and others, at layers of their own.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ from apm.errors import TeacherError
 from apm.startup import import_open_clip
 from apm.teachers.base import GridTeacher, Teacher, TeacherUnavailable
 from apm.teachers.catalog import DEFAULT, TeacherInfo, list_teachers
+from apm.teachers.layer_sources import FRAMES, VIDEO, parse_source
 
 if TYPE_CHECKING:
     import torch
+
+    from apm.teachers.layers import LayerSource
 
 __all__ = [
     "DEFAULT",
@@ -36,6 +41,7 @@ __all__ = [
     "list_teachers",
     "load_default_teacher",
     "load_grid_teacher",
+    "load_layers",
     "load_teacher",
 ]
 
@@ -99,6 +105,44 @@ def load_grid_teacher(spec: str, *, device: str | torch.device = "cpu") -> GridT
     from apm.teachers.timm import load_timm
 
     return load_timm(spec, device=device)
+
+
+def load_layers(
+    spec: str,
+    *,
+    teacher: Teacher | None = None,
+    size: int | None = None,
+    frames: int | None = None,
+    device: str | torch.device = "cpu",
+) -> LayerSource:
+    """Load a model whose layers are looked at: ``mvit:LAYER``, ``vit:NAME:LAYER`` or ``teacher:LAYER``.
+
+    Args:
+        spec: see `apm.teachers.layers`.
+        teacher: whose layers ``teacher:`` means.
+        size: side of the input in pixels; None: the model's own, or of a teacher that at which its grid is made.
+        frames: how often a video transformer sees the image, 8 or 16 times; None: 16.
+        device: where the weights go. They are float32, frozen, and in evaluation mode.
+
+    Raises:
+        TeacherUnavailable: the weights are neither on this machine nor reachable; found out within seconds.
+        TeacherError: there is no such model or layer; the weights are damaged, unsafe or another model's.
+    """
+    source = parse_source(spec)
+    import_open_clip()
+    import torch
+
+    from apm.teachers.layer_weights import of_library, of_teacher, of_torchvision
+    from apm.teachers.layers import LayerSource
+
+    if source.kind == "teacher":
+        weights = of_teacher(source, teacher, size)
+    elif source.kind == "mvit":
+        weights = of_torchvision(source, VIDEO, size)
+    else:
+        weights = of_library(source, size)
+    repeated = (frames or FRAMES[-1]) if source.kind == "mvit" else None
+    return LayerSource(weights, source.layers, name=spec, device=torch.device(device), frames=repeated)
 
 
 def load_default_teacher(*, device: str | torch.device = "cpu") -> Teacher:

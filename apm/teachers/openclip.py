@@ -176,6 +176,13 @@ def load_source(source: Source, *, device: str | torch.device = "cpu") -> OpenCl
     return teacher
 
 
+def untrained_tower(source: Source) -> nn.Module:
+    """Build the image tower alone, with the weights that open_clip draws."""
+    with quiet(), _network_for(source):
+        tower: nn.Module = _build(source).visual  # type: ignore[assignment]
+    return tower
+
+
 def _build(source: Source, device: str = "cpu") -> nn.Module:
     """Build the model, with random weights."""
     model: nn.Module = open_clip.create_model(

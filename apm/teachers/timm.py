@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,6 +21,8 @@ from apm.teachers.openclip import quiet, weights_hash
 PREFIX = "timm:"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names that timm gives to the weights in a repository, in the order of preference."""
+_DRAW = 0x5EED_F11E
+"""Seed of weights that are to be told from those of a file."""
 
 
 class TimmGridTeacher:
@@ -70,20 +73,13 @@ def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeach
         raise TeacherError(
             f'The teacher "{spec}" cannot be loaded: timm has no model {name}.{did_you_mean(name, known)}'
         )
-    path = Path(file).expanduser() if at else _from_hub(spec, name)
+    path = Path(file).expanduser() if at else published_file(spec, name)
     if not path.is_file():
         raise TeacherError(f'The teacher "{spec}" cannot be loaded: there is no file {path}.')
     if read_checkpoint(path).state is not None:
         raise TeacherError(f'The teacher "{spec}" cannot be loaded: {path} holds a CLIP of OpenAI, or TorchScript.')
     try:
-        with quiet(), hub.no_network():
-            model = timm.create_model(
-                name,
-                pretrained=True,
-                pretrained_cfg_overlay={"file": str(path), "custom_load": False},
-                num_classes=0,
-                dynamic_img_size=True,
-            )
+        model = with_weights(name, path, dynamic_img_size=True)
     except Exception as error:  # timm and torch report what does not fit in many ways
         reason = " ".join(str(error).split())
         if "dynamic_img_size" in reason:
@@ -102,7 +98,41 @@ def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeach
     return TimmGridTeacher(model, name=spec, device=torch.device(device))
 
 
-def _from_hub(spec: str, name: str) -> Path:
+def with_weights(name: str, path: Path, **options: Any) -> nn.Module:
+    """Build a model of timm without its classes, with the weights of a file that `read_checkpoint` accepts.
+
+    timm leaves what a file lacks as it was drawn, and says so only in its log. So a second model is drawn, with the
+    same seed: what is the same in both is not from the file.
+
+    Raises:
+        ValueError: the file lacks weights of the model.
+        Exception: whatever timm and torch raise where names or shapes do not fit.
+    """
+
+    def build(**weights: Any) -> nn.Module:
+        torch.manual_seed(_DRAW)
+        return timm.create_model(name, num_classes=0, **weights, **options)
+
+    with quiet(), hub.no_network(), torch.random.fork_rng(devices=[]):
+        model = build(pretrained=True, pretrained_cfg_overlay={"file": str(path), "custom_load": False})
+        drawn = dict(build(pretrained=False).named_parameters())
+    missing = [key for key, value in model.named_parameters() if _random(value) and torch.equal(value, drawn[key])]
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of the model's weights, first {missing[0]}")
+    return model
+
+
+def _random(values: Tensor) -> bool:
+    """Whether they are not all alike, as weights are that no draw has made."""
+    return bool((values != values.flatten()[0]).any())
+
+
+def published_file(spec: str, name: str) -> Path:
+    """Find the weights that timm publishes for a model, downloading them where they are not here.
+
+    Raises:
+        TeacherUnavailable: they are neither on this machine nor reachable.
+    """
     settings = timm.get_pretrained_cfg(name)
     if settings is None or not settings.hf_hub_id:
         where = f" from {settings.url}" if settings is not None and settings.url else ""

@@ -248,7 +248,10 @@ class IslandOptions:
     lr: float = setting(1e-4, "Learning rate for the token.", check=positive)
     grid_lr: float = setting(1e-3, "Learning rate for the grid, which is harder to fit.", check=positive)
     grid_size: int | None = setting(
-        None, "Side, in pixels, at which the teacher's grid is made.", default_words="the teacher's", check=at_least(1)
+        None,
+        "Side, in pixels, at which the teacher's grid is made, or of the input of --source.",
+        default_words="the model's own",
+        check=at_least(1),
     )
     grid_views: int | str = setting(
         1,

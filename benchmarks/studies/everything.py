@@ -281,7 +281,12 @@ SYSTEMS = (
         lambda record: "[curve](speed.md)",
         "speed.md",
     ),
-    System("Islands from a video transformer shown a still image", "", "MViTv2-S's weights; no published figures"),
+    System(
+        "Islands from a video transformer shown a still image",
+        "apm islands IMAGE --source mvit:3,4 --out DIR",
+        "MViTv2-S's weights, which torchvision publishes (132 MB); no published figures",
+        page="islands.md",
+    ),
     System("Black and white becomes coloured", "", "a student trained on colours; no published figures"),
     System("Layer skipping: 5 layers of 12", "", "a student trained on a teacher's later layer; no published figures"),
 )

@@ -12,6 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from apm.cli.main import app
+from apm.errors import ImageError
+from apm.student import islands as islands_measures
 from apm.student.config import APMConfig
 from tests.benchmarks.studies.test_pointing import TINY, ColourTeacher
 
@@ -103,3 +105,79 @@ def test_many_views_are_the_grids_target(picture: Path, tmp_path: Path) -> None:
 def test_wrong_usage(arguments: list[str], told: str, picture: Path, tmp_path: Path) -> None:
     result = islands(tmp_path / "out", *arguments, picture)
     assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "out").exists()
+
+
+def layers(out: Path, source: str, *arguments: str | Path) -> Result:
+    words = ["islands", "--source", source, "--device", "cpu", "--out", str(out), *map(str, arguments)]
+    return CliRunner().invoke(app, words)
+
+
+@pytest.mark.slow
+def test_layers_of_a_fixed_model(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    source = "vit:test_resnet:1,layer2@random:3"
+    result = layers(tmp_path / "out", source, "--parts", "3", "--grid-size", "64", picture, tmp_path / "broken.png")
+    assert result.exit_code == 1 and "broken.png" in result.stderr
+    printed = [Path(line) for line in result.stdout.splitlines()]
+    assert set(printed) == set((tmp_path / "out").iterdir())
+    assert [path.name.partition("-layers")[2] for path in printed] == [".png", "-parts.png", ".npz", ".json"]
+    for path in printed[:2]:
+        with Image.open(path) as drawn:
+            drawn.load()
+    record = json.loads(printed[3].read_text())
+    settings = record["settings"]
+    assert settings["weights"] == "at random (seed 3), not trained" and settings["pixels"] == 64
+    assert settings["other image"] == "the image itself, upside down" and settings["image"] == picture.name
+    assert settings["source"].startswith("vit:test_resnet:1,layer2@") and "frames" not in settings
+    module = record["layers"]["layer2"]
+    assert (module["module"], module["places"]) == ("layer2", 8)
+    assert list(record["measures"]["1"]) == ["image", "shuffled image", "other image", "colours", "coordinates"]
+    with np.load(printed[2]) as arrays:
+        assert arrays["fields/layer2"].shape == (8, 8, module["width"]) and arrays["tsne/1"].shape == (16, 16, 3)
+        assert arrays["clusters/1/colours"].shape == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "told"),
+    [
+        ("mvit:3@random", ["--steps", "150", "--grid-lr", "0.1"], "--steps, --grid-lr would have no effect"),
+        ("mvit:3@random", ["--snapshots", "0"], "--snapshots would have no effect"),
+        ("mvit:3@random", ["--teacher", "x"], "has no teacher, but --teacher is given"),
+        ("mvit:3@random", ["--frames", "9"], "--frames is 9"),
+        ("vit:test_vit:1@random", ["--frames", "8"], "is of mvit alone"),
+        ("teacher:1", ["--teacher", "x"], "layers of a teacher of open_clip"),
+        ("movie:3", [], 'Unknown source "movie"'),
+        ("vit:test_resnet:4@random", ["--grid-size", "64", "--no-controls"], "too few for 12 parts"),
+    ],
+)
+def test_what_has_no_effect_on_layers_is_refused(
+    source: str, arguments: list[str], told: str, picture: Path, tmp_path: Path
+) -> None:
+    result = layers(tmp_path / "out", source, *arguments, picture)
+    assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_frames_need_a_video(picture: Path, tmp_path: Path) -> None:
+    result = islands(tmp_path / "out", "--frames", "8", picture)
+    assert result.exit_code == 2 and "no --source is given" in result.stderr
+
+
+def test_an_image_without_superpixels_loses_no_other(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = islands_measures.superpixels
+    asked: list[int] = []
+
+    def sometimes(square: Image.Image, grid: int, count: int) -> islands_measures.Labels:
+        asked.append(grid)
+        if len(asked) == 1:
+            raise ImageError("one superpixel alone")
+        return made(square, grid, count)
+
+    monkeypatch.setattr(islands_measures, "superpixels", sometimes)
+    twin = tmp_path / "twin.png"
+    Image.open(picture).save(twin)
+    words = ["--parts", "3", "--grid-size", "64", "--no-controls"]
+    result = layers(tmp_path / "out", "vit:test_resnet:2@random", *words, picture, twin)
+    assert result.exit_code == 1 and len(result.stdout.splitlines()) == 3
+    assert f"{picture.name} beside twin.png: one superpixel alone" in result.stderr

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from apm.errors import UsageError
+from apm.errors import ImageError, UsageError
 from apm.student import islands
 
 
@@ -122,6 +122,14 @@ def test_superpixels_follow_the_image() -> None:
     assert found.shape == (8, 8)
     expected = np.kron([[0, 1], [2, 3]], np.ones((4, 4), dtype=int))
     assert islands.agreement(found, expected) == pytest.approx(1)
+
+
+def test_one_superpixel_alone_is_refused() -> None:
+    image = Image.new("RGB", (64, 64), "white")
+    for column in range(8, 64, 16):  # strips thinner than any superpixel
+        image.paste("black", (column, 0, column + 8, 64))
+    with pytest.raises(ImageError, match="of 4 superpixels 16 × 16 places show one alone"):
+        islands.superpixels(image, 16, 4)
 
 
 def test_random_targets_have_the_lengths_and_other_directions() -> None:

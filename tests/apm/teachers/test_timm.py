@@ -138,6 +138,13 @@ def test_what_cannot_be_loaded_says_why(model: nn.Module, file: Path, tmp_path: 
     refused(f"timm:vit_tiny_patch16_244@{file}", 'Did you mean "vit_tiny_patch16_224"')
     refused(f"timm:test_resnet@{file}", "is no vision transformer")
     refused(f"timm:test_vit@{file}", "does not fit the model test_vit")
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
+    refused(f"timm:test_vit@{tmp_path}/resnet.safetensors", r"does not fit .*lacks \d+ of the model's weights")
+    part = {name: value for name, value in model.state_dict().items() if not name.startswith("blocks.1.")}
+    save_file(part, tmp_path / "part.safetensors")
+    refused(
+        f"timm:{NAME}@{tmp_path}/part.safetensors", "lacks 4 of the model's weights, first blocks.1.attn.qkv.weight"
+    )
     (tmp_path / "text.safetensors").write_text("not weights")
     refused(f"timm:{NAME}@{tmp_path}/text.safetensors", "damaged or no safetensors file")
     torch.save({"state": model}, tmp_path / "code.pth")

@@ -1,0 +1,55 @@
+"""What `apm islands` takes in, whatever it looks at: a teacher, images, and beside each of them another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apm.errors import ImageError
+from apm.images.paths import printable
+
+from . import render
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from apm.teachers.base import Teacher
+
+
+def load_named(name: str | None, device: str) -> Teacher:
+    """Load it, and say what is to be known of it."""
+    if name is not None:
+        from apm.teachers import check_teacher
+
+        check_teacher(name)
+    from apm.devices import pick_device
+    from apm.teachers import load_default_teacher, load_teacher
+
+    where = pick_device(device)
+    source = load_teacher(name, device=where) if name else load_default_teacher(device=where)
+    for note in source.notes:
+        render.notice(note)
+    return source
+
+
+def other_of(images: list[tuple[Path, Image.Image]], number: int) -> tuple[Image.Image, str]:
+    """The image whose target serves as a control for one of them, and what to call it."""
+    from PIL import Image
+
+    if len(images) == 1:
+        return images[0][1].transpose(Image.Transpose.ROTATE_180), "the image itself, upside down"
+    file, image = images[(number + 1) % len(images)]
+    return image, printable(file.name)
+
+
+def read_images(files: list[Path]) -> list[tuple[Path, Image.Image]]:
+    """Read the images; what cannot be read is told, and left out."""
+    from apm.images.load import load_image
+
+    images = []
+    for file in files:
+        try:
+            images.append((file, load_image(file).image))
+        except ImageError as error:
+            render.failure(str(error))
+    return images

@@ -1,0 +1,130 @@
+"""`apm islands --source`: what layers of a fixed model hold at each place of images, where nothing is fitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from apm.errors import ImageError, UsageError
+from apm.images.paths import expand_paths, printable
+from apm.teachers import load_layers
+from apm.teachers.layer_sources import FRAMES, SourceName, parse_source
+from apm.test_time.options import IslandOptions
+
+from . import render
+from .island_inputs import load_named, other_of, read_images
+from .options import flag
+
+if TYPE_CHECKING:
+    from apm.teachers.layers import LayerSource
+
+SHARED = ("threshold", "parts", "seed", "grid_size")
+"""Settings of a student and its islands that hold for layers as well."""
+OF_STUDENT = [field.name for field in dataclasses.fields(IslandOptions) if field.name not in SHARED] + ["snapshots"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking:
+    """What the command was told, whatever it looks at."""
+
+    paths: Sequence[str]
+    out: Path
+    options: IslandOptions
+    controls: bool
+    device: str
+    kind: str
+    """Of the pictures: png or svg."""
+    given: Set[str]
+    """Parameters that the command line names."""
+
+
+def look_at_layers(text: str, told: Looking, *, named: str | None, frames: int | None) -> None:
+    """Write pictures, arrays and measures of each image.
+
+    Args:
+        text: the source.
+        told: what else was said.
+        named: the teacher's name, for a source that is its layers.
+        frames: of the video that a video transformer is shown.
+
+    Raises:
+        UsageError: something was said that has no effect here, or there is no such model or layer.
+    """
+    name = parse_source(text)
+    _refuse(name, told.given, frames)
+    files = list(expand_paths(told.paths))
+    source, untrained = _load(name, told, named, frames)
+
+    from apm.figures.base import output_stem
+    from apm.figures.layers import write_layers
+    from apm.test_time.island_fields import square_of
+    from apm.test_time.layer_fields import observe_layers
+
+    options, images = told.options, read_images(files)
+    settings = _settings(source, told)
+    measuring: dict[str, Any] = {"threshold": options.threshold, "parts": options.parts, "seed": options.seed}
+    failed = len(files) - len(images)
+    for number, (file, image) in enumerate(images):
+        other, other_name = other_of(images, number)
+        try:
+            found = observe_layers(image, other, source, untrained, controls=told.controls, **measuring)
+        except ImageError as error:
+            failed += 1
+            render.failure(f"{printable(file.name)} beside {other_name}: {error}")
+            continue
+        beside = {"other image": other_name} if told.controls else {}
+        of_file = {"image": printable(file.name), **settings, **beside}
+        stem = told.out / output_stem(file)
+        render.say_files(write_layers(found, square_of(image), stem, settings=of_file, kind=told.kind))
+        sys.stdout.flush()
+    if failed:
+        raise typer.Exit(1)
+
+
+def _refuse(name: SourceName, given: Set[str], frames: int | None) -> None:
+    """Refuse what is of a student, or of another kind of source."""
+    foreign = [flag(one) for one in OF_STUDENT if one in given]
+    if foreign:
+        raise UsageError(
+            f"--source {name.text} fits no student, and {', '.join(foreign)} would have no effect: leave out the one"
+            " or the other."
+        )
+    if "teacher" in given and name.kind != "teacher":
+        raise UsageError(f"--source {name.text} has no teacher, but --teacher is given: its layers are teacher:LAYER.")
+    if frames is not None and (name.kind != "mvit" or frames not in FRAMES):
+        allowed = " or ".join(map(str, FRAMES))
+        raise UsageError(f"--frames is {frames} with --source {name.text}: it is of mvit alone, and {allowed}.")
+
+
+def _load(
+    name: SourceName, told: Looking, named: str | None, frames: int | None
+) -> tuple[LayerSource, LayerSource | None]:
+    """The source, and the same with weights at random where it has others and controls are wanted."""
+    teacher = load_named(named, told.device) if name.kind == "teacher" else None
+
+    from apm.devices import pick_device
+
+    device = pick_device(told.device)
+    source = load_layers(name.text, teacher=teacher, size=told.options.grid_size, frames=frames, device=device)
+    wanted = told.controls and name.seed is None
+    return source, source.at_random(told.options.seed) if wanted else None
+
+
+def _settings(source: LayerSource, told: Looking) -> dict[str, Any]:
+    """What the small print and the record say, as plain JSON values."""
+    video = {} if source.frames is None else {"frames": source.frames, "time shown": source.shown}
+    return {
+        "source": source.identity,
+        "weights": source.weights.words,
+        **video,
+        "pixels": source.weights.size,
+        "seed": told.options.seed,
+        "threshold": told.options.threshold,
+        "parts": told.options.parts,
+    }

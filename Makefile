@@ -15,8 +15,9 @@ demo: $(RUNTIME)
 gallery: $(DEV)
 	$(BIN)/python -m apm.cli.gallery
 
-# A process a core, of one thread each unless OMP_NUM_THREADS says otherwise: most tests are too small for more.
-PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+# A process a core, of one thread each unless OMP_NUM_THREADS says otherwise: most tests are too small for more. What is
+# compiled is kept, whatever the shell says: else each of the processes, and each that a test starts, does it again.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test: $(DEV)
 	$(PYTEST)

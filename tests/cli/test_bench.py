@@ -7,11 +7,9 @@ import re
 import shutil
 import sys
 from contextlib import nullcontext
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -25,6 +23,7 @@ from apm.processes import Group
 from tests.benchmarks.made_runs import picture
 from tests.benchmarks.make_table_golden import GOLDEN
 from tests.fakes import FakeTeacher
+from tests.schemas import schema
 
 DIGITS = ("digits", "--limit", "20", "--method", "zero-shot", "--method", "tda")
 
@@ -124,8 +123,7 @@ def test_the_default_folder_says_data_and_teacher() -> None:
 def test_json_is_the_tables_document_and_nothing_else(tmp_path: Path) -> None:
     result = bench(*DIGITS, "--json", "--out", "run")
     document = json.loads(result.stdout)
-    schema = json.loads((resources.files("apm.benchmarks") / "schemas" / "table.schema.json").read_text())
-    jsonschema.validate(document, schema)
+    schema("benchmarks/table.schema.json").validate(document)
     assert document == json.loads(apm_("table", "run", "--format", "json").stdout)
 
 

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ from apm.images.load import MAX_PIXELS
 from apm.test_time.options import AdaptConfig
 from apm.test_time.queries import FEWER
 from tests.fakes import FakeTeacher, png_of_size
+from tests.schemas import schema
 
 pytestmark = pytest.mark.usefixtures("fake_teacher")
 
-SCHEMA = json.loads(resources.files("apm.cli").joinpath("schemas/classify.json").read_text())
+SCHEMA = schema("cli/classify.json")
 FAST = ("--preset", "small", "--steps", "2", "--precision", "fp32", "--device", "cpu")
 LABELS = ("--labels", "cat, dog,bird,house")
 
@@ -44,16 +44,15 @@ def records(result: Result) -> list[dict[str, Any]]:
         for line in result.stdout.splitlines()
     ]
     for line in lines:
-        jsonschema.validate(line, SCHEMA)
+        SCHEMA.validate(line)
     return lines
 
 
 def test_the_schema_is_one(picture: Path) -> None:
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
     (good,) = records(classify("--json", picture))
     for change in ({"top": []}, {"agree": None}, {"adaptation": None}, {"extra": 1}, {"error": "no"}):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({**good, **change}, SCHEMA)
+            SCHEMA.validate({**good, **change})
 
 
 @pytest.mark.parametrize("quiet", [(), ("--quiet",)])
@@ -351,7 +350,7 @@ def test_out_is_written_and_continued(suffix: str, picture: Path, tmp_path: Path
     if suffix == ".jsonl":
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         for line in lines:
-            jsonschema.validate(line, SCHEMA)
+            SCHEMA.validate(line)
         assert [line["path"] for line in lines] == [str(picture), str(other), str(tmp_path / "missing.jpg")]
     refused = classify("--out", out, "--lr", "0.5", picture)
     assert refused.exit_code == 2 and "lr: 0.0001, now 0.5" in refused.stderr

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from importlib import resources
 from pathlib import Path
 
-import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +15,7 @@ from typer.testing import CliRunner
 from apm.cli.main import app
 from apm.mae.training import load_mae
 from tests.pretraining import make_folder, make_parquet, picture
+from tests.schemas import schema
 
 SIZES = (
     "--image-size", "16", "--patch-size", "4", "--width", "8", "--depth", "1", "--heads", "1",
@@ -106,13 +105,12 @@ def test_class_folders_are_classes(base: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_reached_as_json(base: Path, tmp_path: Path) -> None:
-    schema = json.loads(resources.files("apm.cli").joinpath("schemas/training.json").read_text())
     folder, out = make_folder(tmp_path / "images", 7), tmp_path / "head.safetensors"
     command = ("probe", folder, "--base", base, "--out", out, *HEAD, *FAST, "--json")
     code, said, told = run(*command)
     assert code == 0 and said.count("\n") == 1 and "train: " in told
     record = json.loads(said)
-    jsonschema.validate(record, schema)
+    schema("cli/training.json").validate(record)
     assert record == {
         "checkpoint": str(out), "steps": 2, "images": 6, "held_out": 1, "losses": record["losses"], "skipped": [],
     }  # fmt: skip
@@ -121,7 +119,7 @@ def test_what_was_reached_as_json(base: Path, tmp_path: Path) -> None:
     table = make_parquet(tmp_path / "t.parquet", 6, broken=(4,))
     code, said, told = run("train", table, "--out", tmp_path / "m.safetensors", *SIZES, *FAST, "--json", "--quiet")
     assert code == 1 and json.loads(said)["skipped"] == ["t.parquet, row 4"] and told.count("\n") == 1
-    jsonschema.validate(json.loads(said), schema)
+    schema("cli/training.json").validate(json.loads(said))
 
 
 def test_joint_training_needs_no_base(tmp_path: Path) -> None:

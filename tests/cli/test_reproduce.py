@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 
-import jsonschema
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -15,6 +13,7 @@ from apm.benchmarks.runs.records import Records
 from apm.cli.main import app
 from tests.benchmarks.datasets.trees import tree, wnids_of
 from tests.benchmarks.reproduce.test_reproduce import head_for
+from tests.schemas import schema
 
 
 def reproduce(*arguments: object) -> Result:
@@ -23,8 +22,7 @@ def reproduce(*arguments: object) -> Result:
 
 def checked(result: Result) -> dict:
     document = json.loads(result.stdout)
-    schema = (resources.files("apm.benchmarks") / "schemas" / "reproduce.schema.json").read_text()
-    jsonschema.validate(document, json.loads(schema))
+    schema("benchmarks/reproduce.schema.json").validate(document)
     return document
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import resources
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 from click.testing import Result
@@ -16,10 +14,11 @@ from typer.testing import CliRunner
 
 from apm.cli.main import app
 from tests.fakes import FakeTeacher
+from tests.schemas import schema
 
 pytestmark = pytest.mark.usefixtures("fake_teacher")
 
-SCHEMA = json.loads(resources.files("apm.cli").joinpath("schemas/segment.json").read_text())
+SCHEMA = schema("cli/segment.json")
 FAST = ("--teacher", "fake", "--steps", "2", "--device", "cpu", "--grid-views", "2", "--places", "16")
 
 
@@ -39,7 +38,7 @@ def test_map_overlay_and_record_say_the_same(picture: Path, tmp_path: Path) -> N
     result = segment(tmp_path / "out", "--json", "--background", "floor", wide)
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
-    jsonschema.validate(record, SCHEMA)
+    SCHEMA.validate(record)
     assert record["size"] == [70, 40] and record["tiles"] == 2 and record["path"] == str(wide)
     found = opened(tmp_path / "out" / record["files"]["map"])
     assert found.mode == "P" and found.size == (70, 40)
@@ -79,7 +78,7 @@ def test_the_same_command_goes_on_and_other_settings_are_refused(
     assert other.exit_code == 2 and "min-area: 0.001 there, 0.2 here" in other.stderr
     jsonl = [json.loads(line) for line in segment(out, "--json", picture, broken).stdout.splitlines()]
     for record in jsonl:
-        jsonschema.validate(record, SCHEMA)
+        SCHEMA.validate(record)
     assert jsonl[0]["error"] is None and "broken.png" in jsonl[1]["error"]
 
 
@@ -89,7 +88,7 @@ def test_records_of_files_that_are_not_there_keep_to_the_schema(tmp_path: Path) 
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(records) == 2
     for record in records:
-        jsonschema.validate(record, SCHEMA)
+        SCHEMA.validate(record)
         assert "no such file" in record["error"]
 
 

@@ -109,16 +109,12 @@ def test_forward_and_every_gradient(seed: int, readout: str, loss: str) -> None:
             assert apart(gradient[b], expected) < (CANCELLING if cancels(name) else 5e-6), name
 
 
-@pytest.mark.usefixtures("batching")
 @pytest.mark.parametrize(("seed", "readout", "loss"), CASES)
-def test_twenty_steps(seed: int, readout: str, loss: str) -> None:
+def test_twenty_steps(seed: int, readout: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = random_config(seed + 10, readout)
     parameters, images, targets = draw(config, 3, seed)
-    engine = Engine(config, parameters, batch=3, lr=LR, loss=loss)  # type: ignore[arg-type]
-    engine.load(images, targets)
-    history = engine.run(20, record_tokens=True)
-    assert history.tokens is not None
-    assert engine.updates.tolist() == [20.0] * 3
+    rows, cols = grid_locations(config.grid)
+    losses, tokens, fields = torch.empty(3, 20), torch.empty(3, 21, config.dim), []  # of the plain form
     for b in range(3):
         model = plain(config, parameters)
         adam = torch.optim.Adam(model.parameters(), lr=LR)
@@ -128,15 +124,25 @@ def test_twenty_steps(seed: int, readout: str, loss: str) -> None:
             value = plain_loss(token, targets[b], loss)
             value.backward()
             adam.step()
-            assert float(history.losses[b, step]) == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
-            assert apart(history.tokens[b, step], token) < 1e-4
+            losses[b, step], tokens[b, step] = value.item(), token.detach()
         with torch.no_grad():
-            assert apart(engine.token[b], model(images[b : b + 1])[0]) < 1e-4
-            rows, cols = grid_locations(config.grid)
-            field = model.field(images[b : b + 1], rows + 0.25, cols)[0]
-        assert apart(engine.fold(3).features(rows + 0.25, cols)[b], field) < 1e-4
-        assert history.losses[b, -1] < history.losses[b, 0]
-    assert torch.equal(history.tokens[:, -1], engine.token)
+            tokens[b, 20] = model(images[b : b + 1])[0]
+            fields.append(model.field(images[b : b + 1], rows + 0.25, cols)[0])
+    for one_by_one in (True, False):  # as a CPU and as a GPU takes the products
+        monkeypatch.setattr(precision, "_one_by_one", lambda _, chosen=one_by_one: chosen)
+        engine = Engine(config, parameters, batch=3, lr=LR, loss=loss)  # type: ignore[arg-type]
+        engine.load(images, targets)
+        history = engine.run(20, record_tokens=True)
+        assert history.tokens is not None
+        assert engine.updates.tolist() == [20.0] * 3
+        read = engine.fold(3).features(rows + 0.25, cols)
+        for b in range(3):
+            assert history.losses[b, :20].tolist() == pytest.approx(losses[b].tolist(), rel=1e-4, abs=1e-6)
+            assert max(apart(history.tokens[b, step], tokens[b, step]) for step in range(20)) < 1e-4
+            assert apart(engine.token[b], tokens[b, 20]) < 1e-4
+            assert apart(read[b], fields[b]) < 1e-4
+            assert history.losses[b, -1] < history.losses[b, 0]
+        assert torch.equal(history.tokens[:, -1], engine.token)
 
 
 def test_bf16_products_stay_near_float32_and_keep_float32_state() -> None:

@@ -163,10 +163,17 @@ def rewritten(path: Path, member: str, content: bytes, *, compress: bool = False
     return copied
 
 
+@pytest.fixture(scope="module")
+def archived(quick: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("archived") / "clip.pt"
+    save_archive(published(quick), path)
+    return path
+
+
 @pytest.fixture
-def archive(quick: nn.Module, tmp_path: Path) -> Path:
-    save_archive(published(quick), tmp_path / "clip.pt")
-    return tmp_path / "clip.pt"
+def archive(archived: Path, tmp_path: Path) -> Path:
+    """Return an archive that a test may spoil."""
+    return Path(shutil.copy(archived, tmp_path))
 
 
 def test_nothing_of_an_archive_is_run(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

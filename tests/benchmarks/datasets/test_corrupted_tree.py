@@ -170,9 +170,11 @@ def test_command_names_bad_images_and_does_the_rest(source: Path, tmp_path: Path
     assert again.exit_code == 0 and again.stdout == ""
 
 
-def test_all_names_the_15_corruptions(source: Path, tmp_path: Path) -> None:
+def test_all_names_the_15_corruptions(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "val" / "n01440764").mkdir(parents=True)
+    picture.rename(tmp_path / "val" / "n01440764" / picture.name)
     app = typer.Typer()
     app.command()(command)
-    arguments = [str(source), str(tmp_path / "c"), "--level", "1", "--corruption", "all", "--quiet"]
+    arguments = [str(tmp_path / "val"), str(tmp_path / "c"), "--level", "1", "--corruption", "all", "--quiet"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert {path.name for path in (tmp_path / "c").iterdir() if path.is_dir()} == set(CORRUPTIONS)

@@ -196,9 +196,8 @@ def test_tables_are_those_of_apm_table(levels: Path, levels_page: Page) -> None:
         assert [list(DETAIL_HEADINGS), *details(table)] in levels_page.tables
 
 
-def test_what_can_be_trusted_comes_first_and_is_that_of_apm_table(levels: Path, tmp_path: Path) -> None:
-    text = write_report([levels], tmp_path / "out", Options())[0].read_text(encoding="utf-8")
-    page, tables = Page(text), make_trust(tables_of(levels))
+def test_what_can_be_trusted_comes_first_and_is_that_of_apm_table(levels: Path, levels_page: Page) -> None:
+    page, tables = levels_page, make_trust(tables_of(levels))
     assert len(tables) == 2 * 4  # by level: two corruptions together, clean, each corruption
     for table in tables:
         assert [list(HEADINGS), *lines(table)] in page.tables
@@ -383,8 +382,9 @@ def report(*arguments: str | Path) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_command_prints_the_path(levels: Path, tmp_path: Path) -> None:
-    code, stdout, _ = report(levels, "--out", tmp_path / "out", "--flips", 1, "--no-images")
+def test_the_command_prints_the_path(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    code, stdout, _ = report(tmp_path / "run", "--out", tmp_path / "out", "--flips", 1, "--no-images")
     assert (code, stdout) == (0, f"{tmp_path / 'out' / 'index.html'}\n")
 
 

@@ -12,11 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -34,6 +32,7 @@ from apm.text.zeroshot import ZeroShotHead
 from tests.benchmarks.made_runs import Interrupting, Plain, Stream, make_dataset, make_run, picture
 from tests.fakes import FakeTeacher
 from tests.places import ROOT
+from tests.schemas import schema
 
 UNTIMED = ("id", "position", "label", "method", "prediction", "rank", "teacher_prediction", "steps", "error")
 
@@ -110,9 +109,8 @@ def test_methods_never_see_labels_or_ids(tmp_path: Path) -> None:
 
 def test_run_json_follows_its_schema_and_says_what_was_run(tmp_path: Path) -> None:
     summary = make_run(tmp_path, [Plain(), Stream()], make_dataset(bad=[4]), command=("apm", "bench", "digits"))
-    text = (resources.files("apm.benchmarks") / "schemas" / "run.schema.json").read_text()
     record = json.loads((tmp_path / "run.json").read_text())
-    jsonschema.validate(record, json.loads(text))
+    schema("benchmarks/run.schema.json").validate(record)
     assert record == summary.run
     assert record["config"]["teacher"] == FakeTeacher().identity
     assert record["config"]["methods"] == {

@@ -65,7 +65,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@both
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("readout", ["query", "mean"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_step_on_a_gpu_touches_nothing_of_the_cpu(

@@ -7,11 +7,9 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pyarrow.parquet as pq
 import pytest
 
@@ -23,6 +21,7 @@ from apm.benchmarks.tables.table import MARKS, Table, TableRow
 from tests.benchmarks.made_runs import Plain, make_dataset, make_run
 from tests.benchmarks.make_table_golden import GOLDEN, RUNS, SUFFIXES
 from tests.fakes import FakeTeacher
+from tests.schemas import schema
 
 
 @pytest.fixture
@@ -45,8 +44,7 @@ def test_json_is_the_stored_one_and_follows_its_schema(golden: list[Table]) -> N
     document = json.loads(FORMATS["json"](golden))
     expected = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
     assert _rounded(document) == _rounded(expected)
-    schema = (resources.files("apm.benchmarks") / "schemas" / "table.schema.json").read_text()
-    jsonschema.validate(document, json.loads(schema))
+    schema("benchmarks/table.schema.json").validate(document)
 
 
 def _rounded(value: Any) -> Any:
@@ -272,8 +270,7 @@ def test_a_method_with_a_prompt_of_its_own_is_marked(tmp_path: Path) -> None:
     record = Records.open(tmp_path / "run")
     assert record.cells["dtd"]["own_prompts"] == {"choosy": "an image of a {}"}
     assert "own_prompts" not in record.cells["pets"]
-    schema = (resources.files("apm.benchmarks") / "schemas" / "run.schema.json").read_text()
-    jsonschema.validate(json.loads((tmp_path / "run" / "run.json").read_text()), json.loads(schema))
+    schema("benchmarks/run.schema.json").validate(json.loads((tmp_path / "run" / "run.json").read_text()))
     (table,) = make_tables([record], published=False)
     plain, choosy = row_of(table, "plain"), row_of(table, "choosy")
     assert "own prompt" in choosy.cells["dtd"].marks

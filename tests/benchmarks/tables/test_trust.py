@@ -6,11 +6,9 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,6 +25,7 @@ from apm.benchmarks.tables.trust_formats import CSV_COLUMNS, FORMATS, HEADINGS, 
 from apm.cli.main import app
 from apm.errors import UsageError
 from tests.benchmarks.make_table_golden import SESSION, cell
+from tests.schemas import schema
 
 N = 40
 TEACHER = np.arange(N) < 20
@@ -300,8 +299,7 @@ def test_features_from_a_store_tell_nothing_of_the_whole_cost(tmp_path: Path) ->
 def test_the_formats_hold_every_row(tmp_path: Path) -> None:
     tables = trusted(write_run(tmp_path / "run", CORRUPTED, METHODS))
     document = json.loads(FORMATS["json"](tables))
-    schema = (resources.files("apm.benchmarks") / "schemas" / "trust.schema.json").read_text()
-    jsonschema.validate(document, json.loads(schema))
+    schema("benchmarks/trust.schema.json").validate(document)
     records = list(csv.DictReader(io.StringIO(FORMATS["csv"](tables))))
     assert tuple(records[0]) == CSV_COLUMNS and len(records) == 4 * 4
     assert float(records[0]["accuracy"]) == document["tables"][0]["rows"][0]["accuracy"]

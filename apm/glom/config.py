@@ -20,7 +20,7 @@ Consensus = Literal["all", "others", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class GLOMConfig:
-    """Sizes of GLOM, and which of its parts are there.
+    """Sizes of GLOM, and which of its parts are there. Without a radius (None) every place hears all others.
 
     Raises:
         UsageError: sizes that cannot go together; the message holds the values.
@@ -37,7 +37,7 @@ class GLOMConfig:
         "all", "Whom a place hears: all, others (hardly itself) or none.", choices=get_args(Consensus)
     )
     radius: float | None = setting(
-        None, "Places farther apart do not hear each other, in places.", default_words="all do", check=positive
+        1.5, "Places farther apart do not hear each other, in places; 1.5: the eight around.", check=positive
     )
     top_down: bool = setting(True, "Whether the level above is heard at all.")
 

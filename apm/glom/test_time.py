@@ -66,6 +66,7 @@ class GLOMStudentOptions:
             dim=self.dim,
             levels=self.levels,
             consensus=self.consensus,
+            radius=None,
             top_down=self.top_down,
         )
 

@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import UnionType
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -184,13 +185,13 @@ def _parse(shown: str, text: str, network: Network[Sizes]) -> tuple[Sizes, dict[
 
 def _sizes(shown: str, found: Any, network: Network[Sizes]) -> Sizes:
     """Make the network's sizes of values that each have the type of their field."""
-    defaults = asdict(network.sizes())  # type: ignore[call-overload]
+    defaults, hints = asdict(network.sizes()), get_type_hints(network.sizes)  # type: ignore[call-overload]
     if not isinstance(found, dict) or (other := found.keys() - defaults.keys()):
         named = f": {sorted(other)[0][:40]}" if isinstance(found, dict) else ""
         raise _damaged(shown, f"{network.name} holds something else than sizes{named}")
     sizes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     for name, value in sizes.items():
-        optional = defaults[name] is None and type(value) in (int, float)
+        optional = isinstance(hints[name], UnionType) and type(value) in (int, float, type(None))
         if (type(value) is not type(defaults[name]) and not optional) or (
             name == "hidden" and not all(type(size) is int for size in value)
         ):

@@ -1,4 +1,4 @@
-"""What consensus, the top-down nets and the number of steps do for a trained GLOM: each switched off.
+"""What consensus, its radius, the top-down nets and the number of steps do for a trained GLOM: each switched off.
 
 ``python -m apm.benchmarks.studies.glom_parts CKPT --root TRAINED_ON --record FILE`` measures how well hidden places of
 held-out images are filled in after 1, 2, … steps: by the network as it was trained, and with parts switched off in it.
@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no consensus": {"consensus": "none"},
     "no top-down": {"top_down": False},
     "neither": {"consensus": "none", "top_down": False},
+    "consensus of all places": {"radius": None},
 }
 
 

@@ -24,7 +24,7 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
 
 def test_trains_on_parquet_and_is_done_with_it(tmp_path: Path) -> None:
     table, out = make_parquet(tmp_path / "images.parquet", 8), tmp_path / "runs" / "glom.safetensors"
-    command = ("train", table, "--out", out, *FAST, "--radius", "1.5", "--hidden", "0.25")
+    command = ("train", table, "--out", out, *FAST, "--radius", "2.5", "--hidden", "0.25")
     code, said, told = run(*command)
     assert code == 0
     assert said.startswith(f"{out}: 2 steps on 7 images; held out on 1: mean squared error of hidden places ")
@@ -33,7 +33,7 @@ def test_trains_on_parquet_and_is_done_with_it(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [0, 2]
     assert {"denoising", "contrast", "norm", "lr", "held_out_denoising", "held_out_contrast"} < rows[1].keys()
     found = read_network(out, NETWORK)
-    assert found.finished and (found.student.levels, found.student.radius) == (3, 1.5)
+    assert found.finished and (found.student.levels, found.student.radius) == (3, 2.5)
     assert found.settings["hidden"] == 0.25
 
     again = run(*command)

@@ -21,8 +21,8 @@ from apm.glom.model import GLOM
 from tests.places import GOLDEN
 
 PATH = Path(os.environ.get("APM_GLOM_GOLDEN") or GOLDEN / "glom_seed0.npz")
-SIZES = GLOMConfig(image_size=20, patch_size=4, dim=16, levels=4)
-TINY = GLOMConfig(image_size=6, patch_size=2, dim=5, levels=3, expansion=2)
+SIZES = GLOMConfig(image_size=20, patch_size=4, dim=16, levels=4, radius=None)
+TINY = GLOMConfig(image_size=6, patch_size=2, dim=5, levels=3, expansion=2, radius=None)
 VARIANTS: dict[str, dict[str, Any]] = {
     "levels_all": {},
     "levels_others": {"consensus": "others"},

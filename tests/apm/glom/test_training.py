@@ -232,6 +232,14 @@ def test_after_a_kill_the_weights_are_those_of_a_run_without_one(tmp_path: Path)
     assert curves[0] == curves[1] and [row["step"] for row in curves[0]] == list(range(7))
 
 
+def test_a_checkpoint_keeps_its_radius_and_that_it_has_none(cache: GridCache, tmp_path: Path) -> None:
+    for radius in (None, 2.5, GLOMConfig().radius):
+        path = tmp_path / f"{radius}.safetensors"
+        trainer(path, cache, replace(TRAINING, steps=1), sizes=replace(SIZES, radius=radius)).run()
+        assert load_glom(path)[0].config.radius == radius
+    assert GLOMConfig().radius == 1.5
+
+
 def test_a_finished_checkpoint_is_loaded_and_other_kinds_are_told(cache: GridCache, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     mine = trainer(path, cache, sizes=replace(SIZES, radius=2.5))

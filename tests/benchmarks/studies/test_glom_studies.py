@@ -168,7 +168,7 @@ def test_parts_are_measured_by_step_switched_off_and_never_there(
     record = glom_parts.measure(chosen)  # type: ignore[arg-type]
     off, never = record["errors"]["switched off"], record["errors"]["never there"]
     assert set(off) == set(never) == set(glom_parts.VARIANTS) and {len(rows) for rows in off.values()} == {6}
-    assert len({str(rows) for rows in [*off.values(), *never.values()]}) == 8
+    assert len({str(rows) for rows in [*off.values(), *never.values()]}) == 10
     whole = glom_reconstruction.measure(options(checkpoint, images, autoencoder=None))  # type: ignore[arg-type]
     assert off["all parts"][3] == pytest.approx(whole["errors"]["glom"], rel=1e-6)  # after the 4 settling steps
     assert glom_parts.measure(chosen)["errors"] == record["errors"]  # type: ignore[arg-type]  # from its checkpoints

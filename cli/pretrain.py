@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from apm.errors import UsageError, unknown
 from apm.pretrain.config import PretrainConfig
-from apm.student.config import PRESETS
+from apm.student.config import PRESETS, APMConfig
 
 from .options import Debug, options_of
 from .training import TRAINING, Out, Session, check_checkpoint, place_of, session_options, train_network
@@ -36,6 +37,12 @@ def pretrain(
         ),
     ] = None,
     preset: Annotated[str, typer.Option(help="The student's size: paper or small.", rich_help_panel=STUDENT)] = "small",
+    patch_size: Annotated[
+        int,
+        typer.Option(
+            help="Side of one of its grid's cells in pixels: fewer for small images.", rich_help_panel=STUDENT
+        ),
+    ] = APMConfig.patch_size,
     grid_size: Annotated[
         int | None,
         typer.Option(
@@ -62,13 +69,15 @@ def pretrain(
         raise UsageError("--grid-size is of the teacher's grids, and there is no --teacher-grid.")
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
+    if not 1 <= patch_size <= 64:
+        raise UsageError(f"--patch-size must be from 1 to 64 pixels, not {patch_size}.")
     from apm.pretrain.images import open_images
     from apm.pretrain.trainer import Pretrainer
-    from apm.student.config import APMConfig
     from apm.teachers import load_grid_teacher
 
     source = open_images(folder)
     teacher = None if teacher_grid is None else load_grid_teacher(teacher_grid, device=place_of(session.device))
+    sizes = APMConfig.preset(preset, dim=APMConfig.dim if teacher is None else teacher.dim, readout="mean")
     side = teacher.grid_size if teacher is not None and grid_size is None else grid_size
     names = {"rgb": "colours"} if teacher is None else {"grid": "grid", "rgb": "colours"}
     reached = ", ".join(f"{word} {{{name}:.5f}}" for name, word in names.items())
@@ -77,7 +86,7 @@ def pretrain(
         Pretrainer.network,
         source,
         out,
-        APMConfig.preset(preset, dim=APMConfig.dim if teacher is None else teacher.dim, readout="mean"),
+        replace(sizes, patch_size=patch_size, image_size=sizes.grid * patch_size),
         config,
         session,
         names=names,

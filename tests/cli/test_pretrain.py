@@ -55,10 +55,11 @@ def test_trains_and_is_done_with_it(tmp_path: Path, teacher: GridTeacher) -> Non
 def test_grey_input_needs_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apm.teachers.load_grid_teacher", lambda *_, **__: pytest.fail("no teacher was named"))
     folder, out = make_folder(tmp_path / "images", 6), tmp_path / "s.safetensors"
-    code, said, told = run(folder, "--grey-input", "--out", out, *FAST)
+    code, said, told = run(folder, "--grey-input", "--patch-size", "4", "--out", out, *FAST)
     assert code == 0 and "held-out mean squared error on 1: colours 0." in said and "grid" not in said + told
     found = read_checkpoint(out)
     assert (found.settings["grey_input"], found.settings["teacher"]) == (True, None)
+    assert (found.student.grid, found.student.patch_size, found.student.image_size) == (16, 4, 64)
     (where,) = out.with_name(out.name + ".cache").iterdir()
     assert (where / "grids.f16").stat().st_size == 0
 
@@ -89,6 +90,7 @@ def test_wrong_use_is_told_before_anything_is_computed(tmp_path: Path, monkeypat
         ((folder, *named, *out, "--max-pixels", "0"), "--max-pixels must be 1 or more"),
         ((folder, *named, *out, "--precision", "fp8"), 'Unknown precision "fp8"'),
         ((folder, *out), "--teacher-grid NAME is missing"),
+        ((folder, *named, *out, "--patch-size", "0"), "--patch-size must be from 1 to 64 pixels, not 0"),
         ((folder, *out, "--grey-input", "--grid-size", "64"), "there is no --teacher-grid"),
         ((folder, *out, "--grey-input", "--rgb-weight", "0"), "rgb_weight must be above 0"),
     ):

@@ -10,6 +10,7 @@ learning rates, and the teacher's grid as the target, whose loss is looked at in
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -84,15 +85,17 @@ class Player:
         for name in options.without:
             del self.fits[name]
 
-    def __call__(self, image: Image.Image, other: Image.Image) -> Row:
-        """Moments of every condition, each with its measures."""
+    def __call__(self, image: Image.Image, other: Image.Image, condition: str) -> Row:
+        """Moments of one condition, each with its measures."""
         subject = prepare(image, other, self.teacher, self.model, parts=PARTS, seed=self.options.seed)
+        fit = self.fits[condition]
+        moments = self._moments(fit.watcher, subject.inputs[fit.control], condition.startswith("grid"))
         return {
-            name: [
+            "condition": condition,
+            "moments": [
                 {"passed": passed, "step": one.step, "loss": one.loss, **measures(one, self.model.grid)}
-                for passed, one in self._moments(fit.watcher, subject.inputs[fit.control], name.startswith("grid"))
-            ]
-            for name, fit in self.fits.items()
+                for passed, one in moments
+            ],
         }
 
     def _moments(self, watcher: Watcher, inputs: Any, by_grid: bool) -> Iterator[tuple[float, Moment]]:
@@ -135,16 +138,17 @@ def measure(options: Options) -> Record:
     kept = ("preset", "steps", "grid_lr", "until", "without", "seed")
     settings = {name: getattr(options, name) for name in kept}
     began = time.perf_counter()
+    pairs = itertools.product(range(min(options.limit, len(samples))), player.fits)
     rows = continued(
-        range(min(options.limit, len(samples))),
-        lambda number: player(samples[number].load(), samples[(number + 1) % len(samples)].load()),
-        "images",
+        list(pairs),
+        lambda pair: player(samples[pair[0]].load(), samples[(pair[0] + 1) % len(samples)].load(), pair[1]),
+        "students",
         path=options.rows,
         settings={**settings, "dataset": data.name, "samples": len(samples), "teacher": teacher.identity},
     )
     return {
         "dataset": data.name,
-        "sample_ids": [sample.id for sample in samples[: len(rows)]],
+        "sample_ids": [sample.id for sample in samples[: -(-len(rows) // len(player.fits))]],
         "teacher": teacher.identity,
         "settings": {**settings, "locations": player.model.grid, "lr": player.lr, "precision": "fp32, read in fp64"},
         "seconds": time.perf_counter() - began,
@@ -156,25 +160,25 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Means over images.
 
     Returns:
-        ``moments``: condition → threshold → ``images`` that passed it, and mean and error of each measure (grids:
-        thresholds are not shared, so none); ``correlation``: condition → size → see `correlation`, of all moments;
-        ``late``: the same of those with a loss of at most `LATE`, grids left out; ``ratio``: condition → size → its
-        value at the last moment over that at `LATE` (grids: over that at the first moment), mean and error;
-        ``last``: condition → `_last`; ``rounding``: the largest of all.
+        ``images``: condition → how many; ``moments``: condition → threshold → ``images`` that passed it, and mean and
+        error of each measure (grids: thresholds are not shared, so none); ``correlation``: condition → size → see
+        `correlation`, of all moments; ``late``: the same of those with a loss of at most `LATE`, grids left out;
+        ``ratio``: condition → size → its value at the last moment over that at `LATE` (grids: over that at the first
+        moment), mean and error; ``last``: condition → `_last`; ``rounding``: the largest of all.
     """
-    conditions = list(rows[0])
-    token = [name for name in conditions if not name.startswith("grid")]
-    moments = [one for row in rows for of in row.values() for one in of]
+    runs: dict[str, list[list[Row]]] = {}
+    for row in rows:
+        runs.setdefault(row["condition"], []).append(row["moments"])
+    token = {name: of for name, of in runs.items() if not name.startswith("grid")}
+    late = {name: [_late(moments) for moments in of] for name, of in token.items()}
     return {
-        "images": len(rows),
-        "moments": {name: _by_threshold([row[name] for row in rows]) for name in token},
-        "correlation": {name: _correlations([row[name] for row in rows]) for name in conditions},
-        "late": {name: _correlations([_late(row[name]) for row in rows]) for name in token},
-        "ratio": {
-            name: _ratios([row[name] if "grid" in name else _late(row[name]) for row in rows]) for name in rows[0]
-        },
-        "last": {name: _last([row[name] for row in rows]) for name in conditions},
-        "rounding": max(one["rounding"] for one in moments),
+        "images": {name: len(of) for name, of in runs.items()},
+        "moments": {name: _by_threshold(of) for name, of in token.items()},
+        "correlation": {name: _correlations(of) for name, of in runs.items()},
+        "late": {name: _correlations(of) for name, of in late.items()},
+        "ratio": {name: _ratios(of) for name, of in {**runs, **late}.items()},
+        "last": {name: _last(of) for name, of in runs.items()},
+        "rounding": max(one["rounding"] for row in rows for one in row["moments"]),
     }
 
 
@@ -253,7 +257,7 @@ def _table(record: Record) -> str:
     )
     paragraphs = (
         f"**{settings['preset']} student**, {settings['locations']} × {settings['locations']} places, "
-        f"{record['images']} images. Highest of the last losses, and mean of the steps to these: {lowest}. Rounding is "
+        f"{_images(record)}. Highest of the last losses, and mean of the steps to these: {lowest}. Rounding is "
         f"at most {100 * record['rounding']:.1g} % of what differs between places.",
         "The image's token, places a region when the loss first is as low as this:",
         _moments(record, "image"),
@@ -274,6 +278,12 @@ def _table(record: Record) -> str:
         f"{settings['seed']} · ± is the standard error over images</sub>",
     )
     return "\n\n".join(paragraphs)
+
+
+def _images(record: Record) -> str:
+    """How many; where a run was ended early some conditions lack the last one."""
+    least, most = min(record["images"].values()), max(record["images"].values())
+    return f"{most} images" if least == most else f"{least} to {most} images"
 
 
 def _moments(record: Record, condition: str) -> str:
@@ -317,7 +327,7 @@ def plot(records: Sequence[Record]) -> None:
                 axis.errorbar(losses, means, errors, color=f"C{number}", marker=".", lw=1, label=condition)
             axis.set_xscale("log")
             axis.invert_xaxis()
-            axis.set_title(f"{record['settings']['preset']}, {record['images']} images: {name}", fontsize=7)
+            axis.set_title(f"{record['settings']['preset']}, {_images(record)}: {name}", fontsize=7)
             axis.set_xlabel("loss", fontsize=7)
             axis.tick_params(labelsize=6)
         row[0].set_ylabel("places a region", fontsize=7)

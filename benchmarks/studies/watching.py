@@ -65,6 +65,7 @@ class Watcher:
             lr=self.adapt.lr,
             seed=self.adapt.seed,
             distil=self.adapt.distil,
+            agree=self.adapt.agree,
             view_cells=grid.features.shape[1] if by_grid and isinstance(grid, Cells) else None,
             device=self.device,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # Before anything imports them: no test may depend on the network or on what an earlier run left in the user's cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -49,6 +51,20 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep a slow machine from saying how far it is where a test compares what is said."""
     monkeypatch.setattr("apm.cli.progress.LINE_EVERY", 3600.0)
+
+
+@pytest.fixture
+def narrow_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the small student narrow, for tests of what is around it."""
+    from apm.student.config import APMConfig
+
+    preset = APMConfig.preset
+
+    def narrow(name: str, **options: Any) -> APMConfig:
+        found = preset(name, **options)
+        return replace(found, hidden=(64, 32, 16), position_dim=64) if name == "small" else found
+
+    monkeypatch.setattr(APMConfig, "preset", narrow)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from apm.test_time.queries import FEWER
 from tests.fakes import FakeTeacher, png_of_size
 from tests.schemas import schema
 
-pytestmark = pytest.mark.usefixtures("fake_teacher")
+pytestmark = pytest.mark.usefixtures("fake_teacher", "narrow_students")
 
 SCHEMA = schema("cli/classify.json")
 FAST = ("--preset", "small", "--steps", "2", "--precision", "fp32", "--device", "cpu")

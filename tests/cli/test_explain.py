@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from apm.cli.main import app
 from tests.fakes import FakeTeacher
 
-pytestmark = pytest.mark.usefixtures("fake_teacher")
+pytestmark = pytest.mark.usefixtures("fake_teacher", "narrow_students")
 
 LABELS = ("--labels", "cat,do$g$,bird,house")
 

@@ -16,7 +16,7 @@ from apm.cli.main import app
 from tests.fakes import FakeTeacher
 from tests.schemas import schema
 
-pytestmark = pytest.mark.usefixtures("fake_teacher")
+pytestmark = pytest.mark.usefixtures("fake_teacher", "narrow_students")
 
 SCHEMA = schema("cli/segment.json")
 FAST = ("--teacher", "fake", "--steps", "2", "--device", "cpu", "--grid-views", "2", "--places", "16")

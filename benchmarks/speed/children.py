@@ -13,6 +13,13 @@ from apm.errors import ApmError
 
 Done = subprocess.CompletedProcess[str]
 
+_WATCH = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
 
 def run_apart(command: Sequence[str], *, threads: int | None = None, **how: Any) -> Done:
     """Run a command with an empty cache of text features; ``how`` is what `subprocess.run` is told besides."""
@@ -33,6 +40,18 @@ def must_run(command: Sequence[str], *, threads: int | None = None) -> Done:
     if done.returncode:
         raise ApmError(f"{' '.join(command[:4])} … failed:\n{done.stderr[-2000:]}")
     return done
+
+
+def peak_bytes(command: Sequence[str]) -> int:
+    """The most memory that a command's process had resident at a time.
+
+    A small process of its own starts it: Linux charges a child with what its parent held when it was started.
+
+    Raises:
+        ApmError: it failed; with its last words.
+    """
+    held = int(must_run([sys.executable, "-c", _WATCH, *command]).stdout)
+    return held * (1 if sys.platform == "darwin" else 1024)
 
 
 def many(processes: int, module: str, *arguments: str) -> list[str]:

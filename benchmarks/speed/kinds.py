@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import features, fewer_queries, pipeline, scaling, startup, step, tuning
+from . import features, fewer_queries, pipeline, scaling, segments, startup, step, tuning
 from .kind import Kind
 
 KINDS: dict[str, Kind] = {
@@ -16,6 +16,7 @@ KINDS: dict[str, Kind] = {
         pipeline.LABELS,
         pipeline.IMAGES,
         pipeline.PROCESSES,
+        segments.SEGMENT,
         fewer_queries.QUERIES,
         startup.STARTUP,
         tuning.TUNING,

@@ -13,12 +13,14 @@ from apm.pretrain.config import PretrainConfig
 from apm.student.config import PRESETS, APMConfig
 
 from .options import Debug, options_of
+from .pretrain_layers import LayerOptions, pretrain_layers
 from .training import TRAINING, Out, Session, check_checkpoint, place_of, session_options, train_network
 
-STUDENT = "The student"
+STUDENT, LAYERS = "The student", "In place of layers"
 
 
 @options_of(PretrainConfig, "config", TRAINING)
+@options_of(LayerOptions, "layers", LAYERS)
 @session_options
 def pretrain(
     folder: Annotated[
@@ -27,6 +29,7 @@ def pretrain(
     ],
     out: Out,
     config: PretrainConfig,
+    layers: LayerOptions,
     session: Session,
     teacher_grid: Annotated[
         str | None,
@@ -55,7 +58,8 @@ def pretrain(
 ) -> None:
     """Train one student on a folder of images: its field against a teacher's grid, its colours against the image.
 
-    With --grey-input the student sees the images in grey: `apm colourise` colours photographs with it.
+    With --grey-input the student sees the images in grey: `apm colourise` colours photographs with it. With
+    --target-layer it learns what the teacher holds after one of its layers, to stand in for those up to there.
 
     No labels. Progress goes to stderr, the curves to CKPT.log.jsonl. The same command after a kill goes on exactly
     where the last checkpoint was. Started by torchrun, the processes share each batch.
@@ -63,12 +67,19 @@ def pretrain(
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
     check_checkpoint(out)
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    if layers.target_layer is not None:
+        from apm.pretrain.images import open_images
+
+        source = open_images(folder)
+        sized = grid_size is not None or patch_size != APMConfig.patch_size
+        pretrain_layers(source, out, teacher_grid, config, session, layers, preset=preset, sized=sized)
+        return
     if teacher_grid is None and not config.grey_input:
         raise UsageError("--teacher-grid NAME is missing: whose grids are to be learned? Only --grey-input needs none.")
     if teacher_grid is None and grid_size is not None:
         raise UsageError("--grid-size is of the teacher's grids, and there is no --teacher-grid.")
-    if preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS)
     if not 1 <= patch_size <= 64:
         raise UsageError(f"--patch-size must be from 1 to 64 pixels, not {patch_size}.")
     from apm.pretrain.images import open_images

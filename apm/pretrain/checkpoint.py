@@ -29,7 +29,13 @@ from apm.student.config import APMConfig
 from apm.student.model import APM, parameter_shapes
 
 _FORMAT = 1
-_NAMES = ("student", "glom", "mae")  # of all networks
+_MADE_BY = {
+    "student": "apm pretrain",
+    "stand_in": "apm pretrain --target-layer",
+    "glom": "apm glom train",
+    "mae": "apm mae train",
+}
+"""Names of all networks → what makes their checkpoints."""
 _MOST_STEPS = 10**9
 _BEFORE = {"grey_input": False}
 """What a setting was in checkpoints that are older than it."""
@@ -172,8 +178,10 @@ def _parse(shown: str, text: str, network: Network[Sizes]) -> tuple[Sizes, dict[
         raise _damaged(shown, "its record of how it was made cannot be read") from None
     if form != _FORMAT:
         raise UsageError(f"{shown} has format {str(form)[:40]}; this version of apm reads format {_FORMAT}.")
-    if network.name not in record and any(isinstance(record.get(name), dict) for name in _NAMES):
-        raise UsageError(f"{shown} is no checkpoint of `{network.command}`, but of another network.")
+    if network.name not in record and (others := [name for name in _MADE_BY if isinstance(record.get(name), dict)]):
+        raise UsageError(
+            f"{shown} is no checkpoint of `{network.command}`, but of another network, made by `{_MADE_BY[others[0]]}`."
+        )
     student, settings = record.get(network.name), record.get("settings")
     step, finished = record.get("step"), record.get("finished")
     if not isinstance(settings, dict) or any(isinstance(value, (dict, list)) for value in settings.values()):

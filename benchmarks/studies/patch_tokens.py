@@ -30,7 +30,7 @@ from apm.teachers.base import Teacher
 from apm.test_time.inputs import student_inputs, teacher_grids
 from apm.test_time.label_maps import LR, STEPS
 from apm.test_time.options import StudentOptions
-from apm.test_time.queries import ALL
+from apm.test_time.queries import ALL, parse_queries
 from apm.test_time.trainer import TestTimeTrainer
 
 from ..datasets import open_dataset
@@ -92,10 +92,10 @@ class Fits:
     def __init__(self, teacher: Teacher, samples: Sequence[Any], options: Options) -> None:
         """Read every photograph's grid once: the controls are made of the others'."""
         self.teacher, self.samples, self.options = teacher, samples, options
-        student = StudentOptions(preset=options.preset, steps=options.steps, seed=options.seed, queries=ALL)
+        student = StudentOptions(preset=options.preset, steps=options.steps, seed=options.seed, queries=options.queries)
         config = student.model(teacher.dim)
         adapt = replace(student.training(teacher.device), precision="fp32")
-        by_grid = replace(adapt, distil="grid", lr=options.grid_lr)
+        by_grid = replace(adapt, distil="grid", lr=options.grid_lr, queries=None)
         self.lr = adapt.lr
         self.trainers = {
             "query": TestTimeTrainer(replace(config, readout="query"), adapt, device=options.device),
@@ -155,7 +155,7 @@ def measure(options: Options) -> Record:
     if len(data.samples) < 2:
         raise UsageError("Two photographs or more are needed: the controls are made of the others.")
     fits = Fits(teacher, data.samples, options)
-    kept = ("preset", "steps", "grid_lr", "grid_size", "seed")
+    kept = ("preset", "steps", "queries", "grid_lr", "grid_size", "seed")
     settings = {**{name: getattr(options, name) for name in kept}, "lr": fits.lr, "precision": "fp32"}
     names = "\n".join(one.id for one in data.samples)
     made_of = {**settings, "teacher": teacher.identity, "photographs": hashlib.sha256(names.encode()).hexdigest()}
@@ -207,9 +207,9 @@ def table(record: Record) -> str:
         f"the grid {losses['grid']:.1e}. Chance matches {1 / (grid[0] * grid[1]):.3f} of the places.",
         f"<sub>`{record['command']}` · {record['date']} · {record['photographs']} photographs · teacher "
         f"`{record['teacher']}`, grid {grid[0]} × {grid[1]} · {settings['preset']} student, {settings['locations']} × "
-        f"{settings['locations']} locations, {settings['steps']} steps, lr {settings['lr']:g}, of the grid "
-        f"{settings['grid_lr']:g} · {settings['precision']} · seed {settings['seed']} · "
-        f"{record['environment']['processor']} · ± is the standard error over photographs</sub>",
+        f"{settings['locations']} locations, {settings['steps']} steps, of the token at {settings['queries']} of them, "
+        f"lr {settings['lr']:g}, of the grid {settings['grid_lr']:g} · {settings['precision']} · seed "
+        f"{settings['seed']} · {record['environment']['processor']} · ± is the standard error over photographs</sub>",
     )
     return "\n\n".join(paragraphs)
 
@@ -217,6 +217,7 @@ def table(record: Record) -> str:
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's student")
     parser.add_argument("--grid-size", type=int, help="side, in pixels, at which the teacher's grid is made")
+    parser.add_argument("--queries", type=parse_queries, default=ALL, help="places that a step of the token reads")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
 
 

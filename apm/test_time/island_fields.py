@@ -247,11 +247,20 @@ def observe(
     )
 
 
-def measures(field: Field, subject: Subject, *, threshold: float, parts: int, seed: int = 0) -> dict[str, float]:
-    """Measure one field (H, H, D): its islands, and what its clusters agree with."""
+def measures(
+    field: Field,
+    subject: Subject,
+    *,
+    threshold: float,
+    parts: int,
+    seed: int = 0,
+    found: islands.Labels | None = None,
+) -> dict[str, float]:
+    """Measure one field (H, H, D): its islands, and what its clusters agree with; `found`, where these are known."""
     plain = islands.measure(field, threshold=threshold)
     centred = islands.measure(field, threshold=threshold, centred=True)
-    found = islands.clusters(field, parts, seed=seed)
+    if found is None:
+        found = islands.clusters(field, parts, seed=seed)
     joined = islands.regions(field - field.mean(axis=(0, 1)), threshold)
     return {
         "cosine": plain.cosine,

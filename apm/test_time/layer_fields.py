@@ -51,8 +51,9 @@ class LayerSeen:
     @property
     def title(self) -> str:
         """The layer in a few words."""
-        named = self.module if self.layer in self.module else f"{self.layer} ({self.module})"
-        return f"layer {named}, {self.places} × {self.places}"
+        module = self.module.removeprefix("trunk.")
+        named = module if self.layer in module else f"layer {self.layer} ({module})"
+        return f"{named}, {self.places} × {self.places}"
 
 
 def fields_of(
@@ -135,16 +136,17 @@ def _measured(
         )
     own, others = (islands.superpixels(square, side, parts) for square in squares)
     subject = Subject(inputs={}, superpixels=own, other_superpixels=others)
+    clusters = {name: islands.clusters(field, parts, seed=seed) for name, field in fields.items()}
     return LayerSeen(
         layer=layer,
         module=source.modules[layer],
         fields=dict(fields),
         superpixels=own,
         measured={
-            name: measures(field, subject, threshold=threshold, parts=parts, seed=seed)
+            name: measures(field, subject, threshold=threshold, parts=parts, found=clusters[name])
             for name, field in fields.items()
         },
-        clusters={name: islands.clusters(field, parts, seed=seed) for name, field in fields.items()},
+        clusters=clusters,
     )
 
 

@@ -52,7 +52,7 @@ def test_conditions_are_what_they_are_called(source: LayerSource, images: tuple[
         2,
         5,
     ]
-    assert coarse.title == "layer 2 (layer2), 8 × 8" or coarse.title == "layer layer2, 8 × 8"
+    assert coarse.title == "layer 2 (layer2), 8 × 8" or coarse.title == "layer2, 8 × 8"
 
 
 def test_controls_are_left_out_where_they_are_not_wanted(

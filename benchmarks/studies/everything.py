@@ -19,8 +19,9 @@ from ..datasets.specs import DATASETS
 from ..reproduce.recipes import PAPER, WEIGHTS, PaperTable, Recipe
 from ..runs.records import Records
 from ..tables.build import make_tables, published_rows
+from ..tables.stats import standard_error
 from ..tables.table import TableRow
-from .study import RESULTS, ROOT, Record, argument_parser, fill, markdown, read_record, run
+from .study import RESULTS, ROOT, Record, argument_parser, fill, markdown, plus_minus, read_record, run
 
 DOCUMENT = ROOT / "docs" / "table-of-everything.md"
 NOT_HERE, NOT_MEASURED = "not here yet", "–"
@@ -44,6 +45,8 @@ TRAINED = {
 """Options of `apm reproduce` for what is learned from ImageNet's labels → file, and what makes it."""
 MEASURED = {1: ("tiny-clean",), 2: ("tiny-corrupted",), 3: ("cross-dataset",)}
 """Runs in benchmarks/results that stand for a table here, with the embedded teacher."""
+HEADS, HEADS_RECORD = {"vit-probe": "probe", "ttt-mae": "adapted"}, "mae-bench.json"
+"""Methods that were measured with a head of their own → their entry in the record of `mae_bench`."""
 
 
 def recipe_of(table: PaperTable, row: Mapping[str, str]) -> Recipe | None:
@@ -102,12 +105,21 @@ def measured_rows(table: PaperTable) -> dict[str, TableRow]:
 def _measured(found: Mapping[str, TableRow], table: PaperTable, row: Mapping[str, str]) -> str:
     recipe = recipe_of(table, row)
     method = recipe.method if recipe else BESIDE.get(row["method"], "")
+    if method in HEADS and (heads := _heads()) is not None:
+        share = heads[HEADS[method]]
+        return f"{plus_minus((100 * share, 100 * standard_error(share, heads['answers'])), 1)} †"
     if method not in found or _ensemble(row) or row["teacher"] not in (table.recipes[0].teacher, "none"):
         return NOT_MEASURED
     total = found[method].total
     if total is None or total.accuracy is None:
         return NOT_MEASURED
     return f"{total.accuracy:.1f} ± {total.stderr:.1f}" if total.stderr is not None else f"{total.accuracy:.1f}"
+
+
+def _heads() -> dict[str, Any] | None:
+    """What a head of our own was measured at, on all corruptions together."""
+    path = RESULTS / HEADS_RECORD
+    return read_record(path)["together"] if path.is_file() else None
 
 
 def paper_table(table: PaperTable) -> str:
@@ -139,7 +151,17 @@ def _stands_for(table: PaperTable, found: Mapping[str, TableRow]) -> str:
     return (
         f"Measured here: top-1 in percent over {images:,} images of `benchmarks/results/{MEASURED[table.number][0]}` "
         f"with the {first.teacher} teacher, which stands for all of the paper's and is far smaller: other images and "
-        "another teacher, to be compared with one another and not with the published column."
+        f"another teacher, to be compared with one another and not with the published column.{_of_heads(table)}"
+    )
+
+
+def _of_heads(table: PaperTable) -> str:
+    heads = _heads()
+    if heads is None or not any(recipe.method in HEADS for recipe in table.recipes):
+        return ""
+    return (
+        f" †: over {heads['answers']:,} images of `benchmarks/results/{HEADS_RECORD}`, by a small network that was "
+        "trained on labels of these classes ([masked autoencoders](mae.md))."
     )
 
 

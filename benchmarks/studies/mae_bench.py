@@ -7,15 +7,14 @@ From the records of finished runs of both on the same images, and the checkpoint
     apm bench folder --root CLASS_FOLDERS --label-set NAME --limit 2000 --method vit-probe:file=PROBE --out CLEAN
     python -m apm.benchmarks.studies.mae_bench RUN CLEAN --checkpoint PROBE --base MAE --record FILE
 
-Corruptions may be spread over several runs. The rows are too many to keep; the record holds what the page shows, and
+Corruptions may be spread over several runs; those that a run has not come to the end of are left out, and the page says
+so. The rows are too many to keep; the record holds what the page shows, and
 how autoencoder and probe were trained, from their checkpoints and logs. Labels only score; the best step, which they
 choose, is told apart as ORACLE.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import sys
 from argparse import ArgumentParser
@@ -29,22 +28,16 @@ from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 from apm.errors import UsageError
-from apm.images.paths import printable
-from apm.mae.config import HeadConfig, HeadTraining, MAEConfig, MAETraining
-from apm.mae.published import NETWORK, read_start
-from apm.mae.training import load_mae
-from apm.pretrain.checkpoint import read_network
-from apm.settings import settings_of
 
 from ..runs.records import Records, RunFolder
 from ..runs.rows import MethodRows
 from ..tables.stats import paired_test, standard_error
+from . import mae_trained
 from .evidence import described, made_by
 from .study import ROOT, Options, Record, Study, markdown, plus_minus, run
 
 PROBE, ADAPTED = "vit-probe", "ttt-mae"
 CLEAN = "clean"
-BASE_SIZES = tuple(name for name, one in settings_of(MAEConfig).items() if one.option)
 
 
 @dataclass(frozen=True)
@@ -72,87 +65,32 @@ def measure(options: Options) -> Record:
     """Put together what runs and checkpoints say.
 
     Raises:
-        UsageError: no runs, runs without both methods or steps, or of another checkpoint.
+        UsageError: no runs, runs of another checkpoint, without answers of steps, or without anything to tell.
     """
     if not options.runs:
         raise UsageError("No runs were given: name their folders.")
     if options.checkpoint is None or options.base is None:
         raise UsageError("--checkpoint and --base, the probe and the autoencoder that it stands on, are needed.")
     runs = [Records.open(path) for path in options.runs]
-    trained = training(options.checkpoint, options.base)
-    pairs = dict(found for one in runs for found in pairs_of(one, trained["probe"]["weights"]))
-    corrupted = {name: pair for name, pair in pairs.items() if name != CLEAN}
+    trained = mae_trained.training(options.checkpoint, options.base)
+    found = dict(one for each in runs for one in pairs_of(each, trained["probe"]["weights"]))
+    pairs = {name: pair for name, pair in sorted(found.items()) if pair is not None}
+    clean = _clean(runs, trained["probe"]["weights"])
+    if not pairs and clean is None:
+        raise UsageError(f"No run has come to the end of clean images or of a corruption, by {PROBE} and {ADAPTED}.")
+    record = {"runs": [described(one) for one in runs], "trained": trained, "clean": clean}
+    record |= {"unfinished": sorted(found.keys() - pairs.keys())}
+    corrupted = [pair for name, pair in pairs.items() if name != CLEAN]
     if not corrupted:
-        raise UsageError(f"No run has {PROBE} and {ADAPTED} on corrupted images, with --record-steps.")
+        return record
     (settings,) = _same([dict(pair.run.methods[_named(pair.run, ADAPTED)]) for pair in pairs.values()])
-    return {
-        "runs": [described(one) for one in runs],
-        "trained": trained,
+    return record | {
         "settings": settings,
-        "clean": _clean(runs, trained["probe"]["weights"]),
-        "cells": {name: compared([pair]) for name, pair in sorted(pairs.items())},
-        "together": compared(list(corrupted.values())),
-        "steps": by_step(list(corrupted.values())),
+        "cells": {name: compared([pair]) for name, pair in pairs.items()},
+        "together": compared(corrupted),
+        "steps": by_step(corrupted),
         "seconds": {name: float(np.mean([pair.seconds[name] for pair in pairs.values()])) for name in (PROBE, ADAPTED)},
     }
-
-
-def training(checkpoint: Path, base: Path) -> dict[str, Any]:
-    """How a probe and the autoencoder that it stands on were trained, and what their logs say at the end.
-
-    Raises:
-        UsageError: no probe, no such files, or the probe stands on another autoencoder.
-    """
-    probe, whole = load_mae(checkpoint), read_network(base, NETWORK)
-    if probe.kind != "probe":
-        raise UsageError(f"{printable(checkpoint)} is no checkpoint of `apm mae probe`.")
-    if read_start(base, whole.student).digest != probe.settings["start"]:
-        raise UsageError(f"{printable(checkpoint)} was not trained on {printable(base)}.")
-    sizes = {name: getattr(whole.student, name) for name in BASE_SIZES}
-    head = {name: getattr(probe.model.config, name) for name in settings_of(HeadConfig)}
-    counts = {name: sum(one.numel() for one in part.parameters()) for name, part in probe.model.named_children()}
-    return {
-        "autoencoder": {
-            "command": command_of("train", base, "", {**sizes, **whole.settings}, MAEConfig, MAETraining),
-            "step": whole.step,
-            **_kept(whole.settings),
-            **_last(base),
-        },
-        "probe": {
-            "command": command_of(
-                "probe", checkpoint, f" --base {base.name}", {**head, **probe.settings}, HeadConfig, HeadTraining
-            ),
-            "step": probe.step,
-            "weights": probe.digest,
-            "classes": len(probe.class_names),
-            **_kept(probe.settings),
-            **_last(checkpoint),
-        },
-        "sizes": {**sizes, **head},
-        "parameters": counts,
-    }
-
-
-def command_of(verb: str, path: Path, more: str, values: Mapping[str, Any], *kinds: type) -> str:
-    """The command of a training, with the options that are not as they are by default."""
-    defaults = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
-    asked = [name for kind in kinds for name, one in settings_of(kind).items() if one.option]
-    given = "".join(f" --{name.replace('_', '-')} {values[name]}" for name in asked if values[name] != defaults[name])
-    return f"apm mae {verb} DATA{more} --out {path.name} --precision {values['precision']}{given}"
-
-
-def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: settings[name] for name in ("steps", "batch_size", "lr", "seed", "images", "held_out", "precision")}
-
-
-def _last(checkpoint: Path) -> dict[str, Any]:
-    """What the log of a training says last of the held-out images."""
-    log = Path(f"{checkpoint}.log.jsonl")
-    try:
-        row = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        raise UsageError(f"{printable(log)}, the log that training wrote, cannot be read.") from None
-    return {name: value for name, value in row.items() if name.startswith("held_out_")} | {"logged": row["step"]}
 
 
 def _named(one: Records, kind: str) -> str:
@@ -169,11 +107,11 @@ def _same(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def pairs_of(one: Records, weights: str) -> Iterator[tuple[str, Pair]]:
-    """Yield each corruption of a run, or `CLEAN`, on which both methods answered.
+def pairs_of(one: Records, weights: str) -> Iterator[tuple[str, Pair | None]]:
+    """Yield each corruption of a run, or `CLEAN`, that both methods are to answer; None where it is not finished.
 
     Raises:
-        UsageError: its answers are of other weights, its steps are not recorded, or it is not finished.
+        UsageError: its answers are of other weights, or its steps are not recorded.
     """
     names = {kind: _named(one, kind) for kind in (PROBE, ADAPTED)}
     for kind in (PROBE, ADAPTED):
@@ -182,16 +120,17 @@ def pairs_of(one: Records, weights: str) -> Iterator[tuple[str, Pair]]:
     if not all(names.values()):
         return
     for key, cell in one.cells.items():
-        found = dict(one.rows(key))
+        found, column = dict(one.rows(key)), cell["corruption"] or CLEAN
         before, after = (found.get(names[kind]) for kind in (PROBE, ADAPTED))
         if before is None or after is None or len(before) < cell["images"] or len(after) < cell["images"]:
-            raise UsageError(f"{one.path} is not finished: run its command again, or leave it out.")
+            yield column, None
+            continue
         if after.step_predictions is None:
             raise UsageError(f"{one.path} has no answers of steps: it was made without --record-steps.")
         order, mine = np.argsort(before.id), np.argsort(after.id)
         label = after.label[mine]
         yield (
-            cell["corruption"] or CLEAN,
+            column,
             Pair(
                 one,
                 before.id[order],
@@ -216,13 +155,14 @@ def _seconds(rows: MethodRows) -> float:
 
 
 def _clean(runs: Sequence[Records], weights: str) -> dict[str, Any] | None:
-    """The probe on the most clean images of any run."""
+    """The probe on the most clean images of any run; None where no run has finished with them."""
     found: list[MethodRows] = []
     for one in runs:
         name = _named(one, PROBE)
         if name and one.methods[name]["weights"] == weights:
-            keys = [key for key, cell in one.cells.items() if not cell["corruption"]]
-            found += [rows for key in keys for method, rows in one.rows(key) if method == name]
+            cells = {key: cell["images"] for key, cell in one.cells.items() if not cell["corruption"]}
+            rows = ((count, rows) for key, count in cells.items() for method, rows in one.rows(key) if method == name)
+            found += [one for count, one in rows if len(one) == count]
     if not found:
         return None
     most = max(found, key=len)
@@ -272,38 +212,21 @@ def by_step(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def table(record: Record) -> str:
-    """How it was trained, each corruption, all together, each step, and what it costs."""
-    return "\n\n".join([_trained(record), _cells(record), _together(record), _steps(record), _cost(record)])
+    """How it was trained, each corruption, all together, each step, what it costs, and the runs."""
+    parts = [mae_trained.text(record["trained"], _of_clean(record["clean"]))]
+    if "cells" in record:
+        parts += [_cells(record), _together(record), _steps(record), _cost(record)]
+    if left := [name.replace("_", " ") for name in record["unfinished"]]:
+        parts.append(f"Not finished, and left out: {', '.join(left)}.")
+    return "\n\n".join([*parts, f"The runs:\n\n{made_by(record['runs'])}"])
 
 
-def _trained(record: Record) -> str:
-    trained = record["trained"]
-    whole, probe, sizes, counts = (trained[name] for name in ("autoencoder", "probe", "sizes", "parameters"))
-    clean = record["clean"]
-    shown = "" if clean is None else f" On {clean['images']:,} clean images of the run: {_share(clean, 'accuracy')}."
-    return (
-        f"    {whole['command']}\n    {probe['command']}\n\n"
-        f"Images of {sizes['image_size']} pixels in patches of {sizes['patch_size']}; encoder {sizes['depth']} blocks "
-        f"{sizes['width']} wide ({counts['encoder'] / 1e6:.2f} million weights), decoder {sizes['decoder_depth']} "
-        f"blocks {sizes['decoder_width']} wide ({counts['decoder'] / 1e6:.2f}), head {sizes['head_depth']} blocks "
-        f"{sizes['head_width']} wide ({counts['head'] / 1e6:.2f}). Autoencoder: {_made(whole)}; held-out error of "
-        f"masked patches {whole['held_out_reconstruction']:.4f}. Probe: {_made(probe)}; held-out accuracy "
-        f"{100 * probe['held_out_accuracy']:.2f} % of {probe['classes']} classes, cross-entropy "
-        f"{probe['held_out_cross_entropy']:.3f}.{shown}"
-    )
-
-
-def _made(of: Mapping[str, Any]) -> str:
-    held = round(of["held_out"] * of["images"])
-    return (
-        f"{of['step']:,} of {of['steps']:,} steps of {of['batch_size']} images, lr {of['lr']:g}, seed {of['seed']}, on "
-        f"{of['images'] - held:,} images with {held:,} held out"
-    )
-
-
-def _share(of: Mapping[str, Any], name: str) -> str:
-    error = standard_error(of[name], of.get("images", of.get("answers", 0)))
-    return f"{plus_minus((100 * of[name], 100 * error), 1)} %"
+def _of_clean(clean: Mapping[str, Any] | None) -> str:
+    if clean is None:
+        return ""
+    error = standard_error(clean["accuracy"], clean["images"])
+    share = plus_minus((100 * clean["accuracy"], 100 * error), 1)
+    return f" On {clean['images']:,} clean images that were not trained on: {share} %."
 
 
 def _cells(record: Record) -> str:
@@ -361,8 +284,7 @@ def _cost(record: Record) -> str:
     return (
         f"An image takes {own[PROBE] * 1000:.1f} ms by the probe and {own[ADAPTED]:.2f} s by TTT-MAE "
         f"({settings['steps']} steps of {settings['masks']} masks, lr {settings['lr']:g}, momentum "
-        f"{settings['momentum']:g}), answers and errors of all steps included; other work ran beside it. Runs:\n\n"
-        f"{made_by(record['runs'])}"
+        f"{settings['momentum']:g}), answers and errors of all steps included; other work ran beside it."
     )
 
 

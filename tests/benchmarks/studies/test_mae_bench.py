@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from scipy.stats import ttest_1samp
 
 from apm.benchmarks.methods import MethodOptions, create_method
 from apm.benchmarks.runs.records import RunFolder
+from apm.benchmarks.runs.rows import Row
 from apm.benchmarks.studies import mae_bench
 from apm.benchmarks.studies.mae_bench import STUDY, Pair, compared
 from apm.benchmarks.tables.stats import mcnemar
@@ -125,7 +127,7 @@ def test_the_page_says_training_flips_steps_and_cost(
     assert "apm mae train DATA --out mae.safetensors --precision fp32 --image-size 16 --patch-size 4 --width 8" in said
     assert "--depth 2 --heads 1" in said and "--steps 7 --lr 0.002\n" in said
     assert "apm mae probe DATA --base mae.safetensors --out probe.safetensors" in said and "--held-out 0.2\n" in said
-    assert "held-out accuracy 25.00 % of 3 classes" in said and "On 15 clean images" in said
+    assert "held-out accuracy 25.00 % of 3 classes" in said and "On 15 clean images that were not trained on: " in said
     assert "32 images with 8 held out" in said and "9 of 9 steps of 128 images" in said
     assert said.count("\n| fog | 9 |") == said.count("\n| clean | 9 |") == said.count("\n| 2 corruptions | 18 |") == 1
     assert "| 3 | " in said and "ORACLE" in said and "(3 steps of 2 masks, lr 1, momentum 0.9)" in said
@@ -151,12 +153,31 @@ def test_what_does_not_belong_together_is_refused(files: dict[str, Path]) -> Non
         record_of(files, "run", base=None)
     with pytest.raises(UsageError, match=r"was not trained on .*other"):
         record_of(files, "run", base=other)
-    with pytest.raises(UsageError, match="on corrupted images, with --record-steps"):
-        record_of(files, "clean")
     with pytest.raises(UsageError, match="of another checkpoint"):
         record_of(files, "run", runs=[folder / "foreign"])
     with pytest.raises(UsageError, match="made without --record-steps"):
         record_of(files, "run", runs=[folder / "silent"])
+
+
+def test_what_is_not_finished_is_left_out_and_named(files: dict[str, Path], tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(files["run"], half)
+    folder = RunFolder(half)
+    for cell in ("digits/snow/5", "digits"):
+        rows = [Row(**row) for row in folder.read(cell).to_pylist()]
+        shutil.rmtree(folder.shard_folder(cell))
+        if cell != "digits":
+            folder.append(cell, rows[:5])
+    environment = {"command": "c", "date": "d"}
+    record = record_of(files, runs=[half]) | environment
+    assert record["unfinished"] == ["clean", "snow"] and record["clean"] is None
+    assert set(record["cells"]) == {"fog"} and record["together"] == record["cells"]["fog"]
+    assert "Not finished, and left out: clean, snow." in mae_bench.table(record)
+    alone = record_of(files, "clean") | environment
+    assert "cells" not in alone and "held-out accuracy 25.00 %" in mae_bench.table(alone)
+    shutil.rmtree(folder.shard_folder("digits/fog/5"))
+    with pytest.raises(UsageError, match="No run has come to the end"):
+        record_of(files, runs=[half])
 
 
 def test_an_image_without_an_answer_counts_as_wrong_and_has_no_error() -> None:

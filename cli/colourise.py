@@ -14,7 +14,7 @@ from apm.images.paths import printable
 
 from . import render
 from .answering import Form, Inputs
-from .options import Debug
+from .options import Debug, Device, JsonLines, LinesOnly, MaxPixels
 from .results_folder import ResultsFolder, failed_record
 
 if TYPE_CHECKING:
@@ -38,12 +38,10 @@ def colourise(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line an image, nothing else.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the lines and errors.")] = False,
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Refuse larger images (width × height). Default: 89478485.")
-    ] = None,
+    device: Device = "auto",
+    as_json: JsonLines = False,
+    quiet: LinesOnly = False,
+    max_pixels: MaxPixels = None,
     debug: Debug = False,
 ) -> None:
     """Colour photographs: lightness is the photograph's own, colours are what a student makes of its grey.

@@ -10,7 +10,7 @@ import typer
 from apm.errors import UsageError, unknown
 from apm.images.paths import printable
 
-from .options import Debug, MaxPixelsOfImage
+from .options import Debug, Device, MaxPixelsOfImage
 from .render import read_image, say_files
 
 ORDERS = ("reading", "random")
@@ -34,7 +34,7 @@ def field(
     ] = "reading",
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     chunk: Annotated[int, typer.Option(help="Queries at a time: fewer need less memory.")] = 4096,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     max_pixels: MaxPixelsOfImage = None,
     debug: Debug = False,
 ) -> None:

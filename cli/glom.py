@@ -13,7 +13,7 @@ from apm.images.paths import printable
 from apm.settings import cosine
 
 from .groups import command_group
-from .options import Debug, MaxPixelsOfImage, options_of
+from .options import Debug, Device, MaxPixelsOfImage, options_of
 from .progress import counted
 from .render import read_image, say, say_files
 from .training import TRAINING, Images, Out, Session, check_checkpoint, session_options, train_network
@@ -69,7 +69,7 @@ def show(
     steps: Annotated[
         int | None, typer.Option(help="Steps in which the columns settle. Default: as in training.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     max_pixels: MaxPixelsOfImage = None,
     debug: Debug = False,
 ) -> None:
@@ -116,7 +116,7 @@ def probe(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the fits.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the record there, as JSON.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     debug: Debug = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 from apm.errors import UsageError
 from apm.images.paths import printable
 
-from .options import Debug, MaxPixelsOfImage
+from .options import Debug, Device, MaxPixelsOfImage
 from .render import read_image, say_files
 
 
@@ -21,7 +21,7 @@ def interpolate(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for walk.npz, walk.gif and walk.png.")],
     frames: Annotated[int, typer.Option(help="Number of frames, both ends included.")] = 9,
     size: Annotated[int, typer.Option(help="Side of a frame in pixels, one query each.")] = 112,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     max_pixels: MaxPixelsOfImage = None,
     debug: Debug = False,
 ) -> None:

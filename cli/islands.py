@@ -14,7 +14,7 @@ from apm.test_time.options import IslandOptions
 
 from . import render
 from .island_inputs import load_named, other_of, read_images
-from .options import Debug, options_of
+from .options import Debug, Device, options_of
 
 if TYPE_CHECKING:
     from apm.teachers.base import Teacher
@@ -51,7 +51,7 @@ def islands(
         str | None, typer.Option(help='Steps to show: "0,5,50". Default: 0, 1, 2, 5, 10, … up to --steps.')
     ] = None,
     controls: Annotated[bool, typer.Option(help="Also make the controls; fitted ones take four times as long.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     figure_format: Annotated[str, typer.Option("--format", help="File format of the figures: png or svg.")] = "png",
     debug: Debug = False,
     *,

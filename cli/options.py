@@ -24,6 +24,10 @@ def _remember(context: typer.Context, value: bool) -> bool:
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_remember, help="Show the traceback of an error.", show_default=False)
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON line an image, nothing else.")]
+LinesOnly = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the lines and errors.")]
+MaxPixels = Annotated[int | None, typer.Option(help="Refuse larger images (width × height). Default: 89478485.")]
 MaxPixelsOfImage = Annotated[
     int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
 ]

@@ -18,7 +18,7 @@ from . import render
 from .answer_file import answer_settings
 from .answering import Form, Inputs
 from .classify import SOURCE, STUDENT, Source, load_classifier
-from .options import Debug, options_of, student_options
+from .options import Debug, JsonLines, LinesOnly, MaxPixels, options_of, student_options
 from .results_folder import ResultsFolder, failed_record
 
 if TYPE_CHECKING:
@@ -53,11 +53,9 @@ def segment(
     places: Annotated[int, typer.Option(help="Places along the shorter side at which the field is read.")] = 112,
     student: dict[str, Any],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=STUDENT)] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line an image, nothing else.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the lines and errors.")] = False,
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Refuse larger images (width × height). Default: 89478485.")
-    ] = None,
+    as_json: JsonLines = False,
+    quiet: LinesOnly = False,
+    max_pixels: MaxPixels = None,
     debug: Debug = False,
 ) -> None:
     """Say which label is where on photographs of any shape, adapting fresh students to each of them.

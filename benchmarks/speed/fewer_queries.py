@@ -174,15 +174,6 @@ def _table(record: Mapping[str, Any]) -> str:
         "one image": "seconds",
         "GFLOP a step": lambda row: f"{row['flops'] / 1e9:,.2f}",
     }
-    text = (
-        f"{table(answers, record['rows'])}\n"
-        f"{settings['images']} images of {settings['classes']} classes, {settings['steps']} steps, "
-        f"{settings['precision']}; the teacher `{settings['teacher']}` itself: "
-        f"{record['summary']['teacher_accuracy']:.1%}.\n"
-    )
-    steps = [{"queries": row["queries"], **row["step"]} for row in record["rows"] if "step" in row]
-    if not steps:  # a record of before these were measured
-        return text
     parts: Columns = {
         "locations": "queries",
         "six products": "products",
@@ -190,7 +181,14 @@ def _table(record: Mapping[str, Any]) -> str:
         "one step": "whole",
         "÷ their sum": lambda row: ratio_text(row["ratio"]),
     }
-    return f"{text}\n{table(parts, steps)}{REST}"
+    steps = ({"queries": row["queries"], **row["step"]} for row in record["rows"])
+    return (
+        f"{table(answers, record['rows'])}\n"
+        f"{settings['images']} images of {settings['classes']} classes, {settings['steps']} steps, "
+        f"{settings['precision']}; the teacher `{settings['teacher']}` itself: "
+        f"{record['summary']['teacher_accuracy']:.1%}.\n"
+        f"\n{table(parts, steps)}{REST}"
+    )
 
 
 REST = """

@@ -113,14 +113,12 @@ def _table(record: dict[str, Any]) -> str:
     def part(title: str, *, stage: bool) -> str:
         return table({title: "what", "time": "seconds"}, [row for row in record["rows"] if row["stage"] is stage])
 
-    text = f"{part('command', stage=False)}\n{part('its stages', stage=True)}"
-    if "imports" not in record["summary"]:  # a record of before these were measured
-        return text
     columns = {
         "imported (python -X importtime, which is slower)": lambda row: f"`{row[0]}`",
         "its own modules": lambda row: f"{digits(1e3 * row[1])} ms",
     }
-    return f"{text}\n{table(columns, record['summary']['imports'].items())}"
+    imports = table(columns, record["summary"]["imports"].items())
+    return f"{part('command', stage=False)}\n{part('its stages', stage=True)}\n{imports}"
 
 
 STARTUP = Kind(

@@ -22,7 +22,7 @@ from .tables import ratio_text, table, time_text
 from .timing import Work, interleaved, spread
 
 FORMS = {name: name for name in ("six products", "engine", "optimiser", "plain form")} | {"published": "published loop"}
-"""Of a step, as records and readers call them. Records of before may have others, which are not shown."""
+"""Of a step, as records and readers call them."""
 
 
 def measure_step(options: Options, *, published_rounds: int = 2) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _table(record: Mapping[str, Any]) -> str:
             "GFLOP": lambda row: f"{row['flops'] / 1e9:,.1f}" if row["flops"] else "–",
             "× floor": lambda row: ratio_text(row["ratio_to_floor"]) if "ratio_to_floor" in row else "–",
         },
-        [row for row in record["rows"] if row["name"] in FORMS],
+        record["rows"],
     )
     machine = table(
         {
@@ -180,7 +180,7 @@ PUBLISHED = (
 
 
 def _plot(figure: Any, record: Mapping[str, Any]) -> None:
-    rows = [row for row in record["rows"][::-1] if row["name"] in FORMS]
+    rows = record["rows"][::-1]
     axes = figure.subplots()
     medians = [row["seconds"]["median"] for row in rows]
     low = [row["seconds"]["median"] - row["seconds"]["q1"] for row in rows]

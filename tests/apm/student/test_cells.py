@@ -170,6 +170,7 @@ def test_a_view_that_is_not_finite_is_flagged_and_hurts_no_other() -> None:
     assert torch.equal(result.tokens[[0, 2]], clean.tokens[[0, 2]])
 
 
+@pytest.mark.slow
 def test_a_field_that_is_fitted_to_parts_knows_more_than_one_fitted_to_the_whole() -> None:
     """A pattern finer than the grid of the whole: only zoomed views can tell it."""
     side = MODEL.grid

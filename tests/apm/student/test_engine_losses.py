@@ -289,6 +289,7 @@ def test_a_grid_that_is_not_finite_is_flagged_and_hurts_no_other() -> None:
     assert result.fields[6][[0, 2]].isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_field_follows_its_grid() -> None:
     """What one token cannot do: the field becomes this image's own, place by place."""
     images, targets, grids = batch(1)

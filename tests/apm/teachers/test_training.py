@@ -183,6 +183,7 @@ def parquet(path: Path, side: int, labels: list[int]) -> None:
     pq.write_table(pa.table(rows), path)
 
 
+@pytest.mark.slow
 def test_no_set_is_cleaner_than_another(tmp_path: Path) -> None:
     parquet(tmp_path / "tiny-imagenet-train.parquet", 64, [1] * 20)
     parquet(tmp_path / "imagenette-train.parquet", 128, [TENCH] * 20)

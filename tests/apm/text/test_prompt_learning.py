@@ -102,6 +102,7 @@ def test_defaults_are_the_published_ones() -> None:
     assert rates == pytest.approx([1e-5, 2e-3, 1e-3 * (1 + math.cos(math.pi / 4)), 1e-3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["coop", "cocoop"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     tmp_path: Path, teacher: OpenTeacher, folder: Path, method: str

@@ -194,7 +194,11 @@ def test_it_does_what_a_plain_implementation_on_a_changed_model_does(
 
 
 @pytest.mark.parametrize(
-    "spec", ["ttl:steps=4,lr=0.001", "tent", "clipartt", "watt:rounds=2", "watt:mode=parallel,rounds=2"]
+    "spec",
+    [
+        *("ttl:steps=4,lr=0.001", "tent", "clipartt", "watt:rounds=2"),
+        pytest.param("watt:mode=parallel,rounds=2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_loss_falls_and_the_teacher_is_the_same_bit_for_bit(teacher: TowerTeacher, spec: str) -> None:
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}

@@ -180,7 +180,7 @@ class Types(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("chosen", ["fp32", "auto"])
+@pytest.mark.parametrize("chosen", [pytest.param("fp32", marks=pytest.mark.slow), "auto"])
 def test_a_step_in_float32_touches_no_bfloat16(
     chosen: Literal["fp32", "auto"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -161,6 +161,7 @@ def test_a_part_that_is_switched_off_is_not_heard(checkpoint: Path, images: Path
         torch.testing.assert_close(moved, kept / torch.tensor(counts, dtype=torch.float32)[:, None])
 
 
+@pytest.mark.slow
 def test_parts_are_measured_by_step_switched_off_and_never_there(
     checkpoint: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -230,6 +231,7 @@ def coco(folder: Path, count: int = 3) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_masks_score_all_sources_and_rows_are_kept(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +271,7 @@ def test_masks_score_all_sources_and_rows_are_kept(
 # --- as a student of test-time training -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_students_are_compared_with_their_teacher_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glom_student, "load_teacher", lambda name, device: FakeTeacher(dim=16))
     monkeypatch.setattr(glom_student, "SPECS", ("apm", "glom-ttt", "glom-ttt:settling=1"))

@@ -78,7 +78,7 @@ class TrainingOptions:
     )
     temperature: float = setting(
         TEMPERATURE,
-        "Of --loss soft: what the logits, with the teacher's own scale, are divided by before the softmax.",
+        "With --loss soft: what the logits, with the teacher's own scale, are divided by before the softmax.",
         check=positive,
     )
     tolerance: float | None = setting(

@@ -78,7 +78,7 @@ def measure(options: Options) -> Record:
     clean = _clean(runs, trained["probe"]["weights"])
     if not pairs and clean is None:
         raise UsageError(f"No run has come to the end of clean images or of a corruption, by {PROBE} and {ADAPTED}.")
-    record = {"runs": [described(one) for one in runs], "trained": trained, "clean": clean}
+    record: Record = {"runs": [described(one) for one in runs], "trained": trained, "clean": clean}
     record |= {"unfinished": sorted(found.keys() - pairs.keys())}
     corrupted = [pair for name, pair in pairs.items() if name != CLEAN]
     if not corrupted:

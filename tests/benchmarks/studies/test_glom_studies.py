@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from apm.benchmarks.studies import glom_islands, glom_parts, glom_reconstruction, glom_student, partitions, scenes
+from apm.benchmarks.studies import (
+    glom_curves,
+    glom_islands,
+    glom_parts,
+    glom_reconstruction,
+    glom_student,
+    partitions,
+    scenes,
+)
 from apm.benchmarks.studies.autoencoder import (
     Autoencoder,
     AutoencoderSizes,
@@ -176,6 +186,42 @@ def test_parts_are_measured_by_step_switched_off_and_never_there(
     environment = {"processor": "p", "threads": 1}
     text = glom_parts.table({**record, "environment": environment, "command": "c", "date": "d"})
     assert text.count("| no top-down |") == 2 and "| 6 steps |" in text
+
+
+# --- trainings side by side -------------------------------------------------------------------------------------------
+
+
+def test_trainings_that_differ_in_a_setting_stand_side_by_side(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    trained = read_trained(options(checkpoint, images))  # type: ignore[arg-type]
+    cache = trained.images(options(checkpoint, images))  # type: ignore[arg-type]
+
+    def other(name: str, **changes: Any) -> Path:
+        path, config = tmp_path / f"{name}.safetensors", replace(TRAINING, **changes)
+        known = {"data": trained.settings["data"]}
+        GLOMTrainer(path, cache, replace(SIZES, radius=None), config, data=known, precision="fp32").run(
+            evaluate_every=2
+        )
+        return path
+
+    first = tmp_path / "first.safetensors"
+    GLOMTrainer(first, cache, SIZES, TRAINING, data={"data": trained.settings["data"]}, precision="fp32").run()
+    second = other("second")
+    record = glom_curves.measure(SimpleNamespace(checkpoints=[first, second]))  # type: ignore[arg-type]
+    logs = [
+        {row["step"]: row for row in map(json.loads, Path(f"{path}.log.jsonl").read_text().splitlines())}
+        for path in (first, second)
+    ]
+    assert record["steps"] == sorted(logs[0].keys() & logs[1].keys()) and record["steps"][-1] == 4
+    assert [one["differs"] for one in record["trainings"]] == [{"radius": 1.5}, {"radius": None}]
+    for log, one in zip(logs, record["trainings"], strict=True):
+        assert one["held_out_denoising"] == [log[step]["held_out_denoising"] for step in record["steps"]]
+    text = glom_curves.table({**record, "environment": {"processor": "p"}, "command": "c", "date": "d"})
+    assert "| step | radius 1.5 | radius none |" in text and "lr 0.01 over 4 steps, seed 3" in text
+    with pytest.raises(UsageError, match="two trainings or more"):
+        glom_curves.measure(SimpleNamespace(checkpoints=[first]))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="differ in held_out"):
+        wrong = [first, other("third", held_out=0.5)]
+        glom_curves.measure(SimpleNamespace(checkpoints=wrong))  # type: ignore[arg-type]
 
 
 # --- islands ----------------------------------------------------------------------------------------------------------

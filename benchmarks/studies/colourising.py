@@ -46,7 +46,7 @@ NAMES = {
     "student": "**student**",
 }
 BASELINES = ("grey", "constant", "place", "linear")
-PENALTIES = tuple(10.0**power for power in range(-1, 6))
+PENALTIES = tuple(10.0**power for power in range(1, 9))
 
 
 def readable(source: ImageSource) -> Iterator[Image.Image]:

@@ -114,7 +114,10 @@ class StandIn(nn.Module):
     """The network; its ``config`` holds its sizes."""
 
     def __init__(self, config: StandInSizes, *, seed: int = 0) -> None:
-        """Draw the weights: N(0, 2 / inputs) (He et al. 2015) before a ReLU, biases 0."""
+        """Draw the weights: N(0, 2 / inputs) before a ReLU (He et al. 2015), N(0, 0.01 / inputs) in the head; biases 0.
+
+        So training begins about what the head's bias says, the mean token, and not at a random pattern about it.
+        """
         super().__init__()
         self.config = config
         first, second, third = config.hidden
@@ -125,7 +128,7 @@ class StandIn(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                gain = 1.0 if name.startswith(("column", "head")) else 2.0
+                gain = {"column": 1.0, "head": 0.01}.get(name.split(".")[0], 2.0)
                 deviation = math.sqrt(gain / parameter[0].numel()) if parameter.ndim > 1 else 0.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
 

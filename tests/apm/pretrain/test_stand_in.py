@@ -120,7 +120,7 @@ def test_learns_goes_on_exactly_and_stands_in(layers: Layers, tmp_path: Path, fi
     whole = trainer(layers, tmp_path / "a", first, 2, local=local, steps=40)
     before = whole.losses(whole.train).mean().item()
     whole.run()
-    assert whole.losses(whole.train).mean().item() < 0.6 * before
+    assert whole.losses(whole.train).mean().item() < 0.8 * before
     cut = trainer(layers, tmp_path / "b", first, 2, local=local, steps=40)
     for _ in range(15):
         cut.advance()
@@ -161,6 +161,7 @@ def test_begins_at_the_mean_and_measures_shares_of_the_variance(layers: Layers, 
     torch.testing.assert_close(one.model.head.bias.detach().double(), wanted.mean((0, 1)), rtol=1e-4, atol=1e-5)
     assert one.moments[1] == pytest.approx(float(wanted.var((0, 1), correction=0).mean()), rel=1e-6)
     torch.testing.assert_close(one.token_means().double(), wanted.mean(0), rtol=1e-4, atol=1e-5)
+    assert one.losses(one.train).mean().item() < 1.2  # a random pattern about the mean would add its own variance
     with torch.no_grad():
         one.model.head.weight.zero_()
     assert one.losses(one.train).mean().item() == pytest.approx(1, rel=1e-4)

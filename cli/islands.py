@@ -86,8 +86,22 @@ def islands(
         raise UsageError("--frames is of the video that --source mvit:LAYER looks at, and no --source is given.")
     shown = _snapshots(snapshots, options.steps)
     files = list(expand_paths(paths))
-    fitted_to = load_named(teacher, device)
+    failed = _watch(files, load_named(teacher, device), options, shown, out, figure_format, controls=controls)
+    if failed:
+        raise typer.Exit(1)
 
+
+def _watch(
+    files: list[Path],
+    fitted_to: Teacher,
+    options: IslandOptions,
+    shown: list[int],
+    out: Path,
+    figure_format: str,
+    *,
+    controls: bool,
+) -> int:
+    """Fit a student to each image, and write what was seen of its field; returns how many could not be read."""
     from apm.figures.base import output_stem
     from apm.figures.islands import write_islands
     from apm.test_time.island_fields import observe, trainers
@@ -111,8 +125,7 @@ def islands(
         stem = out / output_stem(file)
         render.say_files(write_islands(found, stem, shown=shown, settings=of_file, kind=figure_format))
         sys.stdout.flush()
-    if failed:
-        raise typer.Exit(1)
+    return failed
 
 
 def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer) -> dict[str, Any]:

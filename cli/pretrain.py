@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from apm.student.config import PRESETS, APMConfig
 from .options import Debug, options_of
 from .pretrain_layers import LayerOptions, pretrain_layers
 from .training import TRAINING, Out, Session, check_checkpoint, place_of, session_options, train_network
+
+if TYPE_CHECKING:
+    from apm.pretrain.images import ImageSource
 
 STUDENT, LAYERS = "The student", "In place of layers"
 
@@ -69,24 +72,43 @@ def pretrain(
     check_checkpoint(out)
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    if layers.target_layer is not None:
-        from apm.pretrain.images import open_images
+    if layers.target_layer is None:
+        _check_field(teacher_grid, config, grid_size, patch_size)
+    from apm.pretrain.images import open_images
 
-        source = open_images(folder)
+    source = open_images(folder)
+    if layers.target_layer is None:
+        _pretrain_field(source, out, teacher_grid, config, session, preset, grid_size=grid_size, patch_size=patch_size)
+    else:
         sized = grid_size is not None or patch_size != APMConfig.patch_size
         pretrain_layers(source, out, teacher_grid, config, session, layers, preset=preset, sized=sized)
-        return
+
+
+def _check_field(teacher_grid: str | None, config: PretrainConfig, grid_size: int | None, patch_size: int) -> None:
+    """Refuse, by a `UsageError`, options that do not go together, before anything is read."""
     if teacher_grid is None and not config.grey_input:
         raise UsageError("--teacher-grid NAME is missing: whose grids are to be learned? Only --grey-input needs none.")
     if teacher_grid is None and grid_size is not None:
         raise UsageError("--grid-size is of the teacher's grids, and there is no --teacher-grid.")
     if not 1 <= patch_size <= 64:
         raise UsageError(f"--patch-size must be from 1 to 64 pixels, not {patch_size}.")
-    from apm.pretrain.images import open_images
+
+
+def _pretrain_field(
+    source: ImageSource,
+    out: Path,
+    teacher_grid: str | None,
+    config: PretrainConfig,
+    session: Session,
+    preset: str,
+    *,
+    grid_size: int | None,
+    patch_size: int,
+) -> None:
+    """Train against a teacher's grids and the images' colours, or against the colours alone."""
     from apm.pretrain.trainer import Pretrainer
     from apm.teachers import load_grid_teacher
 
-    source = open_images(folder)
     teacher = None if teacher_grid is None else load_grid_teacher(teacher_grid, device=place_of(session.device))
     sizes = APMConfig.preset(preset, dim=APMConfig.dim if teacher is None else teacher.dim, readout="mean")
     side = teacher.grid_size if teacher is not None and grid_size is None else grid_size

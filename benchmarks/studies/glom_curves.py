@@ -73,12 +73,16 @@ def table(record: Record) -> str:
         for place, step in enumerate(record["steps"])
     ]
     common, machine = record["common"], record["environment"]
+    side = common["image_size"] // common["patch_size"]
+    differs = " and ".join(record["trainings"][0]["differs"])
     return (
         f"{markdown(('step', *names), rows, text=0)}\n\n"
-        f"Mean squared error of hidden places of held-out images ({100 * common['held_out']:g} % of "
-        f"{common['images']:,}), after all settling steps. {common['levels']} levels of {common['dim']} numbers, "
-        f"{common['batch_size']} images a step, lr {common['lr']:g} over {common['steps']:,} steps, seed "
-        f"{common['seed']}. {record['date']}, {machine['processor']}. `{record['command']}`"
+        f"Trainings that differ in {differs} alone. Mean squared error of hidden places of held-out images "
+        f"({100 * common['held_out']:g} % of {common['images']:,}), after all settling steps. {common['levels']} "
+        f"levels of {common['dim']} numbers at {side} × {side} places of {common['patch_size']} pixels, "
+        f"{100 * common['hidden']:g} % of them hidden; {common['batch_size']} images a step, lr {common['lr']:g} over "
+        f"{common['steps']:,} steps, seed {common['seed']}. {record['date']}, {machine['processor']}. "
+        f"`{record['command']}`"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from apm.benchmarks.studies import (
+    glom_curves,
     glom_islands,
     glom_parts,
     glom_probe,
@@ -24,7 +25,7 @@ from apm.benchmarks.studies import study as documents
 from apm.benchmarks.studies.study import Study, command, each, markdown, run
 from apm.errors import ApmError, UsageError
 
-GLOM = (glom_islands, glom_parts, glom_probe, glom_reconstruction, glom_student)
+GLOM = (glom_curves, glom_islands, glom_parts, glom_probe, glom_reconstruction, glom_student)
 DOCUMENTED = [module.STUDY for module in (islands, linear_probe, pointing, pretraining, steps, *GLOM)]
 
 

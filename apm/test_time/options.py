@@ -151,9 +151,11 @@ class StudentOptions(TrainingOptions):
     target: str = setting(
         "cls",
         "Which token the student is overfit to: cls (the teacher's token of the image, as in the paper), or "
-        "an aggregate over augmented views: mean, confident, mta; best is the best of them (mta).",
+        "an aggregate over augmented views: mean, confident, mta; best is the best one found (mta of 64 views).",
     )
-    views: int | None = setting(None, "Number of augmented views that --target aggregates.", default_words="16")
+    views: int | None = setting(
+        None, "Number of augmented views that --target aggregates.", default_words="16; 64 with --target best"
+    )
     min_area: float | None = setting(None, "Smallest share of the image's area in a crop.", option=False)
     keep: float | None = setting(None, "For target=confident: the share of the views kept.", option=False)
     cls_weight: float | None = setting(

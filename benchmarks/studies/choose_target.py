@@ -54,7 +54,7 @@ def held_out(data: Dataset, held: int, images: int, seed: int) -> Dataset:
 
 
 @torch.no_grad()
-def right(teacher: Teacher, head: ZeroShotHead, data: Dataset, seed: int) -> Tensor:
+def correct(teacher: Teacher, head: ZeroShotHead, data: Dataset, seed: int) -> Tensor:
     """Which candidates name the right class: (images, candidates) bool."""
     policies = list(candidates())
     rows = []
@@ -87,7 +87,7 @@ def measure(options: Options) -> Record:
         )
         data = held_out(data, options.held, options.limit if corruption is None else options.limit // 5, seed)
         head = ZeroShotHead.build(teacher, data.class_names, data.templates)
-        return data, head, right(teacher, head, data, seed)
+        return data, head, correct(teacher, head, data, seed)
 
     states = [None, *CORRUPTIONS]
     found = each(states, answered, "states (clean, then each corruption)", minimum=len(states))
@@ -99,7 +99,7 @@ def measure(options: Options) -> Record:
         for name, answers in hits.items():
             lost = int((answers[:, 0] & ~answers[:, index]).sum())
             won = int((~answers[:, 0] & answers[:, index]).sum())
-            row[name] = {"right": int(answers[:, index].sum()), "lost": lost, "won": won, "p": mcnemar(lost, won)}
+            row[name] = {"correct": int(answers[:, index].sum()), "lost": lost, "won": won, "p": mcnemar(lost, won)}
         rows.append(row)
     return {
         "dataset": options.dataset,
@@ -116,13 +116,13 @@ def measure(options: Options) -> Record:
 def chosen(record: Record) -> dict[str, Any]:
     """The candidate with the most right answers among those with no fewer than the paper's target on either part."""
     first, *others = record["candidates"]
-    sound = [row for row in others if all(row[name]["right"] >= first[name]["right"] for name in record["images"])]
+    sound = [row for row in others if all(row[name]["correct"] >= first[name]["correct"] for name in record["images"])]
     return max(sound or [first], key=lambda row: _share(record, row))
 
 
 def _share(record: Record, row: dict[str, Any]) -> float:
     """Share of right answers on the clean images plus that on the corrupted ones."""
-    return sum(row[name]["right"] / n for name, n in record["images"].items())
+    return sum(row[name]["correct"] / n for name, n in record["images"].items())
 
 
 def table(record: Record, count: int = 12) -> str:
@@ -147,7 +147,7 @@ def _cells(row: dict[str, Any], images: dict[str, int]) -> list[str]:
     for name, n in images.items():
         cell = row[name]
         flips = ["", ""] if own else [f"{cell['won']}, {cell['lost']}", f"{cell['p']:.2g}"]
-        cells += [f"{100 * cell['right'] / n:.1f} %", *flips]
+        cells += [f"{100 * cell['correct'] / n:.1f} %", *flips]
     return cells
 
 

@@ -86,7 +86,10 @@ def test_both_commands_say_the_same_of_every_option() -> None:
 
 def test_words_for_defaults_are_true() -> None:
     settings = settings_of(StudentOptions)
-    assert {policy.views for name, policy in TARGETS.items() if name != "cls"} == {int(settings["views"].default_words)}
+    named = {policy.views for name, policy in TARGETS.items() if name not in ("cls", "best")}
+    (views,), best = named, TARGETS["best"].views
+    assert settings["views"].default_words == f"{views}; {best} with --target best"
+    assert f"best is the best one found ({TARGETS['best'].kind} of {best} views)" in settings["target"].help
     assert settings["readout"].default_words == "query; mean with --distil grid"
     assert StudentOptions().chosen_readout == "query" and StudentOptions(distil="grid").chosen_readout == "mean"
 

@@ -41,7 +41,7 @@ def test_flips_account_for_every_difference_from_the_papers_target(record: dict[
     for name in record["images"]:
         assert (first[name]["lost"], first[name]["won"], first[name]["p"]) == (0, 0, 1)
         for row in others:
-            assert row[name]["right"] - first[name]["right"] == row[name]["won"] - row[name]["lost"]
+            assert row[name]["correct"] - first[name]["correct"] == row[name]["won"] - row[name]["lost"]
     assert any(row["clean"]["won"] + row["clean"]["lost"] for row in others)
 
 
@@ -49,11 +49,11 @@ def test_a_candidate_that_loses_on_either_part_is_not_chosen(record: dict[str, A
     changed = copy.deepcopy(record)
     first, sound, better, *rest = changed["candidates"]
     for row in rest:
-        row["clean"]["right"] = first["clean"]["right"] - 1
+        row["clean"]["correct"] = first["clean"]["correct"] - 1
     for row, clean, corrupted in ((first, 5, 2), (sound, 6, 2), (better, 10, 1)):
-        row["clean"]["right"], row["corrupted"]["right"] = clean, corrupted
+        row["clean"]["correct"], row["corrupted"]["correct"] = clean, corrupted
     assert choose_target.chosen(changed) is sound
-    sound["clean"]["right"] = 4
+    sound["clean"]["correct"] = 4
     assert choose_target.chosen(changed) is first
 
 

@@ -85,6 +85,11 @@ def _schema() -> pa.Schema:
 ROW_SCHEMA = _schema()
 
 
+def joined(parts: Sequence[Any], name: str) -> Any:
+    """One column of several `MethodRows`, or of what has such columns, one behind the other."""
+    return np.concatenate([getattr(part, name) for part in parts])
+
+
 def row_table(rows: Sequence[Row]) -> pa.Table:
     """Rows as a table of `ROW_SCHEMA`."""
     columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in ROW_SCHEMA]

@@ -8,14 +8,13 @@ and no numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
@@ -24,6 +23,7 @@ from apm.student.engine_losses import Locations
 from apm.student.model import APM, parameter_shapes
 from apm.teachers.base import Teacher
 
+from ..studies.operations import measured_flops
 from .options import images_and_targets, loaded_engine
 from .published_loop import COPIES, PublishedLoop
 
@@ -100,13 +100,6 @@ def engine_bytes(config: APMConfig, precision: str = "fp32", batch: int = 1) -> 
         "hidden layers and their gradients": batch * (hidden + sums * (4 + (2 if half else 0))),
         "patches": batch * 4 * 3 * config.patch_size**2 * config.cells,
     }
-
-
-def measured_flops(work: Callable[[], Any]) -> int:
-    """What torch's counter counts while ``work`` runs."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
 
 
 def held_bytes(engine: Engine) -> int:

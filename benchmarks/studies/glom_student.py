@@ -8,10 +8,10 @@ cost is told in operations, as torch counts them in one step of one image: they 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.utils.flop_counter import FlopCounterMode
 
 from apm.teachers import load_teacher
 from apm.test_time.options import StudentOptions
@@ -22,6 +22,7 @@ from ..datasets import open_dataset
 from ..datasets.readers import Sample
 from ..methods import Batch, MethodOptions, create_methods
 from ..tables.stats import mcnemar, standard_error
+from .operations import measured_flops
 from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
 
 SPECS = ("apm", "glom-ttt", "apm:distil=both", "glom-ttt:distil=both", "glom-ttt:settling=1")
@@ -34,9 +35,7 @@ def operations(spec: str, options: MethodOptions, batch: Batch) -> int:
     for steps in (1, 2):
         (method,) = create_methods([f"{spec}{',' if ':' in spec else ':'}steps={steps}"], options)
         method.predict(batch)  # what is made once is made now
-        with FlopCounterMode(display=False) as counter:
-            method.predict(batch)
-        counts.append(counter.get_total_flops())
+        counts.append(measured_flops(partial(method.predict, batch)))
     return counts[1] - counts[0]
 
 

@@ -29,7 +29,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from apm.errors import ImageError, UsageError
 from apm.images.load import MAX_PIXELS
@@ -44,6 +43,7 @@ from apm.teachers.cut_towers import Layers
 from apm.text.zeroshot import ZeroShotHead
 
 from .linear_maps import Linear, skipped
+from .operations import measured_flops
 from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
 
 PAIRS = "0:2,0:3,0:4,2:3,2:4,3:4"
@@ -206,16 +206,9 @@ def _mean(values: Tensor) -> list[float]:
     return [values.mean().item(), values.std().item() / len(values) ** 0.5]
 
 
-def counted(work: Callable[[], object]) -> int:
-    """Operations (two for a multiplication with its addition) of all matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
-
-
 def _cost(work: Callable[[], object], options: Options) -> dict[str, float]:
     """Operations, and where they are asked for seconds, of one image."""
-    return {"operations": counted(work), **({"seconds": seconds_of(work)} if options.seconds else {})}
+    return {"operations": measured_flops(work), **({"seconds": seconds_of(work)} if options.seconds else {})}
 
 
 def seconds_of(work: Callable[[], object], times: int = 30) -> float:

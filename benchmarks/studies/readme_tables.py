@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from apm.errors import UsageError
 
 from ..runs.records import Records, RunFolder
-from ..runs.rows import MethodRows
+from ..runs.rows import MethodRows, joined
 from ..tables import formats, trust_formats
 from ..tables.build import make_tables
 from ..tables.stats import mcnemar, standard_error
@@ -84,16 +85,13 @@ def student(tiny: Table, cross: Table, method: str) -> str:
 
 def _student(parts: Sequence[MethodRows]) -> Iterator[object]:
     """The cells of one group."""
-
-    def joined(field: str) -> NDArray[np.float64]:
-        return np.concatenate([getattr(part, field) for part in parts])
-
-    same = joined("prediction") == joined("teacher_prediction")
-    teacher, own = joined("teacher_prediction") == joined("label"), correct(parts)
+    column = partial(joined, parts)
+    same = column("prediction") == column("teacher_prediction")
+    teacher, own = column("teacher_prediction") == column("label"), correct(parts)
     lost, won = int((teacher & ~own).sum()), int((~teacher & own).sum())
-    sure = joined("probability")
+    sure = column("probability")
     yield from (len(same), f"{100 * same.mean():.1f}")
-    yield from (f"{np.median(joined('cosine')):.4f}", f"{joined('cosine').min():.3f}")
+    yield from (f"{np.median(column('cosine')):.4f}", f"{column('cosine').min():.3f}")
     yield from (lost, won, f"{mcnemar(lost, won):.2g}", f"{np.median(sure[same]):.2f}")
     yield f"{np.median(sure[~same]):.2f}" if (~same).any() else ""
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apm.errors import UsageError
 
 from ..runs.records import Records
-from ..runs.rows import MethodRows
+from ..runs.rows import MethodRows, joined
 from ..tables.build import make_tables
 from ..tables.table import Table, row_names
 from ..tables.trust import TrustRow, TrustTable, make_trust
@@ -78,9 +77,6 @@ def _group(table: Table, trust: TrustTable) -> dict[str, Any]:
 
 
 def _row(trust: TrustRow, own: Sequence[MethodRows], teacher: Sequence[MethodRows]) -> dict[str, Any]:
-    def joined(parts: Sequence[MethodRows], field: str) -> NDArray[np.float64]:
-        return np.concatenate([getattr(part, field) for part in parts])
-
     cosine = joined(own, "cosine")
     return {
         "method": trust.method,

@@ -261,10 +261,12 @@ def _average(own: float | None, printed: float | None) -> str:
     return text if printed is None or text == f"{printed:.1f}" else f"{text} (printed {printed:.1f})"
 
 
-def _detail(name: str, score: Score) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return NOTHING if value is None else format(value, form)
+def number(value: float | None, form: str) -> str:
+    """A number in a cell, `NOTHING` where there is none."""
+    return NOTHING if value is None else format(value, form)
 
+
+def _detail(name: str, score: Score) -> list[str]:
     p = score.mcnemar_p
     return [
         name,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..runs.rows import MethodRows
+from ..runs.rows import MethodRows, joined
 from .layouts import CROSS_DATASET
 from .stats import expected_calibration_error, mcnemar, near_chance, standard_error
 from .table import Score
@@ -38,21 +36,18 @@ def score_cell(rows: MethodRows, cell: Mapping[str, Any], method: str) -> Score:
 
 def summary(parts: Sequence[MethodRows]) -> Score:
     """Score the images of one or more cells together."""
-
-    def joined(name: str) -> NDArray[Any]:
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    answered = joined("error") == None  # noqa: E711 - elementwise, on objects
+    column = partial(joined, parts)
+    answered = column("error") == None  # noqa: E711 - elementwise, on objects
     n, failed = int(answered.sum()), int((~answered).sum())
     if n == 0:
         return Score(0, failed, None)
-    label = joined("label")[answered]
-    prediction = joined("prediction")[answered]
-    teacher = joined("teacher_prediction")[answered]
+    label = column("label")[answered]
+    prediction = column("prediction")[answered]
+    teacher = column("teacher_prediction")[answered]
     correct, teacher_correct = prediction == label, teacher == label
     lost, gained = int((teacher_correct & ~correct).sum()), int((~teacher_correct & correct).sum())
     accuracy = float(correct.mean())
-    seconds = float((joined("seconds") + joined("shared_seconds"))[answered].sum())
+    seconds = float((column("seconds") + column("shared_seconds"))[answered].sum())
     return Score(
         n=n,
         failed=failed,
@@ -62,8 +57,8 @@ def summary(parts: Sequence[MethodRows]) -> Score:
         right_to_wrong=lost,
         wrong_to_right=gained,
         mcnemar_p=mcnemar(lost, gained),
-        ece=expected_calibration_error(joined("probability")[answered], correct),
-        nll=float(joined("nll")[answered].mean()),
+        ece=expected_calibration_error(column("probability")[answered], correct),
+        nll=float(column("nll")[answered].mean()),
         images_per_second=n / seconds if seconds > 0 else None,
     )
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from apm.errors import UsageError
 
+from ..runs.rows import joined
 from .notes import conditions
 from .stats import auroc, expected_calibration_error, holm, interval, paired_test
 from .table import MARKS, Answers, Table, TableRow, row_names
@@ -336,7 +337,7 @@ _ARRAYS = ("answered", "correct", "zero_shot", "probability", "nll", "seconds", 
 
 
 def _joined(parts: Sequence[_Aligned]) -> _Aligned:
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: joined(parts, name) for name in _ARRAYS}
     return replace(parts[0], **arrays)
 
 

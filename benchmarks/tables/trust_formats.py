@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 
 import pandas
 
-from .formats import LATEX, NOTHING, in_markdown, latex_block, markdown_block
+from .formats import LATEX, NOTHING, in_markdown, latex_block, markdown_block, number
 from .table import MARKS
 from .trust import TrustRow, TrustTable
 
@@ -54,27 +54,23 @@ def lines(table: TrustTable) -> list[list[str]]:
 def _line(row: TrustRow) -> list[str]:
     return [
         row.method,
-        _number(row.rank, "d"),
+        number(row.rank, "d"),
         f"{row.accuracy:.1f}{''.join(MARKS[mark][0] for mark in row.marks)}",
         f"{row.low:.1f}–{row.high:.1f}",
         f"{row.gain:+.1f}",
-        "<0.001" if row.p is not None and row.p < 0.001 else _number(row.p, ".3f"),
+        "<0.001" if row.p is not None and row.p < 0.001 else number(row.p, ".3f"),
         str(row.right_to_wrong),
         str(row.wrong_to_right),
-        _number(row.ece, ".3f"),
-        _number(row.nll, ".3f"),
-        _number(row.auroc, ".3f"),
-        _number(row.ms_given_features, ".3g"),
-        _number(row.ms, ".3g"),
+        number(row.ece, ".3f"),
+        number(row.nll, ".3f"),
+        number(row.auroc, ".3f"),
+        number(row.ms_given_features, ".3g"),
+        number(row.ms, ".3g"),
         NOTHING if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}",
         _yes(row.episodic),
         _yes(None if row.episodic is None else not row.episodic),
         _yes(row.gradients),
     ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return NOTHING if value is None else format(value, form)
 
 
 def _yes(value: bool | None) -> str:

@@ -19,12 +19,17 @@ from tests.places import GOLDEN
 FOLDER = Path(os.environ.get("APM_PEERS_DIR") or GOLDEN)
 
 
-def each_golden(name: str) -> pytest.MarkDecorator:
-    """Run a test with ``path`` each of the method's files; a folder of one's own need not hold every method."""
+def golden_files(name: str) -> list[Path]:
+    """Return a method's files; a folder of one's own need not hold every method."""
     found = sorted(FOLDER.glob(f"{name}_seed*.npz"))
     if not found and FOLDER == GOLDEN:
         raise FileNotFoundError(f"no {name}_seed*.npz in {GOLDEN}")
-    return pytest.mark.parametrize("path", found, ids=lambda path: path.stem)
+    return found
+
+
+def each_golden(name: str) -> pytest.MarkDecorator:
+    """Run a test with ``path`` each of the method's files."""
+    return pytest.mark.parametrize("path", golden_files(name), ids=lambda path: path.stem)
 
 
 def read_golden(path: Path) -> Mapping[str, Tensor]:

@@ -19,7 +19,7 @@ from apm.benchmarks.methods.oga import CachedGaussians
 from apm.benchmarks.methods.onzeta import OnlineProxies, OnZetaSettings
 from apm.benchmarks.methods.tps import TPSSettings, tune_shift
 from apm.text.zeroshot import ZeroShotHead
-from tests.benchmarks.goldens import FOLDER, close, read_golden
+from tests.benchmarks.goldens import close, golden_files, read_golden
 from tests.places import GOLDEN
 
 Golden = Mapping[str, Tensor]
@@ -182,7 +182,7 @@ CHECKS: dict[str, Callable[[Golden], None]] = {
     "dota": check_dota,
     "oga": check_oga,
 }
-FILES = [(name, path) for name in CHECKS for path in sorted(FOLDER.glob(f"{name}_seed*.npz"))]
+FILES = [(name, path) for name in CHECKS for path in golden_files(name)]
 
 
 @pytest.mark.parametrize(("name", "path"), FILES, ids=[path.stem for _, path in FILES])

@@ -56,21 +56,31 @@ COMPARED = ("centred regions", "AMI image", "AMI less", "contrast image", "contr
 class Fits:
     """Fits one image's students with every weight, and measures their fields."""
 
-    def __init__(self, teacher: Teacher, student: StudentOptions, *, grid_lr: float, grid_size: int | None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: StudentOptions,
+        *,
+        weights: Sequence[float],
+        targets: Sequence[str],
+        grid_lr: float,
+        grid_size: int | None,
+    ) -> None:
         self.teacher, self.seed, self.grid_size = teacher, student.seed, grid_size
         adapt = student.training(teacher.device)
         self.model: APMConfig = student.model(teacher.dim)
         self.adapt: AdaptConfig = adapt
+        self.targets = targets
         self.trainers = {
             weight: trainers(self.model, replace(adapt, agree=weight), grid_lr=grid_lr, device=teacher.device)
-            for weight in WEIGHTS
+            for weight in weights
         }
 
     def __call__(self, image: Image.Image, other: Image.Image) -> Row:
         """Target → weight → measures of the last field."""
         subject = prepare(image, other, self.teacher, self.model, parts=PARTS, seed=self.seed, grid_size=self.grid_size)
-        found: Row = {target: {} for target in TARGETS}
-        for weight, target in itertools.product(WEIGHTS, TARGETS):
+        found: Row = {target: {} for target in self.targets}
+        for weight, target in itertools.product(self.trainers, self.targets):
             watched = watch(self.trainers[weight][target], subject.inputs["image"], [self.adapt.steps])
             found[target][f"{weight:g}"] = self._measured(watched.last, subject)
         return found
@@ -101,10 +111,17 @@ def measure(options: Options) -> Record:
     data = open_dataset("folder", options.root)
     teacher = load_teacher(options.teacher, device=options.device)
     student = StudentOptions(preset=options.preset, steps=options.steps, seed=options.seed, queries=ALL)
-    fits = Fits(teacher, student, grid_lr=options.grid_lr, grid_size=options.grid_size)
+    fits = Fits(
+        teacher,
+        student,
+        weights=options.weights,
+        targets=options.targets,
+        grid_lr=options.grid_lr,
+        grid_size=options.grid_size,
+    )
     samples = [data.samples[number] for number in np.random.default_rng(options.seed).permutation(len(data.samples))]
     settings = {name: getattr(options, name) for name in ("preset", "steps", "grid_lr", "grid_size", "seed")}
-    settings |= {"weights": WEIGHTS, "radius": RADIUS}
+    settings |= {"weights": options.weights, "targets": options.targets, "radius": RADIUS}
     began = time.perf_counter()
     rows = continued(
         range(min(options.limit, len(samples))),
@@ -124,20 +141,21 @@ def measure(options: Options) -> Record:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Over images: ``means``: target → weight → measure → mean and error; ``gains``: less weight 0, paired."""
+    """Over images: ``means``: target → weight → measure → mean and error; ``gains``: less the first weight."""
 
     def over(target: str, weight: str, name: str) -> np.ndarray:
         return np.array([row[target][weight][name] for row in rows])
 
-    weights = list(rows[0]["cls"])
-    names = list(rows[0]["cls"][weights[0]])
+    targets = list(rows[0])
+    weights = list(rows[0][targets[0]])
     first = weights[0]
+    names = list(rows[0][targets[0]][first])
     return {
         "images": len(rows),
-        "means": {t: {w: {n: mean_and_error(over(t, w, n)) for n in names} for w in weights} for t in TARGETS},
+        "means": {t: {w: {n: mean_and_error(over(t, w, n)) for n in names} for w in weights} for t in targets},
         "gains": {
             t: {w: {n: mean_and_error(over(t, w, n) - over(t, first, n)) for n in COMPARED} for w in weights[1:]}
-            for t in TARGETS
+            for t in targets
         },
     }
 
@@ -171,6 +189,12 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[*WEIGHTS], help="of agreement; the first is compared with"
+    )
+    parser.add_argument(
+        "--targets", nargs="+", default=[*TARGETS], choices=[*TARGETS], help="what students are fitted to"
+    )
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's students")
     parser.add_argument("--grid-size", type=int, help="side, in pixels, at which the teacher's grid is made")
 

@@ -27,12 +27,11 @@ def test_disagreement_is_of_neighbours_and_not_of_the_fields_scale() -> None:
 @pytest.mark.slow
 def test_a_study_of_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "load_teacher", lambda name, device: ColourTeacher())
-    monkeypatch.setattr(study, "WEIGHTS", (0.0, 10.0))
     for number in range(3):
         folder = tmp_path / "images" / f"class {number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         picture(number, 32).save(folder / f"{number}.png")
-    given = ["--root", str(tmp_path / "images"), "--steps", "12", "--limit", "2"]
+    given = ["--root", str(tmp_path / "images"), "--steps", "12", "--limit", "2", "--weights", "0", "10"]
     options = study.STUDY.read([*given, "--rows", str(tmp_path / "rows.jsonl")])
     record = study.measure(options)
     assert record["images"] == 2 and list(record["means"]["grid"]) == ["0", "10"]
@@ -41,6 +40,9 @@ def test_a_study_of_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for weight, of in gains.items():
         for name, (gain, _) in of.items():
             assert gain == pytest.approx(means[weight][name][0] - means["0"][name][0])
+    given += ["--targets", "grid", "--weights", "10", "0"]
+    alone = study.measure(study.STUDY.read(given))
+    assert alone["means"] == {"grid": {w: means[w] for w in ("10", "0")}} and list(alone["gains"]["grid"]) == ["0"]
     again = study.measure(options)
     assert again["seconds"] < record["seconds"] / 5 and again["means"] == record["means"]
     text = study.table({**record, "command": "c", "date": "d", "environment": {"git_commit": "e"}})

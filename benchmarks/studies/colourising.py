@@ -212,7 +212,9 @@ def table(record: Record) -> str:
         f"on, {step:,} steps of {settings['batch_size']} images at {settings['locations'] or 'all'} places, "
         f"{record['parameters'] / 1e6:.1f} million weights, seed {settings['seed']}; baselines fitted on "
         f"{record['fitted_images']:,} of these images. Images larger than {record['side']} pixels are reduced to that. "
-        f"The mean colour is a = {record['mean_colour'][0]:.1f}, b = {record['mean_colour'][1]:.1f}."
+        f"The mean colour is a = {record['mean_colour'][0]:.1f}, b = {record['mean_colour'][1]:.1f}. The training took "
+        f"{record['curves'][-1]['seconds'] / 60:.0f} minutes on {record['environment']['threads']} thread of "
+        f"{record['environment']['processor']}, shared with other work."
     )
     distance = "Root of the mean squared distance in (a, b), and mean chroma √(a² + b²):"
     names = ("images", *NAMES.values(), "chroma of the originals", "of the student's")
@@ -221,7 +223,7 @@ def table(record: Record) -> str:
 
 def draw(student: Student, images: Sequence[Path], path: Path) -> None:
     """Draw grey, coloured and original of some photographs, a column each."""
-    figure = figures.new_figure(1.9 * len(images) + 0.4, 5.4)
+    figure = figures.new_figure(1.5 * len(images) + 0.4, 4.4)
     axes = figure.subplots(3, len(images), squeeze=False)
     for column, file in enumerate(images):
         original = reduced(load_image(file).image, 400)

@@ -216,6 +216,15 @@ def _glom_islands(record: Record) -> str:
     )
 
 
+def _colours(record: Record) -> str:
+    held_out = record["sets"][0]
+    of = {name: found[0] for name, found in held_out["delta_e"].items()}
+    return (
+        f"held-out images: ΔE76 student {of['student']:.1f}, mean at each place {of['place']:.1f}, grey "
+        f"{of['grey']:.1f} ({held_out['images']} images)"
+    )
+
+
 SYSTEMS = (
     System(
         "GLOM: columns of levels, bottom-up, top-down, consensus (Hinton 2021)",
@@ -309,7 +318,14 @@ SYSTEMS = (
         "MViTv2-S's weights, which torchvision publishes (132 MB); no published figures",
         page="islands.md",
     ),
-    System("Black and white becomes coloured", "", "a student trained on colours; no published figures"),
+    System(
+        "Black and white becomes coloured",
+        "apm colourise IMAGE --checkpoint CKPT --out DIR",
+        "a student of `apm pretrain --grey-input`; no published figures",
+        "colourising.json",
+        _colours,
+        "colourise.md",
+    ),
     System("Layer skipping: 5 layers of 12", "", "a student trained on a teacher's later layer; no published figures"),
 )
 """In the order of the page. Without a command: not here yet."""

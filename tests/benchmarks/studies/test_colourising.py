@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from skimage.color import deltaE_cie76, rgb2lab
 
 from apm.benchmarks.studies import colourising
 from apm.benchmarks.studies.colourising import NAMES, Baselines, at_places, compare, reduced, summary
+from apm.benchmarks.studies.study import RESULTS
 from apm.errors import UsageError
 from apm.pretrain.cache import build_cache
 from apm.pretrain.images import open_images
@@ -115,6 +117,12 @@ def test_what_cannot_be_measured_is_told(trained: tuple[Path, Path], tmp_path: P
         colourising.main([str(path), "--root", str(make_folder(tmp_path / "more", 5))])
     with pytest.raises(UsageError, match="--pictures needs a checkpoint and --images"):
         colourising.main([str(path), "--pictures", str(tmp_path / "p.png")])
+
+
+def test_the_student_of_the_repository_is_the_one_that_was_measured() -> None:
+    content = (RESULTS / "colour-student.safetensors").read_bytes()
+    record = json.loads((RESULTS / colourising.STUDY.results).read_text())
+    assert hashlib.sha256(content).hexdigest()[:16] == record["file"]
 
 
 def test_pictures_are_drawn(trained: tuple[Path, Path], tmp_path: Path) -> None:

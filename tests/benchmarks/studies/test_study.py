@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from apm.benchmarks.studies import (
+    colourising,
     glom_curves,
     glom_islands,
     glom_parts,
@@ -26,7 +27,7 @@ from apm.benchmarks.studies.study import Study, command, each, markdown, run
 from apm.errors import ApmError, UsageError
 
 GLOM = (glom_curves, glom_islands, glom_parts, glom_probe, glom_reconstruction, glom_student)
-DOCUMENTED = [module.STUDY for module in (islands, linear_probe, pointing, pretraining, steps, *GLOM)]
+DOCUMENTED = [module.STUDY for module in (colourising, islands, linear_probe, pointing, pretraining, steps, *GLOM)]
 
 
 @pytest.mark.parametrize("study", DOCUMENTED, ids=lambda study: study.name)

@@ -31,22 +31,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: Options) -> Record:
-    """Put together what the runs say.
+    """Put together what the runs say."""
+    runs, whole = one_table(options.runs)
+    return {
+        "runs": [described(one) for one in runs],
+        "tables": [asdict(group) for group in make_trust([whole], cells=False)],
+        "orders": _orders(whole),
+    }
+
+
+def one_table(paths: Sequence[Path]) -> tuple[list[Records], Table]:
+    """Open runs of one data set, and make their table.
 
     Raises:
         UsageError: no runs, or of several data sets.
     """
-    if not options.runs:
+    if not paths:
         raise UsageError("No runs were given: name their folders.")
-    runs = [Records.open(path) for path in options.runs]
+    runs = [Records.open(path) for path in paths]
     tables = make_tables(runs, published=False)
     if len(tables) != 1:
         raise UsageError(f"The runs make {len(tables)} tables, not one: {', '.join(table.title for table in tables)}.")
-    return {
-        "runs": [described(one) for one in runs],
-        "tables": [asdict(table) for table in make_trust(tables, cells=False)],
-        "orders": _orders(tables[0]),
-    }
+    return runs, tables[0]
 
 
 def described(one: Records) -> dict[str, Any]:

@@ -18,12 +18,10 @@ import numpy as np
 
 from apm.errors import UsageError
 
-from ..runs.records import Records
 from ..runs.rows import MethodRows, joined
-from ..tables.build import make_tables
 from ..tables.table import Table, row_names
 from ..tables.trust import TrustRow, TrustTable, make_trust
-from .evidence import described, made_by
+from .evidence import described, made_by, one_table
 from .study import ROOT, Options, Record, Study, markdown, run
 
 TEACHER = "zero-shot"
@@ -45,15 +43,10 @@ def measure(options: Options) -> Record:
     Raises:
         UsageError: no runs, of several data sets, or without the teacher's own answers.
     """
-    if not options.runs:
-        raise UsageError("No runs were given: name their folders.")
-    runs = [Records.open(path) for path in options.runs]
-    tables = make_tables(runs, published=False)
-    if len(tables) != 1:
-        raise UsageError(f"The runs make {len(tables)} tables, not one: {', '.join(table.title for table in tables)}.")
-    if TEACHER not in (row.method for row in tables[0].rows):
+    runs, whole = one_table(options.runs)
+    if TEACHER not in (row.method for row in whole.rows):
         raise UsageError(f"The runs lack the method {TEACHER}, which students are compared with.")
-    groups = [_group(tables[0], trust) for trust in make_trust(tables, cells=False)]
+    groups = [_group(whole, trust) for trust in make_trust([whole], cells=False)]
     return {"runs": [described(one) for one in runs], "groups": groups}
 
 

@@ -225,6 +225,19 @@ def _colours(record: Record) -> str:
     )
 
 
+def _explained(record: Record, source: str) -> float:
+    return float(record["measures"][source]["explained"][0])
+
+
+def _skipped(record: Record) -> str:
+    pair = record["pairs"][0]
+    found = {name: 100 * pair["stand_ins"][name]["agreement"][0] for name in ("column", "linear")}
+    return (
+        f"first label as the whole teacher's, image → layer {pair['to']} of {record['layers']} left out: student "
+        f"{found['column']:.0f} %, linear map {found['linear']:.0f} % ({record['held_out_images']} images)"
+    )
+
+
 SYSTEMS = (
     System(
         "GLOM: columns of levels, bottom-up, top-down, consensus (Hinton 2021)",
@@ -326,7 +339,25 @@ SYSTEMS = (
         _colours,
         "colourise.md",
     ),
-    System("Layer skipping: 5 layers of 12", "", "a student trained on a teacher's later layer; no published figures"),
+    System(
+        "Layer skipping: 5 layers of 12",
+        "apm pretrain IMAGES --teacher-grid NAME --target-layer 5 --out CKPT",
+        "the talk's teacher; no published figures",
+        "layer-skipping.json",
+        _skipped,
+        "pretraining.md",
+    ),
+    System(
+        "Patch tokens from the class token",
+        "python -m apm.benchmarks.studies.patch_tokens --root IMAGES",
+        "CLIP's weights; no published figures",
+        "patch-tokens.json",
+        lambda record: (
+            f"of the variance of the teacher's patches explained: {100 * _explained(record, 'token, mean'):.1f} %, "
+            f"fitted to the grid {100 * _explained(record, 'grid'):.0f} % ({record['photographs']} photographs)"
+        ),
+        "islands.md",
+    ),
 )
 """In the order of the page. Without a command: not here yet."""
 

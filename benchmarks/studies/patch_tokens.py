@@ -46,7 +46,7 @@ SOURCES = {
     "others": "the mean patch of the other photographs",
     "others, place": "… the same, for each place",
     "shuffled": "the teacher's own patches in random order",
-    "grid": "the field fitted to the grid (upper bound)",
+    "grid": "the field fitted to the grid, in as many steps",
 }
 OURS = tuple(f"token, {key}" for key in READOUTS)
 MEASURES = {

@@ -18,6 +18,7 @@ from apm.benchmarks.studies import (
     glom_student,
     islands,
     linear_probe,
+    patch_tokens,
     pointing,
     pretraining,
     steps,
@@ -27,7 +28,9 @@ from apm.benchmarks.studies.study import Study, command, each, markdown, run
 from apm.errors import ApmError, UsageError
 
 GLOM = (glom_curves, glom_islands, glom_parts, glom_probe, glom_reconstruction, glom_student)
-DOCUMENTED = [module.STUDY for module in (colourising, islands, linear_probe, pointing, pretraining, steps, *GLOM)]
+DOCUMENTED = [
+    module.STUDY for module in (colourising, islands, linear_probe, patch_tokens, pointing, pretraining, steps, *GLOM)
+]
 
 
 @pytest.mark.parametrize("study", DOCUMENTED, ids=lambda study: study.name)

@@ -21,6 +21,7 @@ from apm.benchmarks.studies import (
     patch_tokens,
     pointing,
     pretraining,
+    softened,
     steps,
 )
 from apm.benchmarks.studies import study as documents
@@ -29,7 +30,8 @@ from apm.errors import ApmError, UsageError
 
 GLOM = (glom_curves, glom_islands, glom_parts, glom_probe, glom_reconstruction, glom_student)
 DOCUMENTED = [
-    module.STUDY for module in (colourising, islands, linear_probe, patch_tokens, pointing, pretraining, steps, *GLOM)
+    module.STUDY
+    for module in (colourising, islands, linear_probe, patch_tokens, pointing, pretraining, softened, steps, *GLOM)
 ]
 
 

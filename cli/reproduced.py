@@ -11,12 +11,20 @@ from .table import print_table
 
 if TYPE_CHECKING:
     from apm.benchmarks.reproduce.beside import Beside
-    from apm.benchmarks.reproduce.plan import Job, Plan
+    from apm.benchmarks.reproduce.plan import Job, Plan, PlannedCell
 
 
 def missing(plan: Plan) -> list[str]:
-    """What keeps cells from being run, a sentence each."""
-    data = [f"{cell.column}: no data: {cell.reason}" for cell in plan.cells if cell.dataset is None]
+    """What keeps cells from being run, a sentence each; corruptions that are missing alike have one together."""
+    alike: dict[str, list[PlannedCell]] = {}
+    for cell in plan.cells:
+        if cell.dataset is None:
+            general = cell.reason.replace(cell.column, "CORRUPTION") if plan.table.corrupted else cell.reason
+            alike.setdefault(general, []).append(cell)
+    data = [
+        f"{', '.join(cell.column for cell in cells)}: no data: {reason if len(cells) > 1 else cells[0].reason}"
+        for reason, cells in alike.items()
+    ]
     runs = {job.reason: job for job in plan.jobs if job.reason}
     return [*data, *(f"{why} (--download fetches them.)" if job.fetchable else why for why, job in runs.items())]
 

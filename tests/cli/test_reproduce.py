@@ -80,6 +80,7 @@ def test_rows_without_a_head_are_told_and_asked_for_by_name_are_missing(tmp_path
     asked = [2, "--root", root, "--plan", "--no-measure"]
     told = reproduce(*asked, "--teacher", "embedded")
     assert told.exit_code == 0 and "  TTT-MAE: needs a trained head: --probe FILE (apm mae probe makes" in told.stdout
+    assert "elastic_transform, frost, " in told.stderr and told.stderr.count("no folder CORRUPTION/5") == 1
     alone = reproduce(*asked, "--method", "vit-probe")
     assert alone.exit_code == 2 and "ViT Probe: needs a trained head: --probe FILE" in alone.stderr
     nowhere = reproduce(*asked, "--teacher", "embedded", "--probe", tmp_path / "none.safetensors")

@@ -18,6 +18,7 @@ from apm.benchmarks.studies import (
     glom_student,
     islands,
     linear_probe,
+    mae_bench,
     patch_tokens,
     pointing,
     pretraining,
@@ -31,7 +32,18 @@ from apm.errors import ApmError, UsageError
 GLOM = (glom_curves, glom_islands, glom_parts, glom_probe, glom_reconstruction, glom_student)
 DOCUMENTED = [
     module.STUDY
-    for module in (colourising, islands, linear_probe, patch_tokens, pointing, pretraining, softened, steps, *GLOM)
+    for module in (
+        colourising,
+        islands,
+        linear_probe,
+        mae_bench,
+        patch_tokens,
+        pointing,
+        pretraining,
+        softened,
+        steps,
+        *GLOM,
+    )
 ]
 
 

@@ -12,7 +12,6 @@ image's row: the same command goes on.
 from __future__ import annotations
 
 import sys
-import time
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -110,7 +109,6 @@ def measure(options: Options) -> Record:
         "usable": len(scenes),
     }
     looker = Looker(source, untrained, options)
-    began = time.perf_counter()
     rows = continued(
         range(min(options.limit, len(scenes))),
         lambda number: looker(scenes[number], scenes[(number + 1) % len(scenes)]),
@@ -118,7 +116,7 @@ def measure(options: Options) -> Record:
         path=options.rows,
         settings=settings,
     )
-    return {"settings": settings, "seconds": time.perf_counter() - began, **summary(rows)}
+    return {"settings": settings, **summary(rows)}
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:

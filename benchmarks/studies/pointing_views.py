@@ -38,7 +38,7 @@ from ..runs.environment import peak_memory
 from ..tables.stats import mcnemar, standard_error
 from .composites import Composite, composites
 from .rows import Row, continued
-from .study import USUAL, Options, Record, Study, markdown, plus_minus, run
+from .study import ROOT, USUAL, Options, Record, Study, markdown, plus_minus, run
 
 OURS = "field, views"
 SOURCES = {
@@ -206,6 +206,9 @@ STUDY = Study(
     table=table,
     arguments=_arguments,
     shared={**USUAL, "preset": "small", "steps": STEPS, "precision": "fp32", "limit": 400},
+    results="many-views.json",
+    document=ROOT / "docs" / "fields.md",
+    marker="pointing-views",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Let it take them down at the end: a library of C++ complains of what is left."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def disk_that_is_not_waited_for() -> Iterator[None]:
+    """Leave files to the system, thousands of times: tests kill processes, but none cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

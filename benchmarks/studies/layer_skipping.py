@@ -7,10 +7,10 @@ How near is the final token to the whole teacher's, is its first label the same,
 
 Stand-ins: the student as in the paper, which knows what it is given by its trigger column alone; the same with what is
 given at its place in each query (``--local`` of ``apm pretrain --target-layer``); a linear map (ridge regression) from
-what is given at each place, the same for all places; the mean token of each place over the training images; and
-nothing: what is given goes on as it is, pooled and filled up with zeros where layer j is coarser and wider (as the
-shortcuts of He et al. 2015 are). Operations are counted, not estimated. Students are kept in ``--work``, trainings go
-on after a kill. No label of an image is used.
+what is given at each place, the same for all places, added to the mean token of each place over the training images;
+that mean token; and nothing: what is given goes on as it is, pooled and filled up with zeros where layer j is coarser
+and wider (as the shortcuts of He et al. 2015 are). Operations are counted, not estimated. Students are kept in
+``--work``, trainings go on after a kill. No label of an image is used.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ class Between:
 
         def pairs(numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
             given, wanted = trainer.pair(numbers)
-            return local(given), wanted
+            return local(given), wanted - mean
 
         linear = Linear(pairs, trainer.train)
         self.penalty = linear.penalty
-        towers["linear"] = ShortTower(layers, first, last, lambda given: linear(local(given)))
+        towers["linear"] = ShortTower(layers, first, last, lambda given: mean + linear(local(given)))
         towers["mean"] = ShortTower(layers, 0, last, lambda given: mean.expand(len(given), -1, -1))
         if first:
             towers["skipped"] = ShortTower(layers, first, last, lambda x: skipped(x, layers.shapes[first], shape))

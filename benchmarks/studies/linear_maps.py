@@ -16,7 +16,7 @@ from apm.teachers.cut_towers import Shape
 
 Pairs = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
 """Numbers of images → what is given at each place (B, T, K), and the tokens wanted (B, T, C)."""
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Candidates for the ridge penalty, as a share of the inputs' mean variance."""
 _BATCH = 32
 

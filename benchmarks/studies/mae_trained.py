@@ -82,14 +82,19 @@ def text(trained: Mapping[str, Any], more: str) -> str:
     whole, probe, sizes, counts = (trained[name] for name in ("autoencoder", "probe", "sizes", "parameters"))
     return (
         f"    {whole['command']}\n    {probe['command']}\n\n"
-        f"Images of {sizes['image_size']} pixels in patches of {sizes['patch_size']}; encoder {sizes['depth']} blocks "
-        f"{sizes['width']} wide ({counts['encoder'] / 1e6:.2f} million weights), decoder {sizes['decoder_depth']} "
-        f"blocks {sizes['decoder_width']} wide ({counts['decoder'] / 1e6:.2f}), head {sizes['head_depth']} blocks "
-        f"{sizes['head_width']} wide ({counts['head'] / 1e6:.2f}). Autoencoder: {_made(whole)}; held-out error of "
-        f"masked patches {whole['held_out_reconstruction']:.4f}. Probe: {_made(probe)}; held-out accuracy "
+        f"Images of {sizes['image_size']} pixels in patches of {sizes['patch_size']}; encoder of {_blocks(sizes, '')} "
+        f"({counts['encoder'] / 1e6:.2f} million weights), decoder of {_blocks(sizes, 'decoder_')} "
+        f"({counts['decoder'] / 1e6:.2f}), head of {_blocks(sizes, 'head_')} ({counts['head'] / 1e6:.2f}). "
+        f"Autoencoder: {_made(whole)}; held-out error of masked patches {whole['held_out_reconstruction']:.4f}. "
+        f"Probe: {_made(probe)}; held-out accuracy "
         f"{100 * probe['held_out_accuracy']:.2f} % of {probe['classes']} classes, cross-entropy "
         f"{probe['held_out_cross_entropy']:.3f}.{more}"
     )
+
+
+def _blocks(sizes: Mapping[str, Any], part: str) -> str:
+    depth = sizes[f"{part}depth"]
+    return f"{depth} block{'s' * (depth != 1)}, {sizes[f'{part}width']} wide"
 
 
 def _made(of: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +48,16 @@ def disk_that_is_not_waited_for() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the tests' caches: beside thousands of others, pytest's own would be counted for each."""
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def private_cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give each test its own cache folder, and none of the user's own settings."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = Path(tempfile.mkdtemp(dir=caches))
     monkeypatch.setenv("APM_CACHE", str(folder))
     monkeypatch.delenv("APM_DATA", raising=False)
     return folder

@@ -41,7 +41,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from ..corruptions import CORRUPTIONS, CROP, VERSION, corrupt_image
 from ..runs.environment import describe
-from .study import Options, Record, Study, each, markdown, numbers, run
+from .study import ROOT, Options, Record, Study, each, markdown, numbers, run
 
 ALL = "all"
 LEVEL = 5
@@ -322,6 +322,8 @@ STUDY = Study(
         "seed": 0,
     },
     results="queries-agreement.json",
+    document=ROOT / "benchmarks" / "README.md",
+    marker="queries",
 )
 
 if __name__ == "__main__":

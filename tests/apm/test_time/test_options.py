@@ -103,8 +103,8 @@ def test_every_setting_of_a_target_can_be_chosen() -> None:
 
 
 def test_the_record_holds_what_is_used() -> None:
-    record = StudentOptions(preset="small", target="mta").record(CPU)
-    assert record["queries"] == FEWER["small"] and record["readout"] == "query" and record["views"] == 16
+    record = StudentOptions(target="mta").record(CPU)
+    assert record["queries"] == FEWER["paper"] and record["readout"] == "query" and record["views"] == 16
     assert set(record) == {field.name for field in dataclasses.fields(StudentOptions)}
     assert json.loads(json.dumps(record)) == record
     assert StudentOptions(queries="all").record(CPU)["queries"] is None

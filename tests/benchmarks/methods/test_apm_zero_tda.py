@@ -155,10 +155,11 @@ def test_the_runs_number_of_locations_is_used_recorded_and_named() -> None:
         ({"queries": 9}, "apm", 9, "apm[queries=9]"),
         ({"queries": 9}, "apm:queries=5", 5, "apm[queries=5]"),
         ({"queries": 9}, "apm:queries=all", None, "apm[queries=all]"),
-        ({"queries": "auto"}, "apm", FEWER["small"], f"apm[queries={FEWER['small']}]"),
+        ({"queries": "auto", "preset": "paper"}, "apm", FEWER["paper"], f"apm[queries={FEWER['paper']}]"),
+        ({"queries": "auto"}, "apm", None, "apm"),
         ({"queries": "auto"}, "apm:distil=both", None, "apm[both]"),
     ):
-        method = create_method(spec, run_options(preset="small", steps=2, **options))
+        method = create_method(spec, run_options(**{"preset": "small", "steps": 2, **options}))
         assert (method.settings["queries"], method.name) == (queries, name)
     few, every = (
         create_method("apm", run_options(preset="small", steps=2, queries=queries)).predict(make_batch(1))

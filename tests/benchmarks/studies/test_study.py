@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from apm.benchmarks.studies import (
+    agreement,
     colourising,
     glom_curves,
     glom_islands,
@@ -34,6 +35,7 @@ GLOM = (glom_curves, glom_islands, glom_parts, glom_probe, glom_reconstruction, 
 DOCUMENTED = [
     module.STUDY
     for module in (
+        agreement,
         colourising,
         islands,
         linear_probe,

@@ -34,7 +34,7 @@ from apm.test_time.queries import ALL
 from ..datasets import open_dataset
 from .region_sizes import PARTS, SIZES, measures
 from .rows import Row, continued
-from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, plus_minus, run
+from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, plus_minus, run, signed
 from .watching import Moment, Watcher
 
 CONDITIONS = {
@@ -266,8 +266,8 @@ def _table(record: Record) -> str:
             if "random target" in conditions
             else ()
         ),
-        "Spearman's correlation of size and loss, image by image (above 0: smaller as the loss falls); in brackets the "
-        "images in which regions get smaller, get larger, stay:",
+        "Spearman's correlation of size and loss, image by image (above 0: smaller as the loss falls; bold: beyond "
+        "two standard errors); in brackets the images in which regions get smaller, get larger, stay:",
         _compared(record, "correlation", _correlation),
         f"The same from a loss of {LATE:g} on:",
         _compared(record, "late", _correlation),
@@ -283,7 +283,7 @@ def _table(record: Record) -> str:
 def _images(record: Record) -> str:
     """How many; where a run was ended early some conditions lack the last one."""
     least, most = min(record["images"].values()), max(record["images"].values())
-    return f"{most} images" if least == most else f"{least} to {most} images"
+    return f"{most} image{'s' * (most > 1)}" if least == most else f"{least} to {most} images"
 
 
 def _moments(record: Record, condition: str) -> str:
@@ -297,6 +297,7 @@ def _moments(record: Record, condition: str) -> str:
             plus_minus(of["directions"], 2),
         )
         for passed, of in record["moments"][condition].items()
+        if passed.startswith("1.0")  # whole decades
     ]
     return markdown(("loss", "images", "step", *SIZES, "spread", "directions"), rows)
 
@@ -309,7 +310,7 @@ def _compared(record: Record, what: str, cell: Callable[[Any], str]) -> str:
 
 def _correlation(found: Mapping[str, Any]) -> str:
     counts = f"({found['smaller']}, {found['larger']}, {found['constant']})"
-    return f"{found['mean'][0]:+.2f} ± {found['mean'][1]:.2f} {counts}" if found["mean"] else f"– {counts}"
+    return f"{signed(found['mean'], 2)} {counts}" if found["mean"] else f"– {counts}"
 
 
 def plot(records: Sequence[Record]) -> None:
@@ -322,7 +323,7 @@ def plot(records: Sequence[Record]) -> None:
     for record, row in zip(records, axes, strict=True):
         for name, axis in zip(shown, row, strict=True):
             for number, (condition, moments) in enumerate(record["moments"].items()):
-                means, errors = zip(*(of[name] for of in moments.values()), strict=True)
+                means, errors = zip(*((*of[name], 0)[:2] for of in moments.values()), strict=True)  # of one image none
                 losses = [float(passed) for passed in moments]
                 axis.errorbar(losses, means, errors, color=f"C{number}", marker=".", lw=1, label=condition)
             axis.set_xscale("log")

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from apm.errors import UsageError
+from apm.errors import ImageError, UsageError
 from apm.student import islands
 from apm.student.cells import Cells
 from apm.student.field import resample
@@ -168,7 +168,7 @@ class Player:
             "teacher's finer grid": self.teacher.encode_grid(scene.square, size=finer).cpu(),
             "views' average": average(self._views(scene.square), self.grid).cpu(),
         }
-        superpixels = (islands.superpixels(scene.square, side, count) for count in (judge.number, parts))
+        superpixels = (_superpixels(scene.square, side, count) for count in (judge.number, parts))
         return {
             **{
                 name: judge.field(resample(grid, side).cpu().numpy().reshape(side, side, -1))
@@ -179,6 +179,14 @@ class Player:
             "coordinates": judge.field(place),
             "another's mask": judge.labels(other.truth, other.truth),
         }
+
+
+def _superpixels(square: Image.Image, side: int, count: int) -> Labels:
+    """SLIC's, all one part where it finds no second: of so few as a mask may have it at times makes one."""
+    try:
+        return islands.superpixels(square, side, count)
+    except ImageError:
+        return np.zeros((side, side), dtype=np.int64)
 
 
 def measure(options: Options) -> Record:
@@ -341,7 +349,7 @@ def plot(records: Sequence[Record]) -> None:
 def _lines(axis: Any, record: Record, name: str) -> None:
     """One measure: a line a target, a dotted line a reference."""
     for number, (target, steps) in enumerate(record["fields"].items()):
-        means, errors = zip(*(values[name] for values in steps.values()), strict=True)
+        means, errors = zip(*((*values[name], 0)[:2] for values in steps.values()), strict=True)
         axis.errorbar(range(len(steps)), means, errors, color=f"C{number}", marker="o", markersize=3, label=target)
     for number, (reference, values) in enumerate(record["references"].items()):
         axis.axhline(values[name][0], color=f"C{number + 4}", linestyle=":", label=reference)

@@ -20,18 +20,21 @@ from apm.student.islands import Labels
 
 def cut_into_islands(field: NDArray[np.floating], parts: int) -> Labels:
     """Islands of a field less its mean, at the threshold that gives nearest to `parts` of them."""
-    centred = field - field.mean(axis=(0, 1))
-    cosines = np.concatenate([one.ravel() for one in islands.neighbour_cosines(centred)])
-    cosines = np.append(np.unique(cosines), 2)  # at which no two places agree
+    right, below = islands.neighbour_cosines(field - field.mean(axis=(0, 1)))
+    cosines = np.append(np.unique(np.concatenate([right.ravel(), below.ravel()])), 2)  # at 2 no two places agree
+
+    def cut(number: int) -> Labels:
+        least = cosines[number] - 1e-9  # as `islands.regions` has it
+        return islands.connected(right >= least, below >= least)
+
     low, high = 0, len(cosines) - 1
     while low < high:  # the number of islands grows with the threshold
         middle = (low + high) // 2
-        if islands.regions(centred, cosines[middle]).max() + 1 < parts:
+        if cut(middle).max() + 1 < parts:
             low = middle + 1
         else:
             high = middle
-    tried = [islands.regions(centred, cosines[number]) for number in {max(0, low - 1), low}]
-    return min(tried, key=lambda labels: abs(int(labels.max()) + 1 - parts))
+    return min(map(cut, {max(0, low - 1), low}), key=lambda labels: abs(int(labels.max()) + 1 - parts))
 
 
 @dataclass(frozen=True)

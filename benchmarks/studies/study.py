@@ -230,20 +230,21 @@ def _line(cells: Iterable[object]) -> str:
 
 
 def plus_minus(value: Sequence[float], digits: int) -> str:
-    """A mean and its standard error."""
-    return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+    """A mean and its standard error, where that is known."""
+    return " ± ".join(f"{number:.{digits}f}" for number in value)
 
 
 def mean_and_error(values: ArrayLike) -> list[float]:
-    """Mean and its standard error; the error of one value is not known, and 0 here."""
+    """Mean and its standard error; of one value alone the mean."""
     found = np.asarray(values, dtype=np.float64)
-    return [float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else 0.0]
+    error = [float(found.std(ddof=1) / np.sqrt(len(found)))] if len(found) > 1 else []
+    return [float(found.mean()), *error]
 
 
 def signed(value: Sequence[float], digits: int = 3) -> str:
     """A mean difference and its standard error; bold beyond two of these."""
-    text = f"{value[0]:+.{digits}f} ± {value[1]:.{digits}f}"
-    return f"**{text}**" if abs(value[0]) > 2 * value[1] else text
+    text = f"{value[0]:+.{digits}f}" + "".join(f" ± {error:.{digits}f}" for error in value[1:])
+    return f"**{text}**" if len(value) > 1 and abs(value[0]) > 2 * value[1] else text
 
 
 def require_clone() -> None:

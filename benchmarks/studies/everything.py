@@ -230,12 +230,17 @@ def _explained(record: Record, source: str) -> float:
 
 
 def _skipped(record: Record) -> str:
-    pair = record["pairs"][0]
-    found = {name: 100 * pair["stand_ins"][name]["agreement"][0] for name in ("column", "linear")}
-    return (
-        f"first label as the whole teacher's, image → layer {pair['to']} of {record['layers']} left out: student "
-        f"{found['column']:.0f} %, linear map {found['linear']:.0f} % ({record['held_out_images']} images)"
-    )
+    """Of the widest gap behind a layer, and of the widest behind the image."""
+    told = []
+    for image in (True, False):
+        pairs = [pair for pair in record["pairs"] if (pair["from"] == 0) == image]
+        pair = max(pairs, key=lambda one: one["to"] - one["from"])
+        found = {name: f"{100 * one['agreement'][0]:.0f} %" for name, one in pair["stand_ins"].items()}
+        told.append(
+            f"{pair['from'] or 'image'} → {pair['to']} of {record['layers']}: student {found['column']}, local "
+            f"{found['local']}, linear map {found['linear']}"
+        )
+    return f"first label as the whole teacher's, {'; '.join(told)} ({record['held_out_images']} images)"
 
 
 SYSTEMS = (

@@ -318,22 +318,23 @@ def plot(records: Sequence[Record]) -> None:
     from apm.figures.base import new_figure, save
 
     shown = [name for name in SIZES if name != "¼ spread"]
+    colours = {condition: f"C{number}" for number, condition in enumerate(CONDITIONS)}
     figure = new_figure(13, 2.7 * len(records))
     axes = figure.subplots(len(records), len(shown), squeeze=False)
     for record, row in zip(records, axes, strict=True):
         for name, axis in zip(shown, row, strict=True):
-            for number, (condition, moments) in enumerate(record["moments"].items()):
+            for condition, moments in record["moments"].items():
                 means, errors = zip(*((*of[name], 0)[:2] for of in moments.values()), strict=True)  # of one image none
                 losses = [float(passed) for passed in moments]
-                axis.errorbar(losses, means, errors, color=f"C{number}", marker=".", lw=1, label=condition)
+                axis.errorbar(losses, means, errors, color=colours[condition], marker=".", lw=1, label=condition)
             axis.set_xscale("log")
             axis.invert_xaxis()
             axis.set_title(f"{record['settings']['preset']}, {_images(record)}: {name}", fontsize=7)
             axis.set_xlabel("loss", fontsize=7)
             axis.tick_params(labelsize=6)
         row[0].set_ylabel("places a region", fontsize=7)
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", fontsize=7, frameon=False)
+    shown_as = dict(pair for row in axes for pair in zip(*reversed(row[0].get_legend_handles_labels()), strict=True))
+    figure.legend(list(shown_as.values()), list(shown_as), loc="outside right upper", fontsize=7, frameon=False)
     save(
         figure,
         ROOT / "docs" / "islands-loss.png",

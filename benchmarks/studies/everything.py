@@ -199,6 +199,14 @@ class System:
     page: str = ""
 
 
+def _layers(record: Record) -> str:
+    ami = {name: values["AMI mask"][0] for name, values in record["layers"]["layer3, 14 × 14"].items()}
+    return (
+        f"not with these weights; in the embedded teacher's third stage: AMI with masks {ami['image']:.2f}, with "
+        f"weights at random {ami['random weights']:.2f} ({record['images']} photographs)"
+    )
+
+
 def _ami(record: Record) -> str:
     of = {target: record["conditions"][target]["image"]["AMI image"] for target in ("cls", "grid")}
     return (
@@ -334,7 +342,9 @@ SYSTEMS = (
         "Islands from a video transformer shown a still image",
         "apm islands IMAGE --source mvit:3,4 --out DIR",
         "MViTv2-S's weights, which torchvision publishes (132 MB); no published figures",
-        page="islands.md",
+        "layers-teacher.json",
+        _layers,
+        "islands.md",
     ),
     System(
         "Black and white becomes coloured",

@@ -293,16 +293,7 @@ def _spread(record: Mapping[str, Any], target: str) -> str:
 
 
 def draw(options: Options) -> None:
-    """Make the page's pictures with the command that it names, whatever the study's `options`."""
-    draw_with(COMMAND, PICTURES)
-
-
-def draw_with(command: Sequence[str], pictures: Mapping[str, str]) -> None:
-    """Make pictures of the documents with a command of `apm`.
-
-    Args:
-        command: two photographs of scikit-image stand behind its name, and its output's folder is ``islands``.
-        pictures: what it makes there → name in the documents' folder.
+    """Make the page's pictures with the command that it names, whatever the study's `options`.
 
     Raises:
         ApmError: the command failed.
@@ -310,12 +301,12 @@ def draw_with(command: Sequence[str], pictures: Mapping[str, str]) -> None:
     import skimage
 
     with tempfile.TemporaryDirectory() as folder:
-        for name in command[1:3]:
+        for name in COMMAND[1:3]:
             Path(folder, name).symlink_to(Path(skimage.__file__).parent / "data" / name)
-        done = subprocess.run([sys.executable, "-m", "apm", *command], cwd=folder, stdout=sys.stderr, check=False)
+        done = subprocess.run([sys.executable, "-m", "apm", *COMMAND], cwd=folder, stdout=sys.stderr, check=False)
         if done.returncode:
-            raise ApmError(f"apm {' '.join(command)} failed with exit code {done.returncode}.")
-        for pattern, name in pictures.items():
+            raise ApmError(f"apm {' '.join(COMMAND)} failed with exit code {done.returncode}.")
+        for pattern, name in PICTURES.items():
             (made,) = Path(folder).glob(f"islands/{pattern}")
             write_atomically(ROOT / "docs" / name, made.read_bytes())
 

@@ -27,7 +27,6 @@ from apm.teachers.layer_sources import parse_source
 from apm.teachers.layers import LayerSource
 from apm.test_time.layer_fields import LayerSeen, observe_layers
 
-from .islands import draw_with
 from .islands_masks import Judge
 from .rows import Row, continued
 from .scenes import Scene, photographs
@@ -42,12 +41,6 @@ COLUMNS = {
     "contrast image": "contrast, superpixels",
     "contrast other image": "contrast, another's superpixels",
 }
-PHOTOGRAPHS = ("coffee.png", "chelsea.png")
-DRAWN = {
-    "islands-layers.png": ("--source", "teacher:2,3,4", "--teacher", "embedded", "--grid-size", "448"),
-    "islands-layers-random.png": ("--source", "mvit:3,4@random"),
-}
-"""Picture of the page → what `apm islands` is told to make it."""
 COMPARED = ("AMI mask", "F mask", "contrast image")
 
 
@@ -190,12 +183,6 @@ def _differences(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]
     return markdown(("layer", "measure", *controls), rows, text=2)
 
 
-def draw(options: Options) -> None:
-    """Make the page's pictures with the commands that it names, whatever the study's `options`."""
-    for name, told in DRAWN.items():
-        draw_with(("islands", *PHOTOGRAPHS, *told, "--out", "islands"), {"coffee-*-layers.png": name})
-
-
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keeps a row an image, JSON lines; continued")
     parser.add_argument("--source", default="teacher:2,3,4", help="as in apm islands (default: %(default)s)")
@@ -216,7 +203,6 @@ STUDY = Study(
     results="layers-*.json",
     document=ROOT / "docs" / "islands.md",
     marker="layers",
-    pictures=draw,
 )
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def grouped(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
 
 
 def scores(conditions: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """Mean IoU and pixel accuracy of every way, means over the conditions, and how far ours is above each.
+    """Mean IoU and pixel accuracy of every way, means over the conditions, and how far our two are above each.
 
     Intervals are of resampled photographs, the same ones for both of a pair and for all conditions.
     """
@@ -76,7 +76,11 @@ def scores(conditions: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
                 samples[name]["object"] = weights @ objects / n
         found[given] = {
             name: {
-                of: {**with_interval(values), "ours_above": with_interval(samples[OURS][of] - values)}
+                of: {
+                    **with_interval(values),
+                    "ours_above": with_interval(samples[OURS][of] - values),
+                    "guided_above": with_interval(samples[GUIDED][of] - values),
+                }
                 for of, values in mine.items()
             }
             for name, mine in samples.items()
@@ -93,7 +97,7 @@ def object_iou(row: Row, given: str, name: str) -> float:
 def per_category(rows: Sequence[Row], names: Mapping[int, str]) -> dict[str, Any]:
     """IoU of each category on the clean photographs with the labels that are there, by ours and by the grid."""
     found: dict[str, Any] = {}
-    for name in (OURS, "grid", "views, bilinear"):
+    for name in (OURS, GUIDED, "grid", "views, bilinear"):
         for category, one in by_category([row["counts"]["present"][name] for row in rows]).items():
             row = found.setdefault(names[int(category)], {"images": one["images"]})
             row[name] = one["iou"]
@@ -136,17 +140,18 @@ def _title(group: str, found: Record, settings: Mapping[str, Any]) -> str:
 
 
 def _scores_table(found: Record) -> str:
-    titles = ["map", "mIoU", f"{OURS}: above it by", "pixels", "above it by", "mIoU, all labels", "above it by"]
-    columns = [("present", "miou"), ("present", "accuracy"), ("all", "miou")]
+    columns = {"mIoU": ("present", "miou"), "pixels": ("present", "accuracy"), "mIoU, all labels": ("all", "miou")}
     if "object" in found["present"][OURS]:
-        titles += ["IoU of the object", "above it by"]
-        columns.append(("present", "object"))
+        columns["IoU of the object"] = ("present", "object")
+    titles = ["map", *(title for of in columns for title in (of, f"{OURS}: above", f"{GUIDED}: above"))]
     rows = []
     for name in SOURCES:
         row = [name]
-        for given, of in columns:
+        for given, of in columns.values():
             one = found[given][name][of]
-            row += [f"{100 * one['value']:.1f}", "–" if name == OURS else _interval(one["ours_above"])]
+            row.append(f"{100 * one['value']:.1f}")
+            row.append("–" if name == OURS else _interval(one["ours_above"]))
+            row.append("–" if name == GUIDED else _interval(one["guided_above"]))
         rows.append(row)
     return markdown(titles, rows)
 
@@ -156,7 +161,7 @@ def _interval(one: Mapping[str, float]) -> str:
 
 
 def _categories_table(categories: Mapping[str, Mapping[str, float]]) -> str:
-    names = ("grid", "views, bilinear", OURS)
+    names = ("grid", "views, bilinear", OURS, GUIDED)
     shown = sorted(categories.items(), key=lambda one: (-one[1]["images"], one[0]))
     rows = [(name, one["images"], *(f"{100 * one[of]:.0f}" for of in names)) for name, one in shown]
     return "IoU of each category, clean, with the labels that are there:\n\n" + markdown(

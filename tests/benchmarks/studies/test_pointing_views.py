@@ -41,6 +41,19 @@ def test_rows_are_continued_and_never_mixed(tmp_path: Path) -> None:
     assert continued([5], measure, "items", path=None, settings={}) == [{"item": 5}]
 
 
+def test_rows_of_a_file_are_worth_having_when_nothing_is_added(tmp_path: Path) -> None:
+    """Ctrl-C during the first item after going on: what was measured before becomes the record."""
+
+    def stopped(item: int) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        continued([1, 2], stopped, "items", path=path, settings={})
+    continued([1], lambda item: {"item": item}, "items", path=path, settings={})
+    assert continued([1, 2], stopped, "items", path=path, settings={}) == [{"item": 1}]
+
+
 def test_the_views_average_is_the_mean_of_the_cells_at_a_place() -> None:
     whole, half = shares_of((0, 0, 1, 1), 1, 1, 4), shares_of((0, 0, 0.5, 0.5), 1, 1, 4)
     cells = Cells(torch.cat((whole, half))[None], torch.tensor([[[1.0], [3.0]]]))

@@ -101,6 +101,7 @@ def test_scores_are_paired_and_only_of_photographs_that_have_all_of_a_group() ->
     assert one["value"] == pytest.approx(0.5) and clean["present"][OURS]["miou"]["value"] == pytest.approx(0.8)
     above = one["ours_above"]
     assert [above[of] for of in ("value", "low", "high")] == pytest.approx([0.3] * 3)  # as much on each: no doubt
+    assert one["guided_above"]["value"] == pytest.approx(0)  # it is one of the others here
     assert one["low"] < 0.5 < one["high"] and "object" not in clean["present"]["grid"]
     corrupted = scores(groups["corrupted"])["all"]
     assert corrupted[OURS]["accuracy"]["value"] == pytest.approx((0.5 + 0.2) / 2)

@@ -106,7 +106,7 @@ def per_category(rows: Sequence[Row], names: Mapping[int, str]) -> dict[str, Any
 
 def table(record: Record) -> str:
     """Print a record as markdown."""
-    settings, seconds = record["settings"], record["seconds"]
+    settings = record["settings"]
     parts = []
     for group, found in record["groups"].items():
         parts.append(f"**{_title(group, found, settings)}**")
@@ -115,10 +115,8 @@ def table(record: Record) -> str:
     if record["categories"]:
         parts.append(_categories_table(record["categories"]))
     sizes = ", ".join(f"{name} {size}" for name, size in record["teacher_sizes"].items())
-    took = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     parts.append(
-        f"Sides of the teacher's grids in pixels: {sizes}. Seconds a photograph, of {record['tiles']:.1f} tiles on "
-        f"average: {took}. The process held {record['peak_bytes'] / 2**20:.0f} MiB at most. The filter: reach "
+        f"Sides of the teacher's grids in pixels: {sizes}. {record['tiles']:.1f} tiles on average. The filter: reach "
         f"{settings['filter']['reach']} of the shorter side, colours {settings['filter']['spread']}."
     )
     parts.append(

@@ -38,7 +38,6 @@ from apm.test_time.views import pixels_id
 from apm.text.zeroshot import ZeroShotHead
 
 from ..corruptions import CORRUPTIONS, corrupt
-from ..runs.environment import peak_memory
 from .masked import Masked, composites, counts, read_categories, read_masked
 from .pointing_views import average, whole
 from .rows import Row, continued
@@ -99,11 +98,6 @@ def measure(options: Options) -> Record:
         "settings": {**settings, "locations": player.config.grid},
         "groups": {group: scores(some) for group, some in grouped(rows).items()},
         "categories": per_category([row for row in rows if row["condition"] == CLEAN], names),
-        "peak_bytes": peak_memory(teacher.device),
-        "seconds": {
-            name: float(np.mean([row["seconds"][name] for row in rows if row["condition"] == CLEAN]))
-            for name in rows[0]["seconds"]
-        },
         "tiles": float(np.mean([row["tiles"] for row in rows])),
     }
 

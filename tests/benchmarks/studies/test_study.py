@@ -28,8 +28,10 @@ from apm.benchmarks.studies import (
     pointing,
     pointing_views,
     pretraining,
+    segmentation,
     softened,
     steps,
+    two_points,
 )
 from apm.benchmarks.studies import study as documents
 from apm.benchmarks.studies.study import Study, command, each, markdown, run
@@ -52,8 +54,10 @@ DOCUMENTED = [
         pointing,
         pointing_views,
         pretraining,
+        segmentation,
         softened,
         steps,
+        two_points,
         *GLOM,
     )
 ]

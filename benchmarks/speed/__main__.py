@@ -34,9 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress, log = logging.StreamHandler(), logging.getLogger(__package__)  # to stderr
     log.addHandler(progress)
     log.setLevel(logging.INFO)
+    log.propagate = False  # open_clip, once it has warned, has the root logger say everything again
     try:
         return run(lambda: _do(kind, rest))
     finally:
+        log.propagate = True
         log.removeHandler(progress)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -144,6 +145,20 @@ def test_the_published_loop_runs_with_either_readout() -> None:
 
 
 # -- records
+
+
+def test_progress_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(*_: object) -> None:
+        logging.getLogger(f"{apm.benchmarks.__name__}.speed.timing").info("round 1 of 1")
+
+    monkeypatch.setattr(command, "_do", measure)
+    again = logging.StreamHandler()  # as logging.basicConfig adds it to the root
+    logging.getLogger().addHandler(again)
+    try:
+        assert command.main(["steps"]) == 0
+    finally:
+        logging.getLogger().removeHandler(again)
+    assert capsys.readouterr().err == "round 1 of 1\n"
 
 
 def test_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

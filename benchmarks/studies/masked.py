@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from apm.errors import UsageError
+from apm.images.load import load_image
 from apm.images.paths import printable
+
+from .scenes import masked_files, read_mask
 
 UNLABELLED = 0
 THINGS = 90
@@ -81,19 +84,15 @@ def read_masked(root: Path, limit: int, part: str = "all") -> list[Masked]:
     Raises:
         UsageError: there is none.
     """
-    found = [path for path in sorted((root / "masks").glob("*.png")) if (root / "images" / f"{path.stem}.jpg").exists()]
     start, step = {"all": (0, 1), "tuning": (0, 2), "report": (1, 2)}[part]
-    chosen = found[start::step][:limit]
+    chosen = masked_files(root)[start::step][:limit]
     if not chosen:
-        raise UsageError(f"{printable(root)} holds no photographs with masks: images/*.jpg and masks/*.png.")
-    return [_read(root / "images" / f"{path.stem}.jpg", path) for path in chosen]
+        raise UsageError(f"{printable(root)} holds one photograph with a mask, which is for tuning: none to report.")
+    return [_read(image, mask) for image, mask in chosen]
 
 
 def _read(image: Path, mask: Path) -> Masked:
-    with Image.open(image) as file:
-        photograph = file.convert("RGB")
-    with Image.open(mask) as file:
-        truth = np.array(file, dtype=np.int32)
+    photograph, truth = load_image(image).image, read_mask(mask)
     if truth.shape != photograph.size[::-1]:
         raise UsageError(f"{printable(mask)} is {truth.shape[::-1]}, its photograph {photograph.size}.")
     return Masked(image.stem, photograph, truth)

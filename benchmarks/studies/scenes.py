@@ -13,6 +13,7 @@ from PIL import Image
 
 from apm.errors import UsageError
 from apm.images.load import load_image
+from apm.images.paths import printable
 from apm.student.islands import Labels
 from apm.test_time.island_fields import square_of
 
@@ -56,8 +57,8 @@ def places_of(mask: Image.Image, grid: int) -> Labels:
     return np.where(most > 0, most, -1)
 
 
-def photographs(root: Path, grid: int) -> Iterator[Scene]:
-    """Photographs with masks below a folder, in the order of their names.
+def masked_files(root: Path) -> list[tuple[Path, Path]]:
+    """Find the photographs below a folder that have a mask, each with it, in the order of their names.
 
     Raises:
         UsageError: there are none.
@@ -65,10 +66,20 @@ def photographs(root: Path, grid: int) -> Iterator[Scene]:
     found = [(path, root / "masks" / f"{path.stem}.png") for path in sorted((root / "images").glob("*.jpg"))]
     found = [(path, mask) for path, mask in found if mask.is_file()]
     if not found:
-        raise UsageError(f"{root} holds no images/*.jpg with masks/*.png of the same names.")
-    for path, mask in found:
-        with Image.open(mask) as opened:
-            numbers = Image.fromarray(np.asarray(opened).astype(np.int32))
+        raise UsageError(f"{printable(root)} holds no photographs with masks: images/*.jpg and masks/*.png.")
+    return found
+
+
+def read_mask(path: Path) -> NDArray[np.int32]:
+    """Read the numbers (H, W) of a mask's pixels, which may have 16 bits."""
+    with Image.open(path) as opened:
+        return np.asarray(opened).astype(np.int32)
+
+
+def photographs(root: Path, grid: int) -> Iterator[Scene]:
+    """Read the photographs with masks below a folder, see `masked_files`."""
+    for path, mask in masked_files(root):
+        numbers = Image.fromarray(read_mask(mask))
         yield Scene(path.name, square_of(load_image(path).image), places_of(_square(numbers), grid))
 
 

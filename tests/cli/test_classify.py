@@ -22,6 +22,7 @@ from apm.cli.main import app
 from apm.errors import TeacherError
 from apm.images.load import MAX_PIXELS
 from apm.test_time.options import AdaptConfig
+from apm.test_time.targets import TARGETS
 from tests.fakes import FakeTeacher, png_of_size
 from tests.schemas import schema
 
@@ -368,8 +369,9 @@ def test_improbable_answers_are_marked_unsure(picture: Path) -> None:
 def test_target_is_used_and_said(target: str, picture: Path, fake_teacher: FakeTeacher) -> None:
     plain = records(classify("--json", "--steps-detail", picture))[0]
     (record,) = records(classify("--json", "--steps-detail", "--target", target, picture))
-    assert (record["adaptation"]["target"], record["adaptation"]["views"]) == (target, 16)
-    assert fake_teacher.image_calls == 1 + 16
+    views = TARGETS[target].views
+    assert (record["adaptation"]["target"], record["adaptation"]["views"]) == (target, views)
+    assert fake_teacher.image_calls == 1 + views
     assert record["teacher_top"] == plain["teacher_top"]  # the teacher's own answer, whatever the target
     assert record["adaptation"]["losses"] != plain["adaptation"]["losses"]
 

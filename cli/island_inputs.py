@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apm.errors import ImageError
-from apm.images.paths import printable
+from apm.errors import ImageError, UsageError
+from apm.images.paths import expand_paths, printable
 
 from . import render
 
@@ -14,6 +16,18 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from apm.teachers.base import Teacher
+
+
+def files_of(paths: Sequence[str]) -> list[Path]:
+    """The files that the arguments stand for; ``-`` is one path a line on stdin.
+
+    Raises:
+        UsageError: none came in on stdin.
+    """
+    files = list(expand_paths(paths, sys.stdin.buffer if "-" in paths else ()))
+    if not files:
+        raise UsageError("No path came in on stdin.")
+    return files
 
 
 def load_named(name: str | None, device: str) -> Teacher:

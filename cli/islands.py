@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apm.errors import ImageError, UsageError
-from apm.images.paths import expand_paths, printable
+from apm.images.files import make_folder
+from apm.images.paths import printable
 from apm.test_time.options import IslandOptions
 
 from . import render
-from .island_inputs import load_named, other_of, read_images
+from .island_inputs import files_of, load_named, other_of, read_images
 from .options import Debug, Device, options_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ FIXED = "Layers of a fixed model"
 
 @options_of(IslandOptions, "options", "The student and its islands")
 def islands(
-    paths: Annotated[list[str], typer.Argument(help="Files, folders or patterns.", metavar="PATH")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, patterns, or - for paths on stdin, one a line.", metavar="PATH"),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for pictures, arrays and measures; made if need be.")],
     options: IslandOptions,
     teacher: Annotated[
@@ -85,7 +89,7 @@ def islands(
     if frames is not None:
         raise UsageError("--frames is of the video that --source mvit:LAYER looks at, and no --source is given.")
     shown = _snapshots(snapshots, options.steps)
-    files = list(expand_paths(paths))
+    files = files_of(paths)
     failed = _watch(files, load_named(teacher, device), options, shown, out, figure_format, controls=controls)
     if failed:
         raise typer.Exit(1)
@@ -110,6 +114,8 @@ def _watch(
     model, training = student.model(fitted_to.dim), student.training(fitted_to.device)
     by_target = trainers(model, training, grid_lr=options.grid_lr, device=fitted_to.device)
     settings = _settings(options, fitted_to, by_target["cls"])
+    if out.exists():  # a file by this name is told before anything is computed
+        make_folder(out)
     images = read_images(files)
     kept = _logarithmic(options.steps, FRAMES)
     failed = len(files) - len(images)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from apm.errors import ImageError, UsageError
-from apm.images.paths import expand_paths, printable
+from apm.images.files import make_folder
+from apm.images.paths import printable
 from apm.teachers import load_layers
 from apm.teachers.layer_sources import FRAMES, SourceName, parse_source
 from apm.test_time.options import IslandOptions
 
 from . import render
-from .island_inputs import load_named, other_of, read_images
+from .island_inputs import files_of, load_named, other_of, read_images
 from .options import flag
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ def look_at_layers(text: str, told: Looking, *, named: str | None, frames: int |
     """
     name = parse_source(text)
     _refuse(name, told.given, frames)
-    files = list(expand_paths(told.paths))
+    files = files_of(told.paths)
     source, untrained = _load(name, told, named, frames)
+    if told.out.exists():  # a file by this name is told before anything is computed
+        make_folder(told.out)
 
     from apm.figures.base import output_stem
     from apm.figures.layers import write_layers

@@ -221,5 +221,7 @@ def _check(
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise _damaged(shown, f"{wrong[0]} is {found.get(wrong[0])} and should be {expected.get(wrong[0])}")
+    if others := sorted(name for name, tensor in weights.items() if not tensor.is_floating_point()):
+        raise _damaged(shown, f"{others[0]} holds whole numbers ({weights[others[0]].dtype})")
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
         raise UsageError(f"{shown} holds weights that are not finite.")

@@ -181,3 +181,17 @@ def test_an_image_without_superpixels_loses_no_other(
     result = layers(tmp_path / "out", "vit:test_resnet:2@random", *words, picture, twin)
     assert result.exit_code == 1 and len(result.stdout.splitlines()) == 3
     assert f"{picture.name} beside twin.png: one superpixel alone" in result.stderr
+
+
+@pytest.mark.parametrize("source", [[], ["--source", "vit:test_resnet:2@random"]])
+def test_an_empty_stdin_and_a_file_in_place_of_the_folder_are_told(
+    source: list[str], picture: Path, tmp_path: Path
+) -> None:
+    fast = ["islands", "--device", "cpu", "--steps", "1"] if not source else ["islands", "--device", "cpu", *source]
+    empty = CliRunner().invoke(app, [*fast, "--out", str(tmp_path / "out"), "-"])
+    assert empty.exit_code == 2 and empty.stderr == "error: No path came in on stdin.\n"
+    listed = CliRunner().invoke(app, [*fast, "--out", str(tmp_path / "out"), "-"], input="gone.png\n")
+    assert listed.exit_code == 1 and listed.stderr == "error: gone.png: no such file\n"
+    (tmp_path / "file").write_text("not a folder")
+    taken = CliRunner().invoke(app, [*fast, "--out", str(tmp_path / "file"), str(picture)])
+    assert taken.exit_code == 2 and "Give another folder with --out" in taken.stderr

@@ -285,6 +285,7 @@ def test_what_is_no_checkpoint_is_told(cache: GridCache, tmp_path: Path) -> None
     for wrong, message in (
         ({**tensors, "model.mlp.head.bias": torch.zeros(3)}, r"model|mlp\.head\.bias is \(3,\) and should be \(4,\)"),
         ({**tensors, "model.mlp.head.bias": torch.full((4,), torch.nan)}, "not finite"),
+        ({**tensors, "model.mlp.head.bias": torch.zeros(4, dtype=torch.int32)}, "holds whole numbers"),
     ):
         save_file(wrong, path, metadata=header["__metadata__"])
         with pytest.raises(UsageError, match=message):

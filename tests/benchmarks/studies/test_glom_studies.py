@@ -310,7 +310,7 @@ def test_masks_score_all_sources_and_rows_are_kept(
     environment = {"processor": "p", "threads": 1}
     text = glom_islands.table({**record, "environment": environment, "command": "c", "date": "d"})
     assert "3 composites and the pasted square" in text
-    with pytest.raises(UsageError, match=r"holds no images/\*\.jpg"):
+    with pytest.raises(UsageError, match="holds no photographs with masks"):
         list(scenes.photographs(tmp_path / "none", 4))
 
 

@@ -71,6 +71,11 @@ def square_of(image: Image.Image) -> Image.Image:
     return image.convert("RGB").crop((left, top, left + side, top + side))
 
 
+def coordinates(side: int) -> Field:
+    """Row and column of each place (side, side, 2)."""
+    return np.stack(np.meshgrid(*[np.arange(side, dtype=np.float32)] * 2, indexing="ij"), axis=-1)
+
+
 def prepare(
     image: Image.Image,
     other: Image.Image,

@@ -16,7 +16,7 @@ from PIL import Image
 from apm.errors import UsageError
 from apm.student import islands
 from apm.teachers.layers import LayerSource
-from apm.test_time.island_fields import PATCHES, Field, Subject, measures, square_of
+from apm.test_time.island_fields import PATCHES, Field, Subject, coordinates, measures, square_of
 
 LEAST = 2
 """Places that each part should have at least, taken together."""
@@ -89,11 +89,6 @@ def fields_of(
             fields["colours"] = np.asarray(square.resize((side, side), Image.Resampling.BOX), dtype=np.float32)
             fields["coordinates"] = coordinates(side)
     return found
-
-
-def coordinates(side: int) -> Field:
-    """Row and column of each place (side, side, 2)."""
-    return np.stack(np.meshgrid(*[np.arange(side, dtype=np.float32)] * 2, indexing="ij"), axis=-1)
 
 
 def observe_layers(

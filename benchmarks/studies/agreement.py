@@ -14,7 +14,6 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,7 +187,6 @@ def table(record: Record) -> str:
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
     parser.add_argument(
         "--weights", type=float, nargs="+", default=[*WEIGHTS], help="of agreement; the first is compared with"
     )
@@ -205,7 +203,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "preset": "small", "steps": 150, "limit": 24},
+    shared={**USUAL, "preset": "small", "steps": 150, "limit": 24, "rows": None},
     results="agreement-*.json",
     document=ROOT / "docs" / "fields.md",
     marker="agreement",

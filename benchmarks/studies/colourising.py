@@ -19,7 +19,6 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +33,7 @@ from apm.pretrain.images import ImageSource, open_images
 from apm.pretrain.loop import read_log
 from apm.pretrain.student import Student
 
-from .study import ROOT, Options, Record, Study, each, markdown, plus_minus, run
+from .study import ROOT, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run
 
 Floats = NDArray[np.float32]
 NAMES = {
@@ -135,16 +134,14 @@ def summary(name: str, rows: Sequence[Errors]) -> Record:
     return {
         "name": name,
         "images": len(rows),
-        "delta_e": {key: _mean(values) for key, values in delta.items()},
-        "above_student": {key: _mean(values - delta["student"]) for key, values in delta.items() if key != "student"},
+        "delta_e": {key: mean_and_error(values) for key, values in delta.items()},
+        "above_student": {
+            key: mean_and_error(values - delta["student"]) for key, values in delta.items() if key != "student"
+        },
         "rms": {key: math.sqrt(value) for key, value in squared.items()},
         "explained": {key: 1 - value / squared["grey"] for key, value in squared.items()},
         "chroma": {key: float(np.mean([row.chroma[key] for row in rows])) for key in ("own", "student")},
     }
-
-
-def _mean(values: NDArray[Any]) -> list[float]:
-    return [float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))]
 
 
 def measure(options: Options) -> Record:

@@ -6,17 +6,15 @@ trainings wrote beside them, which need not have come to their end. They are of 
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from apm.errors import UsageError
 from apm.glom.training import load_glom
-from apm.images.paths import printable
 
+from .rows import logged
 from .study import ROOT, Options, Record, Study, markdown, run
 
 LOSS = "held_out_denoising"
@@ -34,7 +32,7 @@ def measure(options: Options) -> Record:
     for path in options.checkpoints:
         model, settings = load_glom(path)
         given = {**asdict(model.config), **{name: value for name, value in settings.items() if name != "step"}}
-        found.append((given, _log(path)))
+        found.append((given, [row for row in logged(path) if LOSS in row]))
     for name in ("data", "held_out", "image_size"):
         if len({str(given[name]) for given, _ in found}) > 1:
             raise UsageError(f"The trainings differ in {name}: their errors are not of the same images.")
@@ -51,15 +49,6 @@ def measure(options: Options) -> Record:
             for given, rows in found
         ],
     }
-
-
-def _log(path: Path) -> list[dict[str, Any]]:
-    file = Path(f"{path}.log.jsonl")
-    try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        raise UsageError(f"{printable(file)}, the log that training wrote, cannot be read.") from None
-    return [row for row in rows if LOSS in row]
 
 
 def table(record: Record) -> str:

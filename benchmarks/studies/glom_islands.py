@@ -204,7 +204,6 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     arguments(parser)
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keeps a row an image, JSON lines; continued")
     parser.add_argument("--parts", type=int, default=4, help="parts that every image is cut into")
 
 
@@ -214,7 +213,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "preset": "small", "steps": STEPS, "limit": 50},
+    shared={**USUAL, "preset": "small", "steps": STEPS, "limit": 50, "rows": None},
     results="glom-islands.json",
     document=ROOT / "docs" / "glom.md",
     marker="islands",

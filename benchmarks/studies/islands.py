@@ -26,7 +26,16 @@ from apm.student import islands
 from apm.student.config import APMConfig
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.island_fields import PATCHES, Subject, measures, prepare, root_mean_square, trainers, watch_all
+from apm.test_time.island_fields import (
+    PATCHES,
+    Subject,
+    coordinates,
+    measures,
+    prepare,
+    root_mean_square,
+    trainers,
+    watch_all,
+)
 from apm.test_time.label_maps import LR, STEPS
 from apm.test_time.options import AdaptConfig, StudentOptions
 from apm.test_time.queries import ALL
@@ -155,10 +164,9 @@ def _observe(
     wanted = subject.inputs["image"][2]
     assert isinstance(wanted, torch.Tensor)
     grid = wanted.reshape(side, side, -1).numpy()
-    place = np.stack(np.meshgrid(*[np.arange(side, dtype=np.float64)] * 2, indexing="ij"), axis=-1)
     partitions = {
         "teacher's grid": islands.clusters(grid, parts),
-        "coordinates": islands.clusters(place, parts),
+        "coordinates": islands.clusters(coordinates(side).astype(np.float64), parts),
         "other image's superpixels": subject.other_superpixels,
     }
     return {

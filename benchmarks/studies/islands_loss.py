@@ -17,7 +17,6 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -344,7 +343,6 @@ def plot(records: Sequence[Record]) -> None:
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
     parser.add_argument("--until", type=float, default=1e-8, help="lowest loss looked at (default: %(default)s)")
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's students")
     parser.add_argument(
@@ -358,7 +356,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "preset": "small", "steps": 600, "limit": 20},
+    shared={**USUAL, "preset": "small", "steps": 600, "limit": 20, "rows": None},
     side_by_side=True,
     results="islands_loss-*.json",
     document=ROOT / "docs" / "islands.md",

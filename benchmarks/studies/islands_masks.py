@@ -17,7 +17,6 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,16 +30,16 @@ from apm.student.field import resample
 from apm.student.islands import Labels
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.grid_views import GRID_SIDES, view_cells
+from apm.test_time.grid_views import view_cells
 from apm.test_time.inputs import student_inputs
-from apm.test_time.island_fields import trainers
+from apm.test_time.island_fields import coordinates, trainers
 from apm.test_time.label_maps import LR
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 from apm.test_time.views import pixels_id
 
 from .partitions import cut_into_islands, fit
-from .pointing_views import average, whole
+from .pointing_views import average, grid_sizes
 from .rows import Row, continued
 from .scenes import Scene, pasted, photographs
 from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, numbers, plus_minus, run, signed
@@ -161,8 +160,8 @@ class Player:
     def _references(self, scene: Scene, other: Scene, judge: Judge) -> dict[str, dict[str, float]]:
         side, parts = self.options.places, self.options.parts
         small = scene.square.resize((side, side), Image.Resampling.BOX)
-        place = np.stack(np.meshgrid(*[np.arange(side, dtype=np.float64)] * 2, indexing="ij"), axis=-1)
-        finer = whole(self.teacher.grid_size / (sum(GRID_SIDES) / 2))
+        place = coordinates(side).astype(np.float64)
+        finer = grid_sizes(self.teacher, self.options.views)["grid, as fine"]
         grids = {
             "teacher's grid": self.teacher.encode_grid(scene.square).cpu(),
             "teacher's finer grid": self.teacher.encode_grid(scene.square, size=finer).cpu(),
@@ -358,7 +357,6 @@ def _lines(axis: Any, record: Record, name: str) -> None:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--scenes", choices=("photographs", "composites"), default="photographs")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
     parser.add_argument(
         "--snapshots", type=_steps, default=[0, 10, 50, 150], metavar="N,N", help="steps after which fields are read"
     )
@@ -381,7 +379,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "preset": "small", "limit": 100},
+    shared={**USUAL, "preset": "small", "limit": 100, "rows": None},
     side_by_side=True,
     results="islands_masks-*.json",
     document=ROOT / "docs" / "islands.md",

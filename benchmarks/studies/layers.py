@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,7 +183,6 @@ def _differences(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keeps a row an image, JSON lines; continued")
     parser.add_argument("--source", default="teacher:2,3,4", help="as in apm islands (default: %(default)s)")
     parser.add_argument("--pixels", type=int, help="side of the model's input (default: its own)")
     parser.add_argument("--places", type=int, default=48, help="a side, of masks (default: %(default)s)")
@@ -199,7 +197,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "limit": 100},
+    shared={**USUAL, "limit": 100, "rows": None},
     results="layers-*.json",
     document=ROOT / "docs" / "islands.md",
     marker="layers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from apm.mae.published import NETWORK, read_start
 from apm.mae.training import load_mae
 from apm.pretrain.checkpoint import read_network
 from apm.settings import settings_of
+
+from .rows import logged
 
 BASE_SIZES = tuple(name for name, one in settings_of(MAEConfig).items() if one.option)
 
@@ -69,11 +70,7 @@ def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _last(checkpoint: Path) -> dict[str, Any]:
     """What the log of a training says last of the held-out images."""
-    log = Path(f"{checkpoint}.log.jsonl")
-    try:
-        row = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        raise UsageError(f"{printable(log)}, the log that training wrote, cannot be read.") from None
+    row = logged(checkpoint)[-1]
     return {name: value for name, value in row.items() if name.startswith("held_out_")} | {"logged": row["step"]}
 
 

@@ -15,7 +15,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from apm.test_time.trainer import TestTimeTrainer
 
 from ..datasets import open_dataset
 from .rows import Row, continued
-from .study import ROOT, USUAL, Options, Record, Study, markdown, plus_minus, run
+from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, plus_minus, run
 
 READOUTS = {"query": "object query", "mean": "mean"}
 SOURCES = {
@@ -176,17 +175,17 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Record:
         return np.array([row["measures"][source][measure] for row in rows])
 
     return {
-        "measures": {s: {m: _mean(values(s, m)) for m in MEASURES} for s in SOURCES},
+        "measures": {s: {m: mean_and_error(values(s, m)) for m in MEASURES} for s in SOURCES},
         "above": {
-            ours: {s: {m: _mean(values(ours, m) - values(s, m)) for m in MEASURES} for s in SOURCES if s not in OURS}
+            ours: {
+                s: {m: mean_and_error(values(ours, m) - values(s, m)) for m in MEASURES}
+                for s in SOURCES
+                if s not in OURS
+            }
             for ours in OURS
         },
         "losses": {name: float(np.mean([row["losses"][name] for row in rows])) for name in rows[0]["losses"]},
     }
-
-
-def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
-    return [float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))]
 
 
 def table(record: Record) -> str:
@@ -218,7 +217,6 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's student")
     parser.add_argument("--grid-size", type=int, help="side, in pixels, at which the teacher's grid is made")
     parser.add_argument("--queries", type=parse_queries, default=ALL, help="places that a step of the token reads")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
 
 
 STUDY = Study(
@@ -227,7 +225,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "preset": "small", "steps": STEPS, "limit": None},
+    shared={**USUAL, "preset": "small", "steps": STEPS, "limit": None, "rows": None},
     results="patch-tokens.json",
     document=ROOT / "docs" / "islands.md",
     marker="patch-tokens",

@@ -15,7 +15,6 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -92,12 +91,7 @@ class Player:
         self.config, adapt = student.model(teacher.dim), student.training(teacher.device)
         configs = {"grid": self.config, "views": self.config, "guided": replace(self.config, guide="rgb")}
         self.trainers = {name: TestTimeTrainer(one, adapt, device=options.device) for name, one in configs.items()}
-        size = teacher.grid_size
-        self.sizes = {
-            "grid": size,
-            "grid, as fine": whole(size / (sum(GRID_SIDES) / 2)),
-            "grid, same pixels": whole(size * math.sqrt(options.views)),
-        }
+        self.sizes = grid_sizes(teacher, options.views)
 
     def __call__(self, one: Composite) -> Row:
         """Whether each source points at the pasted square, and the seconds that students and views took."""
@@ -141,6 +135,16 @@ def average(cells: Cells, side: int) -> Tensor:
     """Mean (side, side, D) of what one image's views say of each of the student's locations, by what they cover."""
     shares, features = cells.shares[0], cells.features[0]
     return ((shares.T @ features) / shares.sum(dim=0)[:, None]).reshape(side, side, -1)
+
+
+def grid_sizes(teacher: Teacher, views: int) -> dict[str, int]:
+    """Sides in pixels at which a teacher makes the grids that fields of many views are held against, see `SOURCES`."""
+    size = teacher.grid_size
+    return {
+        "grid": size,
+        "grid, as fine": whole(size / (sum(GRID_SIDES) / 2)),
+        "grid, same pixels": whole(size * math.sqrt(views)),
+    }
 
 
 def whole(size: float) -> int:
@@ -192,7 +196,6 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--views", type=int, default=16, help="looks at an image (default: %(default)s)")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
     parser.add_argument("--canvas", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--side", type=int, default=96, help="side of the pasted squares, in pixels")
     parser.add_argument("--size", type=int, default=32, help="locations a side of the maps")
@@ -205,7 +208,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "preset": "small", "steps": STEPS, "precision": "fp32", "limit": 400},
+    shared={**USUAL, "preset": "small", "steps": STEPS, "precision": "fp32", "limit": 400, "rows": None},
     results="many-views.json",
     document=ROOT / "docs" / "fields.md",
     marker="pointing-views",

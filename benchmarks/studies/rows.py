@@ -61,3 +61,19 @@ def _read(path: Path, settings: Mapping[str, Any]) -> list[Row]:
     except (ValueError, AttributeError) as error:
         raise UsageError(f"{printable(path)} holds no rows of this study ({error}): name another file.") from error
     return rows
+
+
+def logged(checkpoint: Path) -> list[dict[str, Any]]:
+    """Read the whole log that a training has written beside its checkpoint.
+
+    Raises:
+        UsageError: there is none, it is empty, or damaged.
+    """
+    file = Path(f"{checkpoint}.log.jsonl")
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        rows = []
+    if not rows:
+        raise UsageError(f"{printable(file)}, the log that training wrote, cannot be read.")
+    return rows

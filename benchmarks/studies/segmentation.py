@@ -9,13 +9,11 @@ where the outline is known. ``--rows FILE`` keeps each photograph's row: the sam
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from apm.segmentation import PLACES, Field, Probable, blended, features_of, tile
 from apm.student.config import Guide
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.grid_views import GRID_SIDES, GridView, cells_of, looks
+from apm.test_time.grid_views import GridView, cells_of, looks
 from apm.test_time.inputs import student_inputs
 from apm.test_time.label_maps import LR, STEPS, VIEWS
 from apm.test_time.options import StudentOptions
@@ -39,7 +37,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from ..corruptions import CORRUPTIONS, corrupt
 from .masked import Masked, composites, counts, read_categories, read_masked
-from .pointing_views import average, whole
+from .pointing_views import average, grid_sizes
 from .rows import Row, continued
 from .segment_scores import CLEAN, COMPOSITES, FILTERED, GUIDED, OURS, SOURCES, grouped, per_category, scores, table
 from .study import ROOT, USUAL, Options, Record, Study, run
@@ -137,12 +135,7 @@ class Player:
             name: TestTimeTrainer(replace(self.config, guide=guide), adapt, device=options.device)
             for name, guide in STUDENTS.items()
         }
-        size = teacher.grid_size
-        self.sizes = {
-            "grid": size,
-            "grid, as fine": whole(size / (sum(GRID_SIDES) / 2)),
-            "grid, same pixels": whole(size * math.sqrt(options.views)),
-        }
+        self.sizes = grid_sizes(teacher, options.views)
         self._seen: dict[str, Seen] = {}
         self._seconds: dict[str, float] = {}
 
@@ -251,7 +244,6 @@ def probabilities(grid: Tensor, head: ZeroShotHead) -> Tensor:
 def _arguments(parser: ArgumentParser) -> None:
     everything = (CLEAN, COMPOSITES, *STAY)
     parser.add_argument("--views", type=int, default=VIEWS, help="looks at a tile (default: %(default)s)")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
     parser.add_argument("--places", type=int, default=PLACES, help="along the shorter side (default: %(default)s)")
     parser.add_argument("--min-area", type=float, default=0.001, help="as in apm segment (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=LR)
@@ -275,7 +267,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "preset": "small", "steps": STEPS, "precision": "fp32", "limit": 100},
+    shared={**USUAL, "preset": "small", "steps": STEPS, "precision": "fp32", "limit": 100, "rows": None},
     results="segmentation-*.json",
     document=ROOT / "docs" / "fields.md",
     marker="segmentation",

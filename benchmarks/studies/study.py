@@ -46,6 +46,10 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "limit": (("--limit", "--images"), {"type": int, "help": "number of images (default: %(default)s)"}),
     "seed": (("--seed",), {"type": int, "help": "of all that is drawn (default: %(default)s)"}),
     "device": (("--device",), {"help": "cpu or cuda (default: %(default)s)"}),
+    "rows": (
+        ("--rows",),
+        {"type": Path, "metavar": "FILE", "help": "keep rows there (.jsonl), and go on from them"},
+    ),
 }
 """Name → flags and what argparse is told. A study says which of them it takes, and their defaults."""
 USUAL: dict[str, Any] = {"root": None, "teacher": "embedded", "seed": 0, "device": "cpu"}

@@ -13,7 +13,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from apm.student.cells import Cells
 from apm.student.field import resample
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.grid_views import GRID_SIDES, cells_of, looks
+from apm.test_time.grid_views import cells_of, looks
 from apm.test_time.inputs import student_inputs
 from apm.test_time.island_fields import square_of
 from apm.test_time.label_maps import LR, STEPS, VIEWS, label_maps
@@ -39,7 +38,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets import open_dataset
 from ..tables.stats import mcnemar
-from .pointing_views import average, whole
+from .pointing_views import average, grid_sizes
 from .rows import Row, continued
 from .study import ROOT, USUAL, Options, Record, Study, markdown, numbers, run
 from .upsampling import GridField, Overlay
@@ -165,8 +164,8 @@ class Follower:
         self.trainers = {
             name: TestTimeTrainer(self.config, adapt, device=options.device) for name in SOURCES if "field" in name
         }
-        size = teacher.grid_size
-        self.sizes = {"grid": size, "grid, as fine": whole(size / (sum(GRID_SIDES) / 2))}
+        sizes = grid_sizes(teacher, options.views)
+        self.sizes = {name: sizes[name] for name in ("grid", "grid, as fine")}
 
     def __call__(self, one: Pair) -> Row:
         """How high each map is between the copies, with the gap and without it, and what coarser reading loses."""
@@ -293,7 +292,6 @@ def _mark(p: float) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--views", type=int, default=VIEWS, help="looks at an image (default: %(default)s)")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep the rows there (.jsonl), and go on from them")
     parser.add_argument("--canvas", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--side", type=int, default=40, help="side of the pasted objects, in pixels")
     parser.add_argument(
@@ -308,7 +306,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     arguments=_arguments,
-    shared={**USUAL, "preset": "small", "steps": STEPS, "precision": "fp32", "limit": 40},
+    shared={**USUAL, "preset": "small", "steps": STEPS, "precision": "fp32", "limit": 40, "rows": None},
     results="two-points-*.json",
     document=ROOT / "docs" / "fields.md",
     marker="two points",

@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from apm.benchmarks.studies import (
-    agreement,
-    colourising,
-    glom_curves,
-    glom_islands,
-    glom_parts,
-    glom_probe,
-    glom_reconstruction,
-    glom_student,
-    islands,
-    islands_loss,
-    islands_masks,
-    layer_skipping,
-    layers,
-    linear_probe,
-    mae_bench,
-    patch_tokens,
-    pointing,
-    pointing_views,
-    pretraining,
-    segmentation,
-    softened,
-    steps,
-    two_points,
-)
+from apm.benchmarks import studies
 from apm.benchmarks.studies import study as documents
 from apm.benchmarks.studies.study import Study, command, each, markdown, run
 from apm.errors import ApmError, UsageError
 
-GLOM = (glom_curves, glom_islands, glom_parts, glom_probe, glom_reconstruction, glom_student)
-DOCUMENTED = [
-    module.STUDY
-    for module in (
-        agreement,
-        colourising,
-        islands,
-        islands_loss,
-        islands_masks,
-        layer_skipping,
-        layers,
-        linear_probe,
-        mae_bench,
-        patch_tokens,
-        pointing,
-        pointing_views,
-        pretraining,
-        segmentation,
-        softened,
-        steps,
-        two_points,
-        *GLOM,
-    )
-]
+MODULES = [importlib.import_module(f"{studies.__name__}.{one.name}") for one in pkgutil.iter_modules(studies.__path__)]
+DOCUMENTED = [one.STUDY for one in MODULES if hasattr(one, "STUDY") and one.STUDY.document is not None]
 
 
 @pytest.mark.parametrize("study", DOCUMENTED, ids=lambda study: study.name)

@@ -39,8 +39,8 @@ PARTS, THRESHOLD = 12, 0.9
 COLUMNS = {
     "cosine": ("neighbours' cosine", 3),
     "regions": ("regions", 1),
-    "centred cosine": ("cosine, mean taken out", 3),
-    "centred regions": ("regions, mean taken out", 1),
+    "centred cosine": ("cosine, mean removed", 3),
+    "centred regions": ("regions, mean removed", 1),
     "disagreement": ("disagreement", 4),
     "error": ("error to the grid", 3),
     "AMI image": ("AMI, own superpixels", 3),
@@ -172,16 +172,16 @@ def table(record: Record) -> str:
         for target, weights in record["gains"].items()
         for weight, of in weights.items()
     ]
-    titles = ("regions, mean taken out", "AMI", "AMI, less another image's", "contrast", "contrast, less another's")
+    titles = ("regions, mean removed", "AMI", "AMI, minus another image's", "contrast", "contrast, minus another's")
     return "\n\n".join(
         (
             markdown(("target", "weight", *(title for title, _ in COLUMNS.values())), rows, text=1),
-            markdown(("target", "weight, less none", *titles), gains, text=1),
+            markdown(("target", "weight, minus weight 0", *titles), gains, text=1),
             f"<sub>`{record['command']}` · {record['date']} · commit {record['environment']['git_commit']} · teacher "
             f"`{record['teacher']}` · {record['images']} images · {settings['preset']} preset, {settings['locations']} "
-            f"× {settings['locations']} locations, {settings['steps']} steps, lr {settings['lr']:g}, of the grid "
-            f"{settings['grid_lr']:g}, {settings['precision']}, seed {settings['seed']} · ± is the standard error over "
-            "images · bold: beyond two of these</sub>",
+            f"× {settings['locations']} locations, {settings['steps']} steps, lr {settings['lr']:g} "
+            f"({settings['grid_lr']:g} for the grid), {settings['precision']}, seed {settings['seed']} · ± is "
+            "the standard error over images · bold: beyond two of these</sub>",
         )
     )
 

@@ -41,13 +41,13 @@ from .study import ROOT, USUAL, Options, Record, Study, markdown, plus_minus, ru
 
 OURS = "field, views"
 SOURCES = {
-    "grid": "the teacher's grid at its default size, resampled bilinearly",
-    "grid, as fine": "its grid at the size at which its cells are as large as those of the average view",
-    "grid, same pixels": "its grid at the size at which the image has as many pixels as all views together",
-    "views' average": "the views' grids laid over one another, at each place the mean of the cells there; no student",
+    "grid": "the teacher's grid at its default size, upsampled bilinearly",
+    "grid, as fine": "its grid at the input size that makes its cells as large as the average view's",
+    "grid, same pixels": "its grid at the input size that has as many pixels as all views together",
+    "views' average": "the mean of the views' cells that cover each location, without a student",
     "field, grid": "a student fitted to the grid at its default size",
     OURS: "a student fitted to the grids of all views",
-    "field, guided": "the same, its queries holding the colours at their places too (guide=rgb)",
+    "field, guided": "the same, with colours in the queries (`--guide rgb`)",
 }
 
 
@@ -179,26 +179,26 @@ def table(record: Record) -> str:
         p = "–" if own else ("< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}")
         rows.append((source, f"{plus_minus((100 * row['score'], 100 * row['stderr']), 1)} %", gain, p))
     paragraphs = (
-        markdown(("map", "hits", f"{OURS}: above it by", "p (McNemar)"), rows),
+        markdown(("map", "hit rate", f"gain of {OURS}", "p (McNemar)"), rows),
         "\n".join(f"- *{source}*: {meaning}" for source, meaning in SOURCES.items()),
-        f"{record['composites']} composites, {record['classes']} classes. Sides of the teacher's grids in pixels: "
-        f"{', '.join(f'{name} {size}' for name, size in sizes.items())}. Seconds an image: "
-        f"{', '.join(f'{name} {value:.2f}' for name, value in seconds.items())}. The process held "
-        f"{record['peak_bytes'] / 2**20:.0f} MiB at most.",
+        f"{record['composites']} composites, {record['classes']} classes. Input size of the teacher's grids in pixels: "
+        f"{'; '.join(f'{name} {size}' for name, size in sizes.items())}. Seconds per image: "
+        f"{'; '.join(f'{name} {value:.2f}' for name, value in seconds.items())}. Peak memory of the process: "
+        f"{record['peak_bytes'] / 2**20:.0f} MiB.",
         f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · {settings['views']} views · "
         f"{settings['preset']} student, {settings['locations']} × {settings['locations']} locations, "
         f"{settings['steps']} steps, lr {settings['lr']:g}, {settings['precision']} · maps read at {settings['size']} "
-        f"× {settings['size']} · seed {settings['seed']} · ± of hits is the binomial standard error, of gains half a "
-        "95 % interval</sub>",
+        f"× {settings['size']} · seed {settings['seed']} · ± of a hit rate is its binomial standard error, of a gain "
+        "half its 95 % interval</sub>",
     )
     return "\n\n".join(paragraphs)
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--views", type=int, default=16, help="looks at an image (default: %(default)s)")
+    parser.add_argument("--views", type=int, default=16, help="views of an image (default: %(default)s)")
     parser.add_argument("--canvas", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--side", type=int, default=96, help="side of the pasted squares, in pixels")
-    parser.add_argument("--size", type=int, default=32, help="locations a side of the maps")
+    parser.add_argument("--size", type=int, default=32, help="locations per side of the maps")
     parser.add_argument("--lr", type=float, default=LR)
 
 

@@ -15,18 +15,18 @@ from .study import Record, markdown
 
 OURS, GUIDED = "field, views", "field, guided"
 SOURCES = {
-    "grid": "the teacher's grid at its default size, its features resampled bilinearly",
-    "grid, probabilities": "the same grid, classified first and its probabilities resampled bilinearly",
-    "grid, filtered": "the first, its probabilities put through a joint bilateral filter with the image's colours",
-    "grid, as fine": "its grid at the size at which its cells are as large as those of the average view",
-    "grid, same pixels": "its grid at the size at which the image has as many pixels as all views together",
-    "views' average": "the views' grids laid over one another at the student's own places; no student",
-    "views, bilinear": "the same at every place, each view read bilinearly",
-    "views, probabilities": "the same, each view classified first",
-    "views, filtered": "*views, bilinear*, put through the joint bilateral filter",
+    "grid": "the teacher's grid at its default size, its features upsampled bilinearly",
+    "grid, probabilities": "the same grid, classified first, its probabilities upsampled bilinearly",
+    "grid, filtered": "*grid*, its probabilities refined by a joint bilateral filter with the image's colours",
+    "grid, as fine": "its grid at the input size that makes its cells as large as the average view's",
+    "grid, same pixels": "its grid at the input size that has as many pixels as all views together",
+    "views' average": "the mean of the views' cells that cover each of the student's locations, without a student",
+    "views, bilinear": "the mean of the views at each location that is read, each upsampled bilinearly",
+    "views, probabilities": "the same, with each view classified first",
+    "views, filtered": "*views, bilinear*, refined by the joint bilateral filter",
     OURS: "`apm segment`: a student fitted to the grids of all views",
     GUIDED: "the same with `--guide rgb`",
-    "field, filtered": f"*{OURS}*, put through the joint bilateral filter",
+    "field, filtered": f"*{OURS}*, refined by the joint bilateral filter",
 }
 FILTERED = {"grid, filtered": "grid", "views, filtered": "views, bilinear", "field, filtered": OURS}
 BASELINES = tuple(name for name in SOURCES if not name.startswith("field"))
@@ -114,34 +114,42 @@ def table(record: Record) -> str:
     parts.append("\n".join(f"- *{name}*: {meaning}" for name, meaning in SOURCES.items()))
     if record["categories"]:
         parts.append(_categories_table(record["categories"]))
-    sizes = ", ".join(f"{name} {size}" for name, size in record["teacher_sizes"].items())
+    sizes = "; ".join(f"{name} {size}" for name, size in record["teacher_sizes"].items())
     parts.append(
-        f"Sides of the teacher's grids in pixels: {sizes}. {record['tiles']:.1f} tiles on average. The filter: reach "
-        f"{settings['filter']['reach']} of the shorter side, colours {settings['filter']['spread']}."
+        f"Input size of the teacher's grids in pixels: {sizes}. {record['tiles']:.1f} tiles on average. The filter's "
+        f"standard deviations: {settings['filter']['reach']} of the shorter side in space, "
+        f"{settings['filter']['spread']} in colour."
     )
     parts.append(
         f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}`, {record['labels']} labels · "
         f"{settings['views']} views · {settings['preset']} student, {settings['locations']} × {settings['locations']} "
         f"locations, {settings['steps']} steps, lr {settings['lr']:g}, {settings['precision']} · read at "
-        f"{settings['places']} places along the shorter side · pieces below {settings['min_area']} given away · seed "
-        f"{settings['seed']} · intervals of 95 % from {RESAMPLES:,} resamples of the photographs, paired</sub>"
+        f"{settings['places']} locations along the shorter side · regions below {settings['min_area']} of the image "
+        f"merged into neighbours · seed {settings['seed']} · 95 % intervals from {RESAMPLES:,} paired bootstrap "
+        "resamples of the photographs</sub>"
     )
     return "\n\n".join(parts)
 
 
 def _title(group: str, found: Record, settings: Mapping[str, Any]) -> str:
     if group == CORRUPTED:
-        return f"{found['n']} photographs, mean of {', '.join(found['conditions'])} at level {settings['level']}"
+        return (
+            f"{found['n']} corrupted photographs, mean of {', '.join(found['conditions'])} at level {settings['level']}"
+        )
     if group == COMPOSITES:
-        return f"{found['n']} composites: an object along its own outline on another photograph"
-    return f"{found['n']} photographs, {group}"
+        return f"{found['n']} composites: an object, cut out along its outline, pasted on another photograph"
+    return f"{found['n']} {group} photographs"
 
 
 def _scores_table(found: Record) -> str:
-    columns = {"mIoU": ("present", "miou"), "pixels": ("present", "accuracy"), "mIoU, all labels": ("all", "miou")}
+    columns = {
+        "mIoU": ("present", "miou"),
+        "pixel accuracy": ("present", "accuracy"),
+        "mIoU, all labels": ("all", "miou"),
+    }
     if "object" in found["present"][OURS]:
         columns["IoU of the object"] = ("present", "object")
-    titles = ["map", *(title for of in columns for title in (of, f"{OURS}: above", f"{GUIDED}: above"))]
+    titles = ["map", *(title for of in columns for title in (of, f"gain of {OURS}", f"gain of {GUIDED}"))]
     rows = []
     for name in SOURCES:
         row = [name]
@@ -162,6 +170,6 @@ def _categories_table(categories: Mapping[str, Mapping[str, float]]) -> str:
     names = ("grid", "views, bilinear", OURS, GUIDED)
     shown = sorted(categories.items(), key=lambda one: (-one[1]["images"], one[0]))
     rows = [(name, one["images"], *(f"{100 * one[of]:.0f}" for of in names)) for name, one in shown]
-    return "IoU of each category, clean, with the labels that are there:\n\n" + markdown(
-        ("category", "photographs", *names), rows
-    )
+    found = markdown(("category", "photographs", *names), rows)
+    summary = "IoU per category on the clean photographs, among the labels present"
+    return f"<details><summary>{summary}</summary>\n\n{found}\n\n</details>"

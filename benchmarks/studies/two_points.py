@@ -44,10 +44,10 @@ from .study import ROOT, USUAL, Options, Record, Study, markdown, numbers, run
 from .upsampling import GridField, Overlay
 
 SOURCES = {
-    "grid": "the teacher's grid at its default size, resampled bilinearly",
-    "grid, as fine": "its grid at the size at which its cells are as large as those of the average view",
-    "views' average": "the views' grids laid over one another at the student's places; no student",
-    "views, bilinear": "the same at every place, each view read bilinearly",
+    "grid": "the teacher's grid at its default size, upsampled bilinearly",
+    "grid, as fine": "its grid at the input size that makes its cells as large as the average view's",
+    "views' average": "the mean of the views' cells that cover each of the student's locations, without a student",
+    "views, bilinear": "the mean of the views at each location that is read, each upsampled bilinearly",
     "field, grid": "a student fitted to the grid at its default size",
     "field, views": "a student fitted to the grids of all views",
 }
@@ -267,21 +267,23 @@ def table(record: Record) -> str:
     ]
     counts = sorted({one["n"] for by in record["told_apart"].values() for one in by.values()})
     lost_rows = [(name, *(f"{100 * value:.1f}" for value in by.values())) for name, by in record["lost"].items()]
-    sizes = ", ".join(f"{name} {size}" for name, size in record["teacher_sizes"].items())
+    sizes = "; ".join(f"{name} {size}" for name, size in record["teacher_sizes"].items())
     return "\n\n".join(
         (
-            "Pairs told apart in percent, with the gap / with the gap filled (* McNemar's p < 0.01), by the distance "
-            f"of the objects' middles in pixels; {' to '.join(map(str, counts))} pairs at each:",
+            "Pairs that the map resolves as two objects, in percent, with the gap / with the gap filled (* McNemar's "
+            "p < 0.01), by the distance between the objects' centres in pixels; "
+            f"{' to '.join(map(str, counts))} pairs per distance:",
             markdown(("map", *distances), rows),
-            "What is lost when a map is read at so many places a side, root mean square error in percent of the map's "
+            "Error of a map that is read at fewer locations per side and interpolated: RMSE in percent of the map's "
             "standard deviation:",
             markdown(("map", *map(str, COARSER)), lost_rows),
             "\n".join(f"- *{name}*: {meaning}" for name, meaning in SOURCES.items()),
-            f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}`, its grids at {sizes} "
-            f"pixels · {record['classes']} classes · objects of {settings['side']} on a canvas of {settings['canvas']} "
-            f"pixels · {settings['views']} views · {settings['preset']} student, {settings['locations']} × "
-            f"{settings['locations']} locations, {settings['steps']} steps, lr {settings['lr']:g}, "
-            f"{settings['precision']} · maps read at {FINEST} × {FINEST} · seed {settings['seed']}</sub>",
+            f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}`, input sizes of "
+            f"its grids {sizes} pixels · {record['classes']} classes · objects of {settings['side']} on a "
+            f"canvas of {settings['canvas']} pixels · {settings['views']} views · {settings['preset']} student, "
+            f"{settings['locations']} × {settings['locations']} locations, {settings['steps']} steps, lr "
+            f"{settings['lr']:g}, {settings['precision']} · maps read at {FINEST} × {FINEST} · seed "
+            f"{settings['seed']}</sub>",
         )
     )
 
@@ -291,11 +293,14 @@ def _mark(p: float) -> str:
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--views", type=int, default=VIEWS, help="looks at an image (default: %(default)s)")
+    parser.add_argument("--views", type=int, default=VIEWS, help="views of an image (default: %(default)s)")
     parser.add_argument("--canvas", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--side", type=int, default=40, help="side of the pasted objects, in pixels")
     parser.add_argument(
-        "--distances", type=numbers, default=[48, 64, 80, 112, 144], help="of their middles, in pixels: 48,64,80"
+        "--distances",
+        type=numbers,
+        default=[48, 64, 80, 112, 144],
+        help="between their centres, in pixels, such as 48,64,80",
     )
     parser.add_argument("--lr", type=float, default=LR)
 

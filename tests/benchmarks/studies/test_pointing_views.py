@@ -90,4 +90,4 @@ def test_the_command_plays_and_goes_on(
     assert found["composites"] == 3 and len(rows.read_text().splitlines()) == 4
     assert set(found["scores"]) == set(pointing_views.SOURCES)
     assert found["scores"]["grid"]["score"] == found["scores"]["views' average"]["score"] == 1
-    assert "above it by" in capsys.readouterr().out
+    assert "gain of field, views" in capsys.readouterr().out

@@ -66,12 +66,12 @@ def table(record: Record) -> str:
     differs = " and ".join(record["trainings"][0]["differs"])
     return (
         f"{markdown(('step', *names), rows, text=0)}\n\n"
-        f"Trainings that differ in {differs} alone. Mean squared error of hidden places of held-out images "
+        f"Training runs that differ only in {differs}. Mean squared error of the hidden locations of held-out images "
         f"({100 * common['held_out']:g} % of {common['images']:,}), after all settling steps. {common['levels']} "
-        f"levels of {common['dim']} numbers at {side} × {side} places of {common['patch_size']} pixels, "
-        f"{100 * common['hidden']:g} % of them hidden; {common['batch_size']} images a step, lr {common['lr']:g} over "
-        f"{common['steps']:,} steps, seed {common['seed']}. {record['date']}, {machine['processor']}. "
-        f"`{record['command']}`"
+        f"levels of {common['dim']} dimensions at {side} × {side} locations of {common['patch_size']} × "
+        f"{common['patch_size']} pixels, {100 * common['hidden']:g} % of them hidden; {common['batch_size']} images "
+        f"per step, lr {common['lr']:g} over {common['steps']:,} steps, seed {common['seed']}. {record['date']}, "
+        f"{machine['processor']}. `{record['command']}`"
     )
 
 

@@ -120,12 +120,12 @@ def switched(model: GLOM, **parts: Any) -> GLOM:
 def said(record: dict[str, Any]) -> str:
     """What a record is of: the network, its training, the machine."""
     sizes, training, machine = record["glom"]["sizes"], record["glom"]["training"], record["environment"]
-    radius = "all places" if sizes["radius"] is None else f"places up to {sizes['radius']:g} away"
+    radius = "with all locations" if sizes["radius"] is None else f"within a radius of {sizes['radius']:g}"
     side = sizes["image_size"] // sizes["patch_size"]
     return (
-        f"GLOM: {sizes['levels']} levels of {sizes['dim']} numbers at {side} × {side} places of {sizes['patch_size']} "
-        f"pixels, consensus with {radius}; {record['glom']['parameters']:,} parameters; {training['step']:,} of "
-        f"{training['steps']:,} steps of {training['batch_size']} images, lr {training['lr']:g}, seed "
-        f"{training['seed']}. {record['date']}, {machine['processor']}, {machine['threads']} thread(s). "
-        f"`{record['command']}`"
+        f"GLOM: {sizes['levels']} levels of {sizes['dim']} dimensions at {side} × {side} locations of "
+        f"{sizes['patch_size']} × {sizes['patch_size']} pixels, consensus {radius}; {record['glom']['parameters']:,} "
+        f"parameters; {training['step']:,} of {training['steps']:,} steps of {training['batch_size']} images, lr "
+        f"{training['lr']:g}, seed {training['seed']}. {record['date']}, {machine['processor']}, {machine['threads']} "
+        f"thread{'s' * (machine['threads'] != 1)}. `{record['command']}`"
     )

@@ -48,7 +48,7 @@ Field = NDArray[np.float64]
 MEASURES = {
     "clusters": "AMI, k-means",
     "islands": "AMI, islands",
-    "other": "AMI of k-means with another image's mask",
+    "other": "AMI, k-means, another image's mask",
     "contrast": "contrast at the mask's edges",
 }
 KINDS = {"masks": "photographs and their masks", "composites": "composites and the pasted square"}
@@ -194,8 +194,8 @@ def table(record: Record) -> str:
         title = f"{record['images'][kind]} {KINDS[kind]}"
         parts.append(f"{title}\n\n{markdown(('features', *MEASURES.values()), rows)}")
     note = (
-        f"At {record['grid']} × {record['grid']} places, {settings['parts']} parts; AMI: adjusted mutual information, "
-        f"0 as good as chance, 1 the same partition; ± standard error over images. APM's students: "
+        f"At {record['grid']} × {record['grid']} locations, {settings['parts']} parts. AMI: adjusted mutual "
+        f"information (0: chance, 1: the same partition); ± standard error over images. APM's students: "
         f"{settings['preset']}, {settings['steps']} steps, seed {settings['seed']}; teacher "
         f"`{settings['teacher']}`. {said(record)}"
     )
@@ -204,7 +204,7 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     arguments(parser)
-    parser.add_argument("--parts", type=int, default=4, help="parts that every image is cut into")
+    parser.add_argument("--parts", type=int, default=4, help="number of parts per image")
 
 
 STUDY = Study(

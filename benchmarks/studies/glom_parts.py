@@ -107,13 +107,14 @@ def measure(options: Options) -> Record:
 def table(record: Record) -> str:
     """A table for each kind: a row a variant, a column a number of steps."""
     titles = {
-        "switched off": "Parts switched off in the trained network; mean squared error of hidden places after …",
-        "never there": f"Networks trained without the part, {record['retrained_steps']} steps each; the same after …",
+        "switched off": "Parts switched off in the trained network: mean squared error of hidden locations after …",
+        "never there": f"Networks trained without the part for {record['retrained_steps']} steps: the same error after "
+        "…",
     }
     parts = [f"{titles[kind]}\n\n{_table(of)}" for kind, of in record["errors"].items()]
     note = (
-        f"{record['images']:,} held-out images, the same places hidden throughout; training looked after "
-        f"{(record['settling'] + 1) // 2} to {record['settling']} settling steps; ± standard error over images. "
+        f"{record['images']:,} held-out images, the same locations hidden throughout; in training the loss was taken "
+        f"after {(record['settling'] + 1) // 2} to {record['settling']} settling steps; ± standard error over images. "
         f"{said(record)}"
     )
     return "\n\n".join([*parts, note])

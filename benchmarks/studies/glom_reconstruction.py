@@ -32,10 +32,10 @@ from .glom_images import Holes, Trained, arguments, held_out, read_trained, said
 from .study import ROOT, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run
 
 NAMES = {
-    "grey": "left grey",
-    "mean": "mean colour of what is seen",
-    "near": "mean colours of places seen, by 1 / distance²",
-    "untrained": "GLOM, not trained",
+    "grey": "grey",
+    "mean": "mean colour of the visible locations",
+    "near": "colours of the visible locations, weighted by 1 / distance²",
+    "untrained": "GLOM, untrained",
     "autoencoder": "convolutional autoencoder",
     "glom": "GLOM",
 }
@@ -128,10 +128,10 @@ def table(record: Record) -> str:
         for name in sorted(found, key=lambda name: -found[name][0])
     )
     return (
-        f"{markdown(('hidden places filled by', 'mean squared error', 'less that of GLOM, paired'), rows)}\n\n"
-        f"{record['images']:,} held-out images, {100 * record['hidden']:.0f} % of the places hidden, "
+        f"{markdown(('hidden locations filled with', 'mean squared error', 'minus GLOM, paired'), rows)}\n\n"
+        f"{record['images']:,} held-out images, {100 * record['hidden']:.0f} % of the locations hidden, "
         f"{record['settling']} settling steps; ± standard error over images. Autoencoder: {rival['parameters']:,} "
-        f"parameters, {rival['step']:,} steps by the same settings. {said(record)}"
+        f"parameters, {rival['step']:,} steps with the same settings. {said(record)}"
     )
 
 

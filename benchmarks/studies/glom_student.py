@@ -114,14 +114,21 @@ def table(record: Record) -> str:
         for spec, row in record["methods"].items()
     ]
     titles = (
-        *("method", "top-1", "as the teacher", "right→wrong / wrong→right", "p", "cosine to it (minimum)"),
-        "10⁹ operations a step",
+        *(
+            "method",
+            "top-1",
+            "agreement with the teacher",
+            "right→wrong / wrong→right",
+            "p",
+            "cosine to its token (minimum)",
+        ),
+        "10⁹ operations per step",
     )
     return (
         f"{markdown(titles, rows)}\n\n"
-        f"{n} images, {record['classes']} classes; the teacher `{record['teacher']}` has "
+        f"{n} images, {record['classes']} classes; the teacher `{record['teacher']}` scores "
         f"{100 * record['teacher_accuracy']:.1f} %. {record['steps']} steps, float32, {record['preset']} preset of "
-        f"APM, seed {record['seed']}; ± binomial standard error, p McNemar's. {record['date']}, "
+        f"APM, seed {record['seed']}; ± binomial standard error, p by McNemar's test. {record['date']}, "
         f"{record['environment']['processor']}. `{record['command']}`"
     )
 

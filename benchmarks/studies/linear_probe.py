@@ -45,7 +45,7 @@ NAMES = {
     "column": "student: trigger column",
     "field": "student: mean of the field",
     "hidden": "student: mean of the last hidden layer",
-    "untrained": "mean of the field of a student not trained",
+    "untrained": "untrained student: mean of the field",
     "teacher": "teacher: token",
 }
 
@@ -157,10 +157,10 @@ def table(record: Record) -> str:
         for name, row in sorted(found.items(), key=lambda one: float(one[1]["accuracy"]))
     )
     return (
-        f"{markdown(('inputs of the probe', 'numbers', 'accuracy'), rows)}\n\n"
-        f"Logistic regression on standardised inputs, C from {', '.join(f'{one:g}' for one in PENALTIES)} by a fifth "
-        f"of the part fitted on; {record['train']:,} images of {record['data']} to fit, {record['test']:,} to test, "
-        f"seed {record['seed']}, {record['classes']} classes; ± binomial standard error. "
+        f"{markdown(('input of the probe', 'dimensions', 'accuracy'), rows)}\n\n"
+        f"Logistic regression on standardised inputs, C chosen from {', '.join(f'{one:g}' for one in PENALTIES)} on a "
+        f"fifth of the training images; {record['train']:,} training and {record['test']:,} test images of "
+        f"{record['data']}, {record['classes']} classes, seed {record['seed']}; ± binomial standard error. "
         f"†: stopped after {_ITERATIONS} iterations."
     )
 

@@ -94,6 +94,16 @@ def not_negative(name: str, value: float) -> None:
         raise UsageError(f"{name} must be 0 or a positive number, not {value}.")
 
 
+def between(lowest: float, highest: float, because: str = "") -> Check:
+    """Refuse other numbers than these and those between them."""
+
+    def check(name: str, value: float) -> None:
+        if not lowest <= value <= highest:
+            raise UsageError(f"{name} must be from {lowest} to {highest}, not {value}{because}.")
+
+    return check
+
+
 def cosine(name: str, value: float) -> None:
     """Refuse anything but a cosine."""
     if not -1 <= value <= 1:

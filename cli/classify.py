@@ -20,7 +20,7 @@ from apm.test_time.options import StudentOptions
 from . import render
 from .answer_file import check_out
 from .answering import Answering, Form, Inputs, interrupted
-from .options import Debug, options_of, student_options
+from .options import Debug, options_of, pixel_limit, student_options
 from .progress import counted
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def classify(
         typer.Option(
             help="Refuse larger images (width × height). Default: 89478485. Decoding takes 8 bytes a pixel, some "
             "formats up to 24; all threads together 683 MiB, or what one larger image takes.",
+            callback=pixel_limit,
             rich_help_panel=OUTPUT,
         ),
     ] = None,

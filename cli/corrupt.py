@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Debug
-from .render import failure, progress_on_terminal, say
+from .render import failure, progress_on_terminal, say, told_when_interrupted
 
 
 def corrupt(
@@ -51,15 +51,19 @@ def corrupt(
     settings = TreeSettings(seed=seed, resize=resize, format=format)
     named = () if corruption is None or "all" in corruption else corruption  # none named: all 15
     writer = TreeWriter(source, target, corruptions=named, levels=level or (), settings=settings)
-    written = skipped = failed = 0
-    with progress_on_terminal(len(writer.ids), wanted=not quiet) as progress:
-        if progress is not None:
-            progress.update(progress.task_ids[0], description="corrupt")
+    written = skipped = failed = done = 0
+    with (
+        told_when_interrupted(
+            lambda: f"interrupted: {done:,} of {len(writer.ids):,} images are done; the same command goes on"
+        ),
+        progress_on_terminal(len(writer.ids), wanted=not quiet, doing="corrupt") as progress,
+    ):
         for report in writer.run(jobs=jobs):
             written, skipped = written + report.written, skipped + report.skipped
             if report.error is not None:
                 failed += 1
                 failure(report.error)
+            done += 1
             if progress is not None:
                 progress.advance(progress.task_ids[0])
     if not quiet:

@@ -1,11 +1,13 @@
-"""What `apm islands` takes in, whatever it looks at: a teacher, images, and beside each of them another one."""
+"""How `apm islands` goes through images, whatever it looks at: beside each of them it is given another one."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from apm.errors import ImageError, UsageError
 from apm.images.paths import expand_paths, printable
@@ -46,7 +48,36 @@ def load_named(name: str | None, device: str) -> Teacher:
     return source
 
 
-def other_of(images: list[tuple[Path, Image.Image]], number: int) -> tuple[Image.Image, str]:
+def for_each_image(
+    files: Sequence[Path], make: Callable[[Path, Image.Image, Image.Image, str], Iterable[Path]]
+) -> None:
+    """Make what is to be made of each image, and name the files.
+
+    Args:
+        files: where the images are; what cannot be read is told, and left out.
+        make: file, image, another image and what that is called → the files written.
+
+    Raises:
+        typer.Exit: with 1 where something could not be made, with 130 after Ctrl-C.
+    """
+    done = 0
+    with render.told_when_interrupted(lambda: f"interrupted: {done:,} of {len(files):,} images are done."):
+        images = _read(files)
+        for number, (file, image) in enumerate(images):
+            other, told = _other_of(images, number)
+            try:
+                written = make(file, image, other, told)
+            except ImageError as error:
+                render.failure(f"{printable(file.name)} beside {told}: {error}")
+                continue
+            render.say_files(written)
+            sys.stdout.flush()
+            done += 1
+    if done < len(files):
+        raise typer.Exit(1)
+
+
+def _other_of(images: list[tuple[Path, Image.Image]], number: int) -> tuple[Image.Image, str]:
     """The image whose target serves as a control for one of them, and what to call it."""
     from PIL import Image
 
@@ -56,8 +87,7 @@ def other_of(images: list[tuple[Path, Image.Image]], number: int) -> tuple[Image
     return image, printable(file.name)
 
 
-def read_images(files: list[Path]) -> list[tuple[Path, Image.Image]]:
-    """Read the images; what cannot be read is told, and left out."""
+def _read(files: Sequence[Path]) -> list[tuple[Path, Image.Image]]:
     from apm.images.load import load_image
 
     images = []

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apm.errors import ImageError, UsageError
+from apm.errors import UsageError
 from apm.images.files import make_folder
 from apm.images.paths import printable
 from apm.test_time.options import IslandOptions
 
-from . import render
-from .island_inputs import files_of, load_named, other_of, read_images
+from .island_inputs import files_of, for_each_image, load_named
 from .options import Debug, Device, options_of
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from apm.teachers.base import Teacher
     from apm.test_time.trainer import TestTimeTrainer
 
@@ -90,9 +90,7 @@ def islands(
         raise UsageError("--frames is of the video that --source mvit:LAYER looks at, and no --source is given.")
     shown = _snapshots(snapshots, options.steps)
     files = files_of(paths)
-    failed = _watch(files, load_named(teacher, device), options, shown, out, figure_format, controls=controls)
-    if failed:
-        raise typer.Exit(1)
+    _watch(files, load_named(teacher, device), options, shown, out, figure_format, controls=controls)
 
 
 def _watch(
@@ -104,8 +102,8 @@ def _watch(
     figure_format: str,
     *,
     controls: bool,
-) -> int:
-    """Fit a student to each image, and write what was seen of its field; returns how many could not be read."""
+) -> None:
+    """Fit a student to each image, and write what was seen of its field."""
     from apm.figures.base import output_stem
     from apm.figures.islands import write_islands
     from apm.test_time.island_fields import observe, trainers
@@ -116,22 +114,14 @@ def _watch(
     settings = _settings(options, fitted_to, by_target["cls"])
     if out.exists():  # a file by this name is told before anything is computed
         make_folder(out)
-    images = read_images(files)
     kept = _logarithmic(options.steps, FRAMES)
-    failed = len(files) - len(images)
-    for number, (file, image) in enumerate(images):
-        other, told = other_of(images, number)
-        try:
-            found = observe(image, other, fitted_to, by_target, options, shown=shown, kept=kept, controls=controls)
-        except ImageError as error:
-            failed += 1
-            render.failure(f"{printable(file.name)} beside {told}: {error}")
-            continue
+
+    def watched(file: Path, image: Image.Image, other: Image.Image, told: str) -> list[Path]:
+        found = observe(image, other, fitted_to, by_target, options, shown=shown, kept=kept, controls=controls)
         of_file = {"image": printable(file.name), **settings, "other target": told}
-        stem = out / output_stem(file)
-        render.say_files(write_islands(found, stem, shown=shown, settings=of_file, kind=figure_format))
-        sys.stdout.flush()
-    return failed
+        return write_islands(found, out / output_stem(file), shown=shown, settings=of_file, kind=figure_format)
+
+    for_each_image(files, watched)
 
 
 def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer) -> dict[str, Any]:

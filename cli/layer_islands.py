@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from apm.errors import ImageError, UsageError
+from apm.errors import UsageError
 from apm.images.files import make_folder
 from apm.images.paths import printable
 from apm.teachers import load_layers
 from apm.teachers.layer_sources import FRAMES, SourceName, parse_source
 from apm.test_time.options import IslandOptions
 
-from . import render
-from .island_inputs import files_of, load_named, other_of, read_images
+from .island_inputs import files_of, for_each_image, load_named
 from .options import flag
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from apm.teachers.layers import LayerSource
 
 SHARED = ("threshold", "parts", "seed", "grid_size")
@@ -69,25 +67,17 @@ def look_at_layers(text: str, told: Looking, *, named: str | None, frames: int |
     from apm.test_time.island_fields import square_of
     from apm.test_time.layer_fields import observe_layers
 
-    options, images = told.options, read_images(files)
+    options = told.options
     settings = _settings(source, told)
     measuring: dict[str, Any] = {"threshold": options.threshold, "parts": options.parts, "seed": options.seed}
-    failed = len(files) - len(images)
-    for number, (file, image) in enumerate(images):
-        other, other_name = other_of(images, number)
-        try:
-            found = observe_layers(image, other, source, untrained, controls=told.controls, **measuring)
-        except ImageError as error:
-            failed += 1
-            render.failure(f"{printable(file.name)} beside {other_name}: {error}")
-            continue
+
+    def looked_at(file: Path, image: Image.Image, other: Image.Image, other_name: str) -> list[Path]:
+        found = observe_layers(image, other, source, untrained, controls=told.controls, **measuring)
         beside = {"other image": other_name} if told.controls else {}
         of_file = {"image": printable(file.name), **settings, **beside}
-        stem = told.out / output_stem(file)
-        render.say_files(write_layers(found, square_of(image), stem, settings=of_file, kind=told.kind))
-        sys.stdout.flush()
-    if failed:
-        raise typer.Exit(1)
+        return write_layers(found, square_of(image), told.out / output_stem(file), settings=of_file, kind=told.kind)
+
+    for_each_image(files, looked_at)
 
 
 def _refuse(name: SourceName, given: Set[str], frames: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apm.settings import settings_of, text_type
+from apm.settings import at_least, settings_of, text_type
 from apm.test_time.options import StudentOptions
 
 DEBUG_KEY = "apm.debug"
@@ -27,9 +27,20 @@ Debug = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON line an image, nothing else.")]
 LinesOnly = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the lines and errors.")]
-MaxPixels = Annotated[int | None, typer.Option(help="Refuse larger images (width × height). Default: 89478485.")]
+
+
+def pixel_limit(value: int | None) -> int | None:
+    """Refuse a limit that lets no image pass."""
+    if value is not None:
+        at_least(1)("--max-pixels", value)
+    return value
+
+
+MaxPixels = Annotated[
+    int | None, typer.Option(help="Refuse larger images (width × height). Default: 89478485.", callback=pixel_limit)
+]
 MaxPixelsOfImage = Annotated[
-    int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.")
+    int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.", callback=pixel_limit)
 ]
 
 

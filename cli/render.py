@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,18 +60,18 @@ def progress_line(text: str) -> None:
 
 
 @contextmanager
-def told_when_interrupted(text: str, *, speaks: bool = True) -> Iterator[None]:
+def told_when_interrupted(text: str | Callable[[], str], *, speaks: bool = True) -> Iterator[None]:
     """On Ctrl-C say what is there and how to go on, and end.
 
     Args:
-        text: to say.
+        text: to say, or what makes it when the time has come.
         speaks: False leaves it to another process: `torchrun` interrupts them all.
     """
     try:
         yield
     except KeyboardInterrupt:
         if speaks:
-            progress_line(text)
+            progress_line(text if isinstance(text, str) else text())
         raise typer.Exit(INTERRUPTED) from None
 
 

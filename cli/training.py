@@ -148,16 +148,20 @@ def train_network(
         if group.first:
             for note in () if teacher is None else teacher.notes:
                 notice(note)
+            if source.left_out is not None:
+                failure(source.left_out)
             notice_if_slow(session.precision, place)
-            cache = _images_of(source, out, session, sizes.image_size, teacher, grid_size, wanted=talks)
+            cache = _images_of(source, out, session, sizes.image_size, teacher, grid_size, wanted=talks, speaks=True)
         group.barrier()
         if not group.first:  # what the first process made is there
-            cache = _images_of(source, out, session, sizes.image_size, teacher, grid_size, wanted=False)
+            cache = _images_of(source, out, session, sizes.image_size, teacher, grid_size, wanted=False, speaks=False)
         how: dict[str, Any] = {"precision": session.precision, "device": place, "processes": group}
         trainer = make(out, cache, sizes, config, data=known, **how)
         _train(trainer, names, session, wanted=talks, speaks=group.first)
         if group.first:
             _say_result(trainer, result, session)
+            if trainer.cache.skipped or source.dead:
+                raise typer.Exit(1)
 
 
 def _images_of(
@@ -169,12 +173,19 @@ def _images_of(
     grid_size: int | None,
     *,
     wanted: bool,
+    speaks: bool,
 ) -> GridCache:
     """Compute what training needs of every image, or find it there; see `build_cache`. Says how far it is."""
     from apm.images.load import MAX_PIXELS
     from apm.pretrain.cache import build_cache
 
-    with TrainingProgress(len(source), "images" if teacher is None else "grids", wanted=wanted) as progress:
+    def far() -> str:
+        return f"interrupted: {progress.done:,} of {len(source):,} images are read; the same command goes on from there"
+
+    with (
+        TrainingProgress(len(source), "images" if teacher is None else "grids", wanted=wanted) as progress,
+        told_when_interrupted(far, speaks=speaks),
+    ):
         return build_cache(
             source,
             teacher,
@@ -208,7 +219,7 @@ def _train(trainer: Trainer, names: Mapping[str, str], session: Session, *, want
 
 
 def _say_result(trainer: Trainer, text: str, session: Session) -> None:
-    """Say what was reached, and which images were skipped: exit code 1, then.
+    """Say what was reached, and which images were skipped.
 
     Args:
         trainer: has made all its steps.
@@ -225,8 +236,6 @@ def _say_result(trainer: Trainer, text: str, session: Session) -> None:
     else:
         reached = f"{trainer.path}: {trainer.step:,} steps on {len(trainer.train):,} images; "
         say(reached + text.format(held_out=held_out, **losses))
-    if skipped:
-        raise typer.Exit(1)
 
 
 class TrainingProgress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from apm.errors import UsageError
 from apm.pretrain.config import Schedule
-from apm.settings import at_least, check_values, cosine, not_negative, positive, setting, share_of
+from apm.settings import at_least, between, check_values, cosine, not_negative, positive, setting, share_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,9 @@ class GLOMTraining(Schedule):
     read_level: int = setting(0, "Level that pixels are read from; 0 the lowest, -1 the highest.")
     contrast_weight: float = setting(0.1, "Weight of the contrast, beside 1 for denoising.", check=not_negative)
     contrast_columns: int = setting(256, "Columns that are contrasted in a step.", check=at_least(2))
-    temperature: float = setting(0.1, "Temperature of the contrast, which cosines are divided by.", check=positive)
+    temperature: float = setting(
+        0.1, "Temperature of the contrast, which cosines are divided by.", check=between(0.001, 1000)
+    )
     agree: float = setting(
         0.7, "Cosine, the level's mean taken out, from which on two places agree and do not repel.", check=cosine
     )

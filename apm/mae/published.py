@@ -159,7 +159,7 @@ def _of_state(shown: str, state: Mapping[str, Tensor], sizes: MAEConfig, heads: 
             f" and should be {expected.get(name)}."
         )
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
-        raise UsageError(f"{shown} holds numbers that are not finite, first in {broken[0]}.")
+        raise UsageError(f"{shown} holds numbers that are not finite, first in {broken[0]}: fetch it or make it again.")
     return _start(found, weights)
 
 
@@ -204,7 +204,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{shown} is damaged, or a pickle that holds more than tensors and could run code, so it is refused."
         ) from error
     except Exception as error:  # damaged bytes fail in the reader in many ways
-        raise UsageError(f"{shown} is damaged: it cannot be read ({type(error).__name__}).") from error
+        raise UsageError(f"{shown} is no file of weights, or a damaged one ({type(error).__name__}).") from error
     state = (
         next((content[key] for key in ("model", "state_dict") if key in content), content)
         if isinstance(content, dict)

@@ -139,6 +139,8 @@ def read_network(path: str | os.PathLike[str], network: Network[Sizes]) -> Check
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except OSError as error:
+        raise UsageError(f"{shown} cannot be read: {error.strerror or error}.") from error
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise UsageError(f"{shown} is no safetensors file, or a damaged one ({error}).") from error
     if "apm" not in metadata:
@@ -223,5 +225,5 @@ def _check(
         raise _damaged(shown, f"{wrong[0]} is {found.get(wrong[0])} and should be {expected.get(wrong[0])}")
     if others := sorted(name for name, tensor in weights.items() if not tensor.is_floating_point()):
         raise _damaged(shown, f"{others[0]} holds whole numbers ({weights[others[0]].dtype})")
-    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-        raise UsageError(f"{shown} holds weights that are not finite.")
+    if broken := sorted(name for name, tensor in weights.items() if not torch.isfinite(tensor).all()):
+        raise _damaged(shown, f"{broken[0]} holds numbers that are not finite")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from apm.errors import ImageError, UsageError
 from apm.images.load import MAX_PIXELS, decode_image, load_image
-from apm.images.paths import EXTENSIONS, images_below, printable
+from apm.images.paths import EXTENSIONS, file_problem, images_below, printable
 
 COLUMN = "image"
 """The Parquet column: bytes of an image file, or a struct with a field ``bytes``."""
@@ -27,6 +27,7 @@ class ImageSource:
         place: what the user named.
         files: image files, or Parquet files.
         rows: rows of each Parquet file; empty for image files.
+        dead: links in the folder that lead to no file, and folders in it that cannot be read.
         fingerprint: 16 hex digits over names and sizes, in bytes, of all files: tells whether it is the same list.
     """
 
@@ -34,6 +35,12 @@ class ImageSource:
     files: tuple[Path, ...]
     rows: tuple[int, ...]
     fingerprint: str
+    dead: tuple[Path, ...]
+
+    @property
+    def left_out(self) -> str | None:
+        """What `dead` comes to, in one line; None where it is empty."""
+        return _left_out(self.place, self.dead)
 
     def __len__(self) -> int:
         return sum(self.rows) if self.rows else len(self.files)
@@ -63,17 +70,19 @@ def open_images(place: str | Path) -> ImageSource:
     Raises:
         UsageError: no such place, nothing in it, or Parquet files without a column of images.
     """
-    place = Path(place)
+    place, dead = Path(place), list[Path]()
     shown = printable(place)
     if not place.exists():
         raise UsageError(f"{shown}: no such folder.")
     if place.is_dir():
-        images = [path for path in images_below(place) if path.is_file()]
+        images: list[Path] = []
+        for path in images_below(place):
+            (images if path.is_file() else dead).append(path)
         tables = [] if images else sorted(path for path in place.rglob("*.parquet") if path.is_file())
         if not images and not tables:
             raise UsageError(
                 f"{shown}: no images in this folder or below it (known: {' '.join(sorted(EXTENSIONS))}), and no "
-                ".parquet files either."
+                f".parquet files either. {_left_out(place, dead) or ''}".rstrip()
             )
     elif place.suffix == ".parquet":
         images, tables = [], [place]
@@ -86,7 +95,17 @@ def open_images(place: str | Path) -> ImageSource:
     root = place if place.is_dir() else place.parent
     listing = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in files]
     fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
-    return ImageSource(place=place, files=files, rows=rows, fingerprint=fingerprint)
+    return ImageSource(place=place, files=files, rows=rows, fingerprint=fingerprint, dead=tuple(dead))
+
+
+def _left_out(place: Path, dead: Sequence[Path]) -> str | None:
+    if not dead:
+        return None
+    what = "path leads" if len(dead) == 1 else "paths lead"
+    return (
+        f"{len(dead)} {what} to no image in {printable(place)} and what is below it, first"
+        f" {printable(dead[0])}: {file_problem(dead[0])}."
+    )
 
 
 def _count_rows(path: Path) -> int:

@@ -84,6 +84,10 @@ def _read_safetensors(path: Path) -> Checkpoint:
 def _read_torch(path: Path) -> Checkpoint:
     """Read a torch file, or refuse it."""
     zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        begins = file.read(2)
+    if not begins.startswith((b"PK", pickle.PROTO)):  # as the archives that torch writes, or wrote before them
+        raise TeacherError(f'The checkpoint "{path}" holds no weights: it is neither safetensors nor a file of torch.')
     try:
         if zipped:
             with zipfile.ZipFile(path) as archive:

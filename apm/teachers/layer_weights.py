@@ -170,7 +170,7 @@ def _loaded(
     if broken:
         raise TeacherError(
             f'The source "{source.text}" cannot be used: {path} holds numbers that are not finite, first in'
-            f" {broken[0]}."
+            f" {broken[0]}. Fetch the file again, or name another one."
         )
     return model, published_words if source.weights is None else f"of the file {path.name}"
 

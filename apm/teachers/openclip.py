@@ -228,7 +228,7 @@ def _check_model(source: Source, model: nn.Module, tokenizer: Any, known: int) -
     if broken:
         raise TeacherError(
             f'The teacher "{source.name}" cannot be used: {source.weights} holds numbers that are not finite,'
-            f" in {len(broken)} tensors, first {broken[0]}."
+            f" in {len(broken)} tensors, first {broken[0]}. Fetch the file again, or name another teacher."
         )
     exponent = float(model.logit_scale.detach())  # type: ignore[operator]
     if abs(exponent) > _MAX_LOGIT_SCALE:

@@ -94,6 +94,7 @@ def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeach
     if broken:
         raise TeacherError(
             f'The teacher "{spec}" cannot be used: {path} holds numbers that are not finite, first in {broken[0]}.'
+            " Fetch the file again, or name another teacher."
         )
     return TimmGridTeacher(model, name=spec, device=torch.device(device))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from apm.errors import UsageError
-from apm.settings import at_least, check_values, cosine, not_negative, positive, setting, settings_of
+from apm.settings import at_least, between, check_values, cosine, not_negative, positive, setting, settings_of
 from apm.student.config import PRESETS, APMConfig, Distil, Guide, Loss, Precision, Readout
 from apm.test_time.queries import ALL, AUTO, check_queries, locations_a_step, parse_queries
 from apm.test_time.view_numbers import check_grid_views, parse_grid_views
@@ -79,7 +79,7 @@ class TrainingOptions:
     temperature: float = setting(
         TEMPERATURE,
         "With --loss soft: what the logits, with the teacher's own scale, are divided by before the softmax.",
-        check=positive,
+        check=between(0.01, 1000, ": float32 tells the labels apart no more, beyond"),
     )
     tolerance: float | None = setting(
         None,
@@ -232,11 +232,6 @@ class StudentOptions(TrainingOptions):
         return {**dataclasses.asdict(self), **used}
 
 
-def _parts(name: str, value: int) -> None:
-    if not 2 <= value <= 20:
-        raise UsageError(f"{name} must be from 2 to 20, not {value}.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class IslandOptions:
     """How a student's field is watched while it forms, and its islands measured.
@@ -265,7 +260,7 @@ class IslandOptions:
         0.0, "Weight of an added loss that draws each place's feature to its neighbours'.", check=not_negative
     )
     threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=cosine)
-    parts: int = setting(12, "Number of clusters and of superpixels.", check=_parts)
+    parts: int = setting(12, "Number of clusters and of superpixels.", check=between(2, 20))
     seed: int = setting(0, "Seed of first weights, random targets, order of patches, t-SNE.", check=at_least(0))
 
     def __post_init__(self) -> None:

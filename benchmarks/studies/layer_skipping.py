@@ -75,7 +75,7 @@ def first_of(source: ImageSource, count: int | None) -> ImageSource:
     """The first `count` images, or all."""
     if count is None:
         return source
-    return First(source.place, source.files, source.rows, f"{source.fingerprint}, first {count}", count)
+    return First(source.place, source.files, source.rows, f"{source.fingerprint}, first {count}", source.dead, count)
 
 
 class Between:

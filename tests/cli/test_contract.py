@@ -106,6 +106,24 @@ def test_every_command_loads_and_has_help_and_debug(name: str) -> None:
         assert "--debug" in shown.stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("classify", "x.jpg"),
+        ("segment", "x.jpg", "--out", "o"),
+        ("colourise", "x.jpg", "--checkpoint", "c", "--out", "o"),
+        ("field", "x.jpg", "--checkpoint", "c", "--out", "o"),
+        ("interpolate", "x.jpg", "y.jpg", "--checkpoint", "c", "--out", "o"),
+        ("glom", "show", "x.jpg", "--checkpoint", "c", "--out", "o"),
+    ],
+)
+@pytest.mark.parametrize("limit", ["0", "-5"])
+def test_a_limit_that_lets_no_image_pass_is_wrong_usage(command: tuple[str, ...], limit: str) -> None:
+    result = CliRunner().invoke(app, [*command, "--max-pixels", limit])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: --max-pixels must be 1 or more, not {limit}.\n"
+
+
 def test_a_group_names_the_nearest_of_its_commands() -> None:
     result = CliRunner().invoke(app, ["glom", "trian"])
     assert (result.exit_code, result.stdout) == (2, "")

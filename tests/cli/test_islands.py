@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from apm.cli.main import app
 from apm.errors import ImageError
 from apm.student import islands as islands_measures
 from apm.student.config import APMConfig
+from apm.test_time import layer_fields
 from tests.benchmarks.studies.test_pointing import TINY, ColourTeacher
 
 
@@ -181,6 +183,22 @@ def test_an_image_without_superpixels_loses_no_other(
     result = layers(tmp_path / "out", "vit:test_resnet:2@random", *words, picture, twin)
     assert result.exit_code == 1 and len(result.stdout.splitlines()) == 3
     assert f"{picture.name} beside twin.png: one superpixel alone" in result.stderr
+
+
+def test_an_interruption_says_how_far_it_got(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    observe, seen = layer_fields.observe_layers, list[Image.Image]()
+
+    def interrupted_in_the_second(image: Image.Image, *rest: Any, **more: Any) -> Any:
+        seen.append(image)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return observe(image, *rest, **more)
+
+    monkeypatch.setattr(layer_fields, "observe_layers", interrupted_in_the_second)
+    words = ["--parts", "3", "--grid-size", "64", "--no-controls"]
+    result = layers(tmp_path / "out", "vit:test_resnet:2@random", *words, picture, picture, picture)
+    assert result.exit_code == 130 and len(result.stdout.splitlines()) == 3
+    assert result.stderr == "interrupted: 1 of 3 images are done.\n"
 
 
 @pytest.mark.parametrize("source", [[], ["--source", "vit:test_resnet:2@random"]])

@@ -72,6 +72,18 @@ def test_skipped_images_are_named_at_the_end(tmp_path: Path, teacher: GridTeache
     assert "train:" not in told
 
 
+def test_links_that_lead_nowhere_are_counted_and_the_first_is_named(tmp_path: Path, teacher: GridTeacher) -> None:
+    folder = make_folder(tmp_path / "images", 6)
+    for name in ("y.png", "x.png"):
+        (folder / "a" / name).symlink_to(tmp_path / "gone.png")
+    code, said, told = run(folder, "--teacher-grid", "fake", "--out", tmp_path / "s.safetensors", *FAST, "--quiet")
+    assert code == 1 and "2 steps on 5 images" in said and "note: A teacher" in told
+    assert told.splitlines()[-1] == (
+        f"error: 2 paths lead to no image in {folder} and what is below it, first {folder}/a/x.png:"
+        " a link to a file that is not there."
+    )
+
+
 def test_wrong_use_is_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "images", 3)
     (tmp_path / "empty").mkdir()
@@ -107,3 +119,9 @@ def test_interrupted_is_said(tmp_path: Path, teacher: GridTeacher, monkeypatch: 
     folder = make_folder(tmp_path / "images", 4)
     code, _, told = run(folder, "--teacher-grid", "fake", "--out", tmp_path / "s.safetensors", *FAST)
     assert code == 130 and "the same command goes on from the last checkpoint" in told
+
+    encode = teacher.encode_grid
+    monkeypatch.setattr(teacher, "encode_grid", lambda *a, **k: interrupt() if teacher.calls == 6 else encode(*a, **k))
+    more = make_folder(tmp_path / "more", 4)
+    code, _, told = run(more, "--teacher-grid", "fake", "--out", tmp_path / "t.safetensors", *FAST)
+    assert code == 130 and "interrupted: 2 of 4 images are read; the same command goes on from there" in told

@@ -49,7 +49,12 @@ def test_what_is_no_data_is_told(tmp_path: Path, picture: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         open_images(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no images in this folder or below it"):
+    with pytest.raises(UsageError, match=r"no images in this folder or below it .*files either\.$"):
+        open_images(tmp_path / "empty")
+    (tmp_path / "empty" / "gone.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(
+        UsageError, match=r"files either\. 1 path leads to no image .*gone.png: a link to a file that is"
+    ):
         open_images(tmp_path / "empty")
     with pytest.raises(UsageError, match=r"is one file; give a folder"):
         open_images(picture)

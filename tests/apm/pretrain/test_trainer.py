@@ -269,6 +269,8 @@ def test_what_is_no_checkpoint_is_told(cache: GridCache, tmp_path: Path) -> None
         read_checkpoint(path)
     with pytest.raises(UsageError, match="is a folder"):
         read_checkpoint(tmp_path)
+    with pytest.raises(UsageError, match=r"/dev/null cannot be read: .*\."):
+        read_checkpoint("/dev/null")
     path.write_bytes(b"hello")
     with pytest.raises(UsageError, match="no safetensors file, or a damaged one"):
         read_checkpoint(path)
@@ -284,7 +286,7 @@ def test_what_is_no_checkpoint_is_told(cache: GridCache, tmp_path: Path) -> None
     tensors = load_file(path.with_name("d.safetensors"))
     for wrong, message in (
         ({**tensors, "model.mlp.head.bias": torch.zeros(3)}, r"model|mlp\.head\.bias is \(3,\) and should be \(4,\)"),
-        ({**tensors, "model.mlp.head.bias": torch.full((4,), torch.nan)}, "not finite"),
+        ({**tensors, "model.mlp.head.bias": torch.full((4,), torch.nan)}, "not finite. Restore it, or train"),
         ({**tensors, "model.mlp.head.bias": torch.zeros(4, dtype=torch.int32)}, "holds whole numbers"),
     ):
         save_file(wrong, path, metadata=header["__metadata__"])

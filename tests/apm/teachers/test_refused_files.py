@@ -64,7 +64,7 @@ def test_files_of_other_kinds_are_refused(registered: None, tmp_path: Path) -> N
     torch.save({}, tmp_path / "nothing.pt")
     save_file({}, tmp_path / "nothing.safetensors")
     causes = {
-        "text.pt": "damaged",
+        "text.pt": "holds no weights: it is neither",
         "text.safetensors": "damaged",
         "list.pt": "no state dict",
         "numbers.pt": "no state dict",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from apm.benchmarks.corruptions import CORRUPTIONS, corrupt
 from apm.benchmarks.datasets import open_dataset
-from apm.benchmarks.datasets.corrupted_tree import TreeSettings, TreeWriter, output_name
+from apm.benchmarks.datasets.corrupted_tree import ImageReport, TreeSettings, TreeWriter, output_name
 from apm.cli.corrupt import corrupt as command
 from apm.errors import ApmError, UsageError
 
@@ -153,6 +154,19 @@ def test_failed_write_leaves_no_partial_file(source: Path, tmp_path: Path, monke
 )
 def test_output_name(name: str, format: str, expected: str) -> None:
     assert output_name(name, format) == expected
+
+
+def test_an_interruption_says_how_far_it_got(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: TreeWriter, *, jobs: int) -> Iterator[ImageReport]:
+        yield ImageReport("a", written=2, skipped=0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TreeWriter, "run", interrupted)
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, [str(source), str(tmp_path / "c")])
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: 1 of 4 images are done; the same command goes on\n"
 
 
 def test_command_names_bad_images_and_does_the_rest(source: Path, tmp_path: Path) -> None:

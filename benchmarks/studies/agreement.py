@@ -194,7 +194,7 @@ def _arguments(parser: ArgumentParser) -> None:
         "--targets", nargs="+", default=[*TARGETS], choices=[*TARGETS], help="what students are fitted to"
     )
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's students")
-    parser.add_argument("--grid-size", type=int, help="side, in pixels, at which the teacher's grid is made")
+    parser.add_argument("--grid-size", type=int, help="input size of the teacher's grid in pixels")
 
 
 STUDY = Study(

@@ -66,8 +66,8 @@ PICTURES = {"coffee-*-strip.png": "islands-strip.png", "coffee-*-parts.png": "is
 COLUMNS = {
     "cosine": "neighbours' cosine",
     "regions": "regions",
-    "centred cosine": "cosine, mean taken out",
-    "centred regions": "regions, mean taken out",
+    "centred cosine": "cosine, mean removed",
+    "centred regions": "regions, mean removed",
     "AMI image": "AMI, own superpixels",
     "AMI other image": "AMI, another image's",
     "contrast image": "contrast, own superpixels",
@@ -242,21 +242,20 @@ def table(record: Record) -> str:
     references = "; ".join(f"{name} {plus_minus(value, 3)}" for name, value in record["references"].items())
     paragraphs = (
         f"**{settings['preset']} student**, {settings['locations']} × {settings['locations']} locations, "
-        f"{settings['steps']} steps, {record['images']} images; the teacher's grid is {grid}. Final loss: the token "
-        f"{record['final_loss']['cls'][0]:.1e}, the grid {record['final_loss']['grid'][0]:.1e} (of a variance of "
-        f"{record['grid_variance'][0]:.1e} over the places). After the last step the features differ between places: "
-        f"with the token by {_spread(record, 'cls')}; with the grid by {_spread(record, 'grid')}.",
+        f"{settings['steps']} steps, {record['images']} images; the teacher's grid is {grid}. Final loss: token "
+        f"{record['final_loss']['cls'][0]:.1e}, grid {record['final_loss']['grid'][0]:.1e} (the grid's variance over "
+        f"locations is {record['grid_variance'][0]:.1e}). Variation of the features between locations after the last "
+        f"step: with the token {_spread(record, 'cls')}; with the grid {_spread(record, 'grid')}.",
         _conditions(record),
         _differences(record),
-        f"Clusters in the fields of two images agree by an AMI of {plus_minus(same['cls'], 3)} "
-        f"(the token) and {plus_minus(same['grid'], 3)} (the grid). What is no student's field "
-        f"has an AMI with the superpixels of: {references}"
-        f". The teacher's grid itself has a contrast of {plus_minus(teacher['image'], 3)}, with another image's "
-        f"superpixels {plus_minus(teacher['other image'], 3)} (difference {signed(teacher['difference'])}).",
+        f"AMI between the clusters of two images' fields: {plus_minus(same['cls'], 3)} (token) and "
+        f"{plus_minus(same['grid'], 3)} (grid). AMI of references with the superpixels: {references}. Contrast of the "
+        f"teacher's grid: {plus_minus(teacher['image'], 3)}, with another image's superpixels "
+        f"{plus_minus(teacher['other image'], 3)} (difference {signed(teacher['difference'])}).",
         f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · {settings['parts']} "
-        f"clusters and superpixels · threshold {settings['threshold']} · lr {settings['lr']:g}, of the grid "
-        f"{settings['grid_lr']:g} · {settings['precision']} · seed {settings['seed']} · ± is the standard error "
-        "over images</sub>",
+        f"clusters and superpixels · threshold {settings['threshold']} · lr {settings['lr']:g} "
+        f"({settings['grid_lr']:g} for the grid) · {settings['precision']} · seed {settings['seed']} · ± is the "
+        "standard error over images</sub>",
     )
     return "\n\n".join(paragraphs)
 
@@ -276,14 +275,14 @@ def _differences(record: Record) -> str:
     pairs = list(itertools.product(("AMI", "contrast"), TARGETS))
     rows = [
         (
-            f"… the same in the control: {control}",
+            f"… the control's: {control}",
             *(signed(record["differences"][target][control][f"{name} image"]) for name, target in pairs),
         )
         for control in CONTROLS
     ]
     against = (signed(record["image_against_other"][target][name]) for name, target in pairs)
     titles = (
-        "own superpixels, less … (paired; bold: beyond two standard errors)",
+        "own superpixels, minus … (paired; bold: beyond two standard errors)",
         *(f"{target}: {name}" for name in ("AMI", "contrast") for target in ("token", "grid")),
     )
     return markdown(titles, [*rows, ("… another image's superpixels", *against)])
@@ -294,9 +293,8 @@ def _spread(record: Mapping[str, Any], target: str) -> str:
     share, rounding = record["spread"][target][0], record["rounding"][target]
     direction, places = (100 * record["variation"][target][name][0] for name in VARIATION)
     return (
-        f"{100 * share:.2g} % of their size, of which rounding is at most {100 * rounding:.1g} %; of that variance "
-        f"{direction:.1f} % lie in one direction of the features, and {places:.1f} % are a sum of something of the row "
-        "and something of the column"
+        f"{100 * share:.2g} % of their norm (rounding: at most {100 * rounding:.1g} %), with {direction:.1f} % of its "
+        f"variance in one feature direction and {places:.1f} % explained by the sum of a row term and a column term"
     )
 
 
@@ -321,8 +319,8 @@ def draw(options: Options) -> None:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's students")
-    parser.add_argument("--grid-size", type=int, help="side, in pixels, at which the teacher's grid is made")
-    parser.add_argument("--threshold", type=float, default=0.9, help="cosine from which on neighbours form one region")
+    parser.add_argument("--grid-size", type=int, help="input size of the teacher's grid in pixels")
+    parser.add_argument("--threshold", type=float, default=0.9, help="minimum cosine of neighbours in one region")
     parser.add_argument("--parts", type=int, default=12, help="number of clusters and of superpixels")
 
 

@@ -37,13 +37,13 @@ from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error
 from .watching import Moment, Watcher
 
 CONDITIONS = {
-    "image": "the teacher's token of the image as the target, as in the paper",
-    "random target": "a target of a random direction and the same length",
-    "other target": "another image's",
-    "3 × lr": "the image's, a learning rate three times as large",
-    "lr / 3": "the image's, a third of the learning rate",
-    "grid": "the teacher's grid of the image",
-    "grid, random": "a grid of random directions and the same lengths",
+    "image": "the target is the teacher's token of the image, as in the paper",
+    "random target": "the target is a vector of random direction and the same length",
+    "other target": "the target is another image's token",
+    "3 × lr": "as *image*, with three times the learning rate",
+    "lr / 3": "as *image*, with a third of the learning rate",
+    "grid": "the target is the teacher's grid of the image",
+    "grid, random": "the target is a grid of random directions and the same lengths",
 }
 LATE = 1e-2
 """Loss from which on sizes are compared by themselves: what changes first is the draw of the first weights."""
@@ -255,25 +255,25 @@ def _table(record: Record) -> str:
         for name, of in record["last"].items()
     )
     paragraphs = (
-        f"**{settings['preset']} student**, {settings['locations']} × {settings['locations']} places, "
-        f"{_images(record)}. Highest of the last losses, and mean of the steps to these: {lowest}. Rounding is "
-        f"at most {100 * record['rounding']:.1g} % of what differs between places.",
-        "The image's token, places a region when the loss first is as low as this:",
+        f"**{settings['preset']} student**, {settings['locations']} × {settings['locations']} locations, "
+        f"{_images(record)}. Highest final loss, and mean number of steps to it: {lowest}. Rounding is at most "
+        f"{100 * record['rounding']:.1g} % of the variation between locations.",
+        "Size, in locations, when the loss first reaches the value on the left; the target is the image's token:",
         _moments(record, "image"),
         *(
             ("The same with a random target:", _moments(record, "random target"))
             if "random target" in conditions
             else ()
         ),
-        "Spearman's correlation of size and loss, image by image (above 0: smaller as the loss falls; bold: beyond "
-        "two standard errors); in brackets the images in which regions get smaller, get larger, stay:",
+        "Spearman's correlation of size and loss within an image (positive: smaller as the loss falls; bold: beyond "
+        "two standard errors); in brackets the number of images in which regions shrink, grow, stay the same:",
         _compared(record, "correlation", _correlation),
-        f"The same from a loss of {LATE:g} on:",
+        f"The same for losses of {LATE:g} and below:",
         _compared(record, "late", _correlation),
-        f"Size at the lowest loss as a share of that at {LATE:g} (grids: of that at the first threshold):",
+        f"Size at the lowest loss, relative to the size at {LATE:g} (grids: at the first threshold):",
         _compared(record, "ratio", lambda found: plus_minus(found, 2) if found else "–"),
-        f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · lr {settings['lr']:g}, of "
-        f"grids {settings['grid_lr']:g} · at most {settings['steps']} steps · {settings['precision']} · seed "
+        f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}` · lr {settings['lr']:g} "
+        f"({settings['grid_lr']:g} for grids) · at most {settings['steps']} steps · {settings['precision']} · seed "
         f"{settings['seed']} · ± is the standard error over images</sub>",
     )
     return "\n\n".join(paragraphs)
@@ -331,22 +331,27 @@ def plot(records: Sequence[Record]) -> None:
             axis.set_title(f"{record['settings']['preset']}, {_images(record)}: {name}", fontsize=7)
             axis.set_xlabel("loss", fontsize=7)
             axis.tick_params(labelsize=6)
-        row[0].set_ylabel("places a region", fontsize=7)
+        row[0].set_ylabel("locations per region", fontsize=7)
     shown_as = dict(pair for row in axes for pair in zip(*reversed(row[0].get_legend_handles_labels()), strict=True))
     figure.legend(list(shown_as.values()), list(shown_as), loc="outside right upper", fontsize=7, frameon=False)
     save(
         figure,
         ROOT / "docs" / "islands-loss.png",
         settings=f"teacher {records[0]['teacher']} · target: the teacher's token, and controls · each point where the "
-        "loss first is as low as this · bars: standard error over images · wavelength: places a wave",
+        "loss first reaches this value · bars: standard error over images · wavelength: locations per wave",
     )
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--until", type=float, default=1e-8, help="lowest loss looked at (default: %(default)s)")
+    parser.add_argument("--until", type=float, default=1e-8, help="lowest loss examined (default: %(default)s)")
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's students")
     parser.add_argument(
-        "--without", nargs="*", default=[], choices=[*CONDITIONS][1:], metavar="CONDITION", help="conditions left out"
+        "--without",
+        nargs="*",
+        default=[],
+        choices=[*CONDITIONS][1:],
+        metavar="CONDITION",
+        help="conditions to leave out",
     )
 
 

@@ -50,15 +50,15 @@ Field = NDArray[np.floating]
 TARGETS = {
     "token": "the teacher's token, as in the paper",
     "grid": "its grid of patches",
-    "guided": "its grid, queries holding the colours at their places (guide=rgb)",
+    "guided": "its grid, with colours in the queries (`--guide rgb`)",
     "views": "the grids of many views",
 }
 REFERENCES = {
-    "teacher's grid": "k-means on that grid, between its places bilinear",
-    "teacher's finer grid": "the same of its grid at the size at which its cells are as large as the average view's",
-    "views' average": "the same of the views' grids laid over one another, without a student",
+    "teacher's grid": "k-means on that grid, upsampled bilinearly",
+    "teacher's finer grid": "the same for the input size that makes its cells as large as the average view's",
+    "views' average": "the same for the mean of the views' cells that cover each location, without a student",
     "superpixels": "SLIC (Achanta et al. 2012)",
-    "colours": "k-means on the colours of the places",
+    "colours": "k-means on the colours of the locations",
     "coordinates": "k-means on nothing but row and column",
     "another's mask": "the truth of the next image: chance",
 }
@@ -285,19 +285,20 @@ def _table(record: Record) -> str:
     kind = "photographs and their masks" if settings["scenes"] == "photographs" else "composites and the pasted square"
     number, parts = plus_minus(record["number"], 1), settings["parts"]
     paragraphs = (
-        f"**{record['images']} {kind}**, {last} steps. True number: {number} categories with {100 * SMALLEST:g} % of "
-        f"the square or more; fixed number: {parts}; islands at a cosine of {settings['threshold']}, the mean taken "
-        f"out. {100 * record['unknown']:.0f} % of the places are not known and left out.",
+        f"**{record['images']} {kind}**, {last} steps. True number: the categories with at least "
+        f"{100 * SMALLEST:g} % of the square, {number}; fixed number: {parts}; islands at a cosine of "
+        f"{settings['threshold']} after removing the mean. The {100 * record['unknown']:.0f} % of locations without a "
+        "label are left out.",
         markdown(titles, rows, text=1),
-        f"After {last} steps, k-means with the true number of clusters, paired differences (bold: beyond two standard "
+        f"Paired differences after {last} steps, k-means with the true number of clusters (bold: beyond two standard "
         "errors):",
         _differences(record),
         f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}`, its grid "
         f"{record['teacher_grid'][0]} × {record['teacher_grid'][1]} · {settings['preset']} student, "
-        f"{settings['locations']} × {settings['locations']} locations · lr {settings['lr']:g}, of grids "
-        f"{settings['grid_lr']:g} · {settings['views']} views · {settings['precision']} · fields read at "
-        f"{settings['places']} × {settings['places']} places · boundaries within {100 * settings['tolerance']:g} % of "
-        f"the diagonal · seed {settings['seed']} · ± is the standard error over images</sub>",
+        f"{settings['locations']} × {settings['locations']} locations · lr {settings['lr']:g} "
+        f"({settings['grid_lr']:g} for grids) · {settings['views']} views · {settings['precision']} · fields read at "
+        f"{settings['places']} × {settings['places']} locations · boundaries within {100 * settings['tolerance']:g} % "
+        f"of the diagonal · seed {settings['seed']} · ± is the standard error over images</sub>",
     )
     return "\n\n".join(paragraphs)
 
@@ -316,7 +317,7 @@ def _differences(record: Record) -> str:
         return signed(found[f"{name}, true number"]) if found else "–"
 
     rows = [
-        (f"less {other}", *(cell(target, other, name) for name in ("AMI", "F") for target in record["differences"]))
+        (f"minus {other}", *(cell(target, other, name) for name in ("AMI", "F") for target in record["differences"]))
         for other in against
     ]
     return markdown(("", *titles), rows)
@@ -341,7 +342,7 @@ def plot(records: Sequence[Record]) -> None:
         ROOT / "docs" / "islands-masks.png",
         settings=f"teacher {records[0]['teacher']} · {settings['preset']} student · k-means with as many clusters as "
         f"the truth has categories · AMI with the truth, F of boundaries within {100 * settings['tolerance']:g} % of "
-        "the diagonal · bars: standard error over images · dotted: what is no student's field",
+        "the diagonal · bars: standard error over images · dotted: references without a student",
     )
 
 
@@ -360,12 +361,16 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--snapshots", type=_steps, default=[0, 10, 50, 150], metavar="N,N", help="steps after which fields are read"
     )
-    parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of all students but the token's")
-    parser.add_argument("--views", type=int, default=16, help="looks at an image (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, default=0.9, help="cosine from which on neighbours form one island")
+    parser.add_argument(
+        "--grid-lr", type=float, default=LR, help="learning rate of all students but those fitted to the token"
+    )
+    parser.add_argument("--views", type=int, default=16, help="views of an image (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.9, help="minimum cosine of neighbours in one island")
     parser.add_argument("--parts", type=int, default=8, help="the fixed number of clusters")
-    parser.add_argument("--places", type=int, default=48, help="places a side at which all fields are read")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="of boundaries, as a share of the diagonal")
+    parser.add_argument("--places", type=int, default=48, help="locations per side at which all fields are read")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.02, help="tolerance for boundaries, as a share of the diagonal"
+    )
 
 
 def _steps(text: str) -> list[int]:

@@ -160,14 +160,14 @@ def table(record: Record) -> str:
     size = f" at {settings['pixels']} pixels" if settings["pixels"] else ""
     paragraphs = (
         f"**`{settings['source'].partition('@')[0]}`, weights {settings['weights']}**{video}; {record['images']} "
-        f"photographs{size}. Mask: k-means with as many clusters as it has categories, "
-        f"{plus_minus(record['number'], 1)}; superpixels: {settings['parts']} of these and of clusters.",
-        markdown(("layer", "of", *COLUMNS.values()), rows, text=2),
-        "The image's, less … (paired; bold: beyond two standard errors):",
+        f"photographs{size}. Masks: k-means with as many clusters as the mask has categories, "
+        f"{plus_minus(record['number'], 1)}; superpixels: {settings['parts']} superpixels and as many clusters.",
+        markdown(("layer", "condition", *COLUMNS.values()), rows, text=2),
+        "The image's own value minus … (paired; bold: beyond two standard errors):",
         _differences(record["differences"]),
         f"<sub>`{record['command']}` · {record['date']} · source `{settings['source']}` · masks at "
-        f"{settings['places']} × {settings['places']} places, boundaries within {100 * settings['tolerance']:g} % of "
-        f"the diagonal · seed {settings['seed']} · ± is the standard error over images</sub>",
+        f"{settings['places']} × {settings['places']} locations, boundaries within {100 * settings['tolerance']:g} % "
+        f"of the diagonal · seed {settings['seed']} · ± is the standard error over images</sub>",
     )
     return "\n\n".join(paragraphs)
 
@@ -185,9 +185,11 @@ def _differences(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--source", default="teacher:2,3,4", help="as in apm islands (default: %(default)s)")
     parser.add_argument("--pixels", type=int, help="side of the model's input (default: its own)")
-    parser.add_argument("--places", type=int, default=48, help="a side, of masks (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="of boundaries, as a share of the diagonal")
-    parser.add_argument("--threshold", type=float, default=0.9, help="cosine from which on neighbours form one region")
+    parser.add_argument("--places", type=int, default=48, help="locations per side of the masks (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.02, help="tolerance for boundaries, as a share of the diagonal"
+    )
+    parser.add_argument("--threshold", type=float, default=0.9, help="minimum cosine of neighbours in one region")
     parser.add_argument("--parts", type=int, default=12, help="number of clusters and of superpixels")
 
 

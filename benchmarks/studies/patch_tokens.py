@@ -39,21 +39,21 @@ from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error
 READOUTS = {"query": "object query", "mean": "mean"}
 SOURCES = {
     **{f"token, {key}": f"the field fitted to the token, {name}" for key, name in READOUTS.items()},
-    "other token": "… to another photograph's token, mean",
+    "other token": "the field fitted to another photograph's token, mean",
     "untrained": "the field before its first step",
-    "repeated": "the token itself at each place",
+    "repeated": "the token itself at every location",
     "others": "the mean patch of the other photographs",
-    "others, place": "… the same, for each place",
-    "shuffled": "the teacher's own patches in random order",
+    "others, place": "the same, for each location",
+    "shuffled": "the photograph's own patches, shuffled",
     "grid": "the field fitted to the grid, in as many steps",
 }
 OURS = tuple(f"token, {key}" for key in READOUTS)
 MEASURES = {
     "cosine": "cosine",
-    "correlation": "cosine, means taken out",
-    "explained": "R², means taken out",
+    "correlation": "cosine, means removed",
+    "explained": "R², means removed",
     "matched": "matched",
-    "matched, centred": "matched, means taken out",
+    "matched, centred": "matched, means removed",
 }
 
 
@@ -195,19 +195,23 @@ def table(record: Record) -> str:
         (title, *(plus_minus(record["measures"][name][one], 3) for one in MEASURES)) for name, title in SOURCES.items()
     ]
     above = record["above"]["token, mean"]
-    less = ", ".join(
-        f"less that {words} {plus_minus(above[control]['correlation'], 3)}"
-        for control, words in (("other token", "fitted to another's"), ("untrained", "before its first step"))
+    less = "; ".join(
+        f"minus the field {words} {plus_minus(above[control]['correlation'], 3)}"
+        for control, words in (
+            ("other token", "fitted to another photograph's token"),
+            ("untrained", "before its first step"),
+        )
     )
     paragraphs = (
-        markdown(("features at the patches' places", *MEASURES.values()), rows),
-        f"Cosine with means taken out, of the field fitted to the token by its mean, paired by photograph: {less}. "
-        f"Last loss: the token by object query {losses['token, query']:.1e}, by the mean {losses['token, mean']:.1e}, "
-        f"the grid {losses['grid']:.1e}. Chance matches {1 / (grid[0] * grid[1]):.3f} of the places.",
+        markdown(("features at the patches' locations", *MEASURES.values()), rows),
+        f"Cosine with means removed of the field fitted to the token by its mean, paired by photograph: {less}. "
+        f"Final loss: token by object query {losses['token, query']:.1e}, token by mean "
+        f"{losses['token, mean']:.1e}, grid {losses['grid']:.1e}. By chance {1 / (grid[0] * grid[1]):.3f} of the "
+        "locations match.",
         f"<sub>`{record['command']}` · {record['date']} · {record['photographs']} photographs · teacher "
         f"`{record['teacher']}`, grid {grid[0]} × {grid[1]} · {settings['preset']} student, {settings['locations']} × "
-        f"{settings['locations']} locations, {settings['steps']} steps, of the token at {settings['queries']} of them, "
-        f"lr {settings['lr']:g}, of the grid {settings['grid_lr']:g} · {settings['precision']} · seed "
+        f"{settings['locations']} locations, {settings['steps']} steps (the token: {settings['queries']} locations per "
+        f"step), lr {settings['lr']:g} ({settings['grid_lr']:g} for the grid) · {settings['precision']} · seed "
         f"{settings['seed']} · {record['environment']['processor']} · ± is the standard error over photographs</sub>",
     )
     return "\n\n".join(paragraphs)
@@ -215,8 +219,8 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's student")
-    parser.add_argument("--grid-size", type=int, help="side, in pixels, at which the teacher's grid is made")
-    parser.add_argument("--queries", type=parse_queries, default=ALL, help="places that a step of the token reads")
+    parser.add_argument("--grid-size", type=int, help="input size of the teacher's grid in pixels")
+    parser.add_argument("--queries", type=parse_queries, default=ALL, help="locations per step when fitting the token")
 
 
 STUDY = Study(

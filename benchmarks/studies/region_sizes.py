@@ -18,12 +18,12 @@ Field = NDArray[np.float64]
 
 PARTS = 12
 SIZES = {
-    "cosine 0.9": "places a region of neighbours with a cosine of 0.9 or more",
-    "cosine 0.9, mean out": "the same, the field's mean taken out before",
-    "½ spread": "places a region of neighbours that differ by at most half the field's spread (root mean square)",
-    "¼ spread": "the same of a quarter of it",
-    "pieces of clusters": "places a connected piece of the 12 clusters of the features (k-means)",
-    "wavelength": "places that one wave covers, at the mean frequency of the field's power spectrum (cosine transform)",
+    "cosine 0.9": "locations per region of neighbours with a cosine of 0.9 or more",
+    "cosine 0.9, mean out": "the same after removing the field's mean",
+    "½ spread": "locations per region of neighbours that differ by at most half the field's spread (root mean square)",
+    "¼ spread": "the same for a quarter of the spread",
+    "pieces of clusters": "locations per connected piece of the 12 k-means clusters of the features",
+    "wavelength": "locations per wave, at the mean frequency of the field's power spectrum (cosine transform)",
 }
 
 

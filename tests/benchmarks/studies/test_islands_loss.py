@@ -91,5 +91,5 @@ def test_a_study_of_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     again = study.measure(options)
     assert {**again, "seconds": 0} == {**record, "seconds": 0}
     text = study.table([{**record, "command": "c", "date": "d"}])
-    assert "**small student**, 16 × 16 places, 2 images." in text and "| 1.0e-02 | 2 |" in text
+    assert "**small student**, 16 × 16 locations, 2 images." in text and "| 1.0e-02 | 2 |" in text
     assert study._last([[], []]) == {"without": 2, "loss": None, "step": None}

@@ -139,6 +139,6 @@ def test_rows_are_kept_and_summed_up(teacher: ColourTeacher, tmp_path: Path, sce
         colours = again["references"]["colours"]
         assert colours["AMI, true number"][0] > 0.8 and colours["F, true number"][0] > 0.8  # a corner in its own colour
     text = study.table([{**again, "command": "c", "date": "d"}])
-    assert f"**3 {scenes}" in text and "| views | 3 |" in text and "less superpixels" in text
+    assert f"**3 {scenes}" in text and "| views | 3 |" in text and "minus superpixels" in text
     with pytest.raises(UsageError, match="views"):
         study.measure(study.STUDY.read([*given, "--views", "3"]))

@@ -64,6 +64,6 @@ def test_only_the_field_that_was_shown_the_grid_knows_it(
     # of two photographs the other's patches are the mean of the others, and the two differ in every quarter
     assert of["others, place"]["correlation"][0] < 0.5
     printed = capsys.readouterr().out
-    assert all(title in printed for title in (*patch_tokens.SOURCES.values(), "Chance matches 0.016"))
+    assert all(title in printed for title in (*patch_tokens.SOURCES.values(), "By chance 0.016 of"))
     with pytest.raises(UsageError, match="Two photographs or more"):
         patch_tokens.STUDY.main([*given, "--limit", "1"])

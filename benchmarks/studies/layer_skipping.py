@@ -51,7 +51,7 @@ KINDS = {
     "column": "student",
     "local": "student, local",
     "linear": "linear map",
-    "mean": "mean token of each place",
+    "mean": "mean token of each location",
     "skipped": "nothing",
 }
 _BATCH = 32
@@ -243,23 +243,23 @@ def table(record: Record) -> str:
     titles = (
         *(
             "from → to layer",
-            "in place of the layers between",
+            "replacement",
             "unexplained",
             "cosine of the token",
-            "same first label",
+            "same top label",
         ),
         *("operations saved", *(["time saved"] if timed else [])),
     )
     took = f", {1000 * record['seconds']:.1f} ms on {record['environment']['threads']} thread" if timed else ""
     return (
         f"{markdown(titles, rows, text=2)}\n\n"
-        f"{record['held_out_images']} held-out images of {record['data']}, {record['train_images']:,} trained on. "
+        f"{record['held_out_images']} held-out and {record['train_images']:,} training images of {record['data']}. "
         f"Teacher `{record['teacher']}`, {record['layers']} layers, {record['operations'] / 1e6:.0f} million "
-        f"operations an image{took}; first label of {record['labels']} (label set {settings['label_set']}). "
-        "Unexplained: squared error of the later layer's tokens as a share of their variance over the images trained "
-        "on.\n\n"
+        f"operations per image{took}; top label of {record['labels']} (label set {settings['label_set']}). "
+        "Unexplained: squared error of the later layer's tokens as a share of their variance over the training "
+        "images.\n\n"
         f"<sub>`{record['command']}` · {record['date']} · {settings['preset']} student, {settings['steps']} steps of "
-        f"{settings['batch_size']} images at {settings['locations'] or 'all'} places, AdamW {settings['lr']:g}, "
+        f"{settings['batch_size']} images at {settings['locations'] or 'all'} locations, AdamW {settings['lr']:g}, "
         f"{settings['precision']}, seed {settings['seed']} · {record['environment']['processor']} · ± is the standard "
         "error over images</sub>"
     )
@@ -276,14 +276,18 @@ def _pairs(text: str) -> list[tuple[int, int]]:
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--work", type=Path, metavar="DIR", help="for what is trained, and what training needs")
-    parser.add_argument("--pairs", type=_pairs, default=_pairs(PAIRS), help=f"i:j, comma between (default: {PAIRS})")
-    parser.add_argument("--label-set", default="teacher", help="whose first label is compared (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step")
-    parser.add_argument("--locations", type=int, default=16, help="places a step")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for trained students and their caches")
+    parser.add_argument(
+        "--pairs", type=_pairs, default=_pairs(PAIRS), help=f"pairs i:j, separated by commas (default: {PAIRS})"
+    )
+    parser.add_argument("--label-set", default="teacher", help="label set for the top label (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step")
+    parser.add_argument("--locations", type=int, default=16, help="locations per step")
     parser.add_argument("--lr", type=float, default=PretrainConfig.lr)
-    parser.add_argument("--held-out", type=float, default=0.25, help="share of the images (default: %(default)s)")
-    parser.add_argument("--seconds", action="store_true", help="measure the time as well: on a quiet machine alone")
+    parser.add_argument(
+        "--held-out", type=float, default=0.25, help="share of the images held out (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", action="store_true", help="also measure the time; only on an idle machine")
 
 
 STUDY = Study(

@@ -34,14 +34,15 @@ from .composites import Composite, Mapper, composites, paste
 from .study import ROOT, USUAL, Options, Record, Study, each, markdown, plus_minus, run
 
 SOURCES = {
-    "teacher's grid": "map of the label in the teacher's grid, resampled bilinearly (the upper baseline)",
+    "teacher's grid": "map of the label in the teacher's grid, upsampled bilinearly (upper baseline)",
     "field, grid": "map of the label in the field of a student fitted to the grid",
     "field, both": "the same, fitted to the grid and the token",
-    "field, token": "the same, fitted to the token alone: it holds nothing about places",
-    "attention, both": "attention of the object query, mean of the heads, fitted to grid and token; knows no label",
+    "field, token": "the same, fitted to the token alone, which has no information about locations",
+    "attention, both": "attention of the object query, mean of the heads, fitted to grid and token; independent of the "
+    "label",
     "attention, token": "the same, fitted to the token alone",
-    "centre": "the middle of the image, always",
-    "random": "a place drawn at random",
+    "centre": "the centre of every image",
+    "random": "a random location",
 }
 COLUMNS = ("teacher's grid", "field, grid", "field, both", "field, token", "attention, both")
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -145,17 +146,18 @@ def table(record: Record) -> str:
     meanings = "\n".join(f"- *{source}*: {meaning}" for source, meaning in SOURCES.items())
     share = (settings["side"] / settings["canvas"]) ** 2
     paragraphs = (
-        markdown(("map", "hits", "p against random", "p against the centre"), rows),
+        markdown(("map", "hit rate", "p against random", "p against the centre"), rows),
         meanings,
         f"{record['composites']} composites, {record['classes']} classes; the pasted square covers "
-        f"{100 * share:.1f} % of the image. The teacher's token says the pasted class on "
-        f"{100 * says['pasted']:.0f} %, the other photograph's on {100 * says['background']:.0f} %.",
+        f"{100 * share:.1f} % of the image. The teacher's token answers with the pasted "
+        f"class on {100 * says['pasted']:.0f} % of them, with the other photograph's class on "
+        f"{100 * says['background']:.0f} %.",
         f"<sub>`{record['command']}` · {record['date']} · teacher `{record['teacher']}`, its grid "
         f"{record['teacher_grid'][0]} × {record['teacher_grid'][1]} · {settings['preset']} student, "
         f"{settings['locations']} × {settings['locations']} locations, {settings['steps']} steps, lr "
         f"{settings['lr']:g} (the token alone: {settings['token_steps']} and {settings['token_lr']:g}), "
         f"{settings['precision']} · maps read at {settings['size']} × {settings['size']} · seed {settings['seed']} "
-        "· ± is the binomial standard error, p McNemar's</sub>",
+        "· ± is the binomial standard error, p by McNemar's test</sub>",
     )
     return "\n\n".join(paragraphs)
 
@@ -232,20 +234,20 @@ def draw(path: Path, shown: Sequence[Composite], mapper: Mapper) -> Path:
         path,
         settings=f"teacher {mapper.teacher.identity} · {len(mapper.head.labels)} labels · student of {mapper.grid} × "
         f"{mapper.grid} locations, {config.config.steps} steps, lr {config.config.lr:g}, {config.precision}, seed "
-        f"{config.config.seed} · probability of the row's label at {mapper.size} × {mapper.size} places (softmax over "
-        "the labels of logit scale × cosine), attention: mean of the heads · each map from its least (dark) to its "
-        "largest value (bright); + where it is largest",
+        f"{config.config.seed} · probability of the row's label at {mapper.size} × {mapper.size} locations (softmax "
+        "over the labels of logit scale × cosine), attention: mean of the heads · each map from its minimum (dark) to "
+        "its maximum (bright); + marks the maximum",
         dpi=100,
     )
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--sheet", type=Path, help="draw maps of ten photographs there, .png, instead of measuring")
-    parser.add_argument("--demo", type=Path, help="the same with scikit-image's photographs pasted on one another")
+    parser.add_argument("--sheet", type=Path, help="draw maps of ten photographs into this PNG instead of measuring")
+    parser.add_argument("--demo", type=Path, help="the same with photographs of scikit-image pasted on one another")
     parser.add_argument("--composites", type=int, dest="limit", default=200, help="as --limit")
     parser.add_argument("--canvas", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--side", type=int, default=96, help="side of the pasted squares, in pixels")
-    parser.add_argument("--size", type=int, default=32, help="locations a side of the maps")
+    parser.add_argument("--size", type=int, default=32, help="locations per side of the maps")
     parser.add_argument("--lr", type=float, default=LR)
 
 

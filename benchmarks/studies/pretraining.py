@@ -177,7 +177,7 @@ def _summary(errors: Tensor) -> dict[str, float]:
 
 
 def table(record: Record) -> str:
-    """Markdown tables of the held-out errors, from worst to best, and a line that says of what."""
+    """Markdown tables of the held-out errors, from worst to best, and a line on the setup."""
 
     def cells(name: str, row: dict[str, Any]) -> list[str]:
         bold, above = "**" if name == "student" else "", row["above_student"]
@@ -190,7 +190,7 @@ def table(record: Record) -> str:
         ]
 
     titles = (
-        *("predictor of the teacher's grid", "mean squared error", "above the student, paired", "explained"),
+        *("predictor of the teacher's grid", "mean squared error", "minus the student, paired", "explained"),
         "cosine",
     )
     ordered = sorted(record["grid"].items(), key=lambda one: -float(one[1]["mse"]))
@@ -200,8 +200,8 @@ def table(record: Record) -> str:
         f"{markdown(titles, (cells(*one) for one in ordered))}\n\n"
         f"Colours, mean squared error in [0, 1]²: student {colours['student']['mse']:.4f}, nearest training image by "
         f"the trigger column {colours['nearest_column']['mse']:.4f}, mean colour {colours['mean']['mse']:.4f}.\n\n"
-        f"{record['held_out_images']} held-out images, {record['train_images']} trained on; ± standard error over "
-        f"images. Teacher `{settings['teacher']}`, grid {'×'.join(map(str, record['teacher_grid'][:2]))} of "
+        f"{record['held_out_images']} held-out and {record['train_images']} training images; ± standard error over "
+        f"images. Teacher `{settings['teacher']}`, grid {'×'.join(map(str, record['teacher_grid'][:2]))} from "
         f"{settings['grid_size']} pixels; {record['checkpoint']['step']} steps of {settings['batch_size']} images at "
         f"{settings['locations'] or 'all'} locations, seed {settings['seed']}, {last['seconds'] / 60:.0f} minutes on "
         f"{record['environment']['threads']} thread of {record['environment']['processor']}, shared with other work."
@@ -229,7 +229,7 @@ def draw_curves(record: Record, path: Path) -> None:
     figures.save(
         figure,
         path,
-        settings=f"{record['train_images']} images to train on, {record['held_out_images']} held out; teacher "
+        settings=f"{record['train_images']} training images, {record['held_out_images']} held out; teacher "
         f"{settings['teacher']}; batches of {settings['batch_size']} at {settings['locations'] or 'all'} locations, "
         f"AdamW {settings['lr']:g} with warm-up and cosine, seed {settings['seed']}",
     )
@@ -274,9 +274,9 @@ def draw_pictures(
     figures.save(
         figure,
         path,
-        settings=f"{student.describe()}; none of these photographs was trained on. Features by three components: of "
-        "the teacher's grids for teacher and student, of the student's for its own scale; error: mean over features, "
-        "one scale for all",
+        settings=f"{student.describe()}; none of these photographs is in the training set. Features by three "
+        "components: of the teacher's grids for teacher and student, of the student's for its own scale; error: mean "
+        "over features, one scale for all",
     )
     return [error.mean().item() for error in errors]
 
@@ -322,9 +322,11 @@ def _loaded(options: Options) -> tuple[Student, GridTeacher]:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?")
-    parser.add_argument("--cache", type=Path, help="where the training's cache lies; default: beside the checkpoint")
-    parser.add_argument("--figure", type=Path, help="draw the curves of the first record of --table there, instead")
-    parser.add_argument("--pictures", type=Path, help="draw --images there, instead of measuring")
+    parser.add_argument("--cache", type=Path, help="the training's cache (default: beside the checkpoint)")
+    parser.add_argument(
+        "--figure", type=Path, help="draw the curves of the first record of --table into this file instead"
+    )
+    parser.add_argument("--pictures", type=Path, help="draw --images into this file instead of measuring")
     parser.add_argument("--images", type=Path, nargs="+", default=[])
 
 

@@ -91,7 +91,7 @@ def test_from_training_to_the_table(
     assert other["mean"]["operations"] < rest < other["skipped"]["operations"] < found["operations"]
     for row in (*one.values(), *other.values()):
         assert -1 <= row["cosine"][0] <= 1 and 0 <= row["agreement"][0] <= 1 and row["seconds"] > 0
-    for title in ("image → 3", "3 → 4", "student, local", "time saved", "held-out images of images, 6 trained on"):
+    for title in ("image → 3", "3 → 4", "student, local", "time saved", "held-out and 6 training images of images"):
         assert title in printed
     log = tmp_path / "work" / "3-4-local.safetensors.log.jsonl"
     assert [row["step"] for row in read_log(log)] == [0, 3]

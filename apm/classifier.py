@@ -23,7 +23,8 @@ from apm.images.ahead import in_order
 from apm.images.load import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image
 from apm.images.paths import printable
 from apm.labels import check_labels, check_templates, check_words, choose_labels, choose_templates
-from apm.segmentation import PLACES, Segmentation, segment_image
+from apm.segment_values import PLACES
+from apm.segmentation import Segmentation, segment_image
 from apm.student.cells import Cells
 from apm.student.drawn_ahead import DrawnAhead
 from apm.student.field import SavedField, resample

@@ -19,17 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from apm.errors import UsageError
+from apm.segment_values import PLACES, check
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from apm.text.zeroshot import ZeroShotHead
 
-PLACES = 112
-"""Places of the lattice along the shorter side."""
 MOST_PLACES = 2048
-"""The same along the longer side: a long strip gets a coarser lattice, and memory has a bound."""
+"""Places of the lattice along the longer side: a long strip gets a coarser lattice, and memory has a bound."""
 CHUNK = 4096
 """Places classified at a time."""
 NUMBERS = 2**24
@@ -145,23 +143,6 @@ def segment_image(
         places=(lattice.shape[0], lattice.shape[1]),
         notes=notes,
     )
-
-
-def check(
-    labels: Sequence[str], background: Sequence[str], min_probability: float, min_area: float, places: int
-) -> None:
-    """Refuse values that cannot work, as `segment_image` says."""
-    unknown = [name for name in background if name not in labels]
-    if unknown:
-        raise UsageError(f'The background label "{unknown[0]}" is none of the labels.')
-    if len(set(labels) - set(background)) < 1:
-        raise UsageError("All labels are background: at least one must be left to look for.")
-    if not 0 <= min_probability <= 1:
-        raise UsageError(f"min_probability is {min_probability}; it must lie between 0 and 1.")
-    if not 0 <= min_area < 1:
-        raise UsageError(f"min_area is a share of the image's area, from 0 to below 1, not {min_area}.")
-    if places < 1:
-        raise UsageError(f"places is {places}; it must be at least 1.")
 
 
 def features_of(

@@ -14,6 +14,7 @@ from apm.images.paths import printable
 
 from . import render
 from .answering import Form, Inputs
+from .early import check_made
 from .options import Debug, Device, JsonLines, LinesOnly, MaxPixels
 from .results_folder import ResultsFolder, failed_record
 
@@ -54,6 +55,7 @@ def colourise(
     form = Form(as_json=as_json, quiet=quiet, out=out)
     inputs = Inputs(paths)
     inputs.name_problems(form, doing="colour", failed=failed_record)
+    check_made(checkpoint, "apm pretrain")
     with render.told_when_interrupted("interrupted: nothing is coloured."):
         from apm.devices import pick_device
         from apm.images.load import MAX_PIXELS

@@ -10,6 +10,7 @@ import typer
 from apm.errors import UsageError, unknown
 from apm.images.paths import printable
 
+from .early import check_images, check_made
 from .options import Debug, Device, MaxPixelsOfImage
 from .render import read_image, say_files
 
@@ -48,6 +49,8 @@ def field(
         raise unknown("order", order, ORDERS)
     if chunk < 1:
         raise UsageError(f"--chunk must be 1 or more, not {chunk}.")
+    check_made(checkpoint, "apm pretrain")
+    check_images(image)
     side = 224 if size is None else size
     from apm.devices import pick_device
     from apm.figures import base as figures

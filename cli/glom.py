@@ -12,6 +12,7 @@ from apm.glom.config import GLOMConfig, GLOMTraining
 from apm.images.paths import printable
 from apm.settings import cosine
 
+from .early import check_data, check_images, check_made
 from .groups import command_group
 from .options import Debug, Device, MaxPixelsOfImage, options_of
 from .progress import counted
@@ -19,6 +20,7 @@ from .render import read_image, say, say_files
 from .training import TRAINING, Images, Out, Session, check_checkpoint, session_options, train_network
 
 NETWORK = "The network"
+MADE_BY = "apm glom train"
 
 app = command_group("GLOM (Hinton 2021): columns of levels that agree, step by step, on a parse tree of the image.")
 
@@ -44,6 +46,7 @@ def train_(
     """
     check_checkpoint(out)
     config.check_level(sizes)
+    check_data(data)
     from apm.glom.training import GLOMTrainer
     from apm.pretrain.images import open_images
 
@@ -81,6 +84,8 @@ def show(
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be 1 or more, not {steps}.")
     cosine("--threshold", threshold)
+    check_made(checkpoint, MADE_BY)
+    check_images(image)
     from apm.devices import pick_device
     from apm.figures.base import output_stem
     from apm.figures.glom import write_show
@@ -127,6 +132,9 @@ def probe(
     for name, value in (("--steps", steps), ("--limit", limit)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be 1 or more, not {value}.")
+    check_made(checkpoint, MADE_BY)
+    if not data.is_file():
+        raise UsageError(f"{printable(data)}: no such file; a probe needs a Parquet file with images and labels.")
     from apm.benchmarks.runs.environment import write_record
     from apm.benchmarks.studies.glom_probe import probe_levels
     from apm.benchmarks.studies.linear_probe import table
@@ -134,8 +142,6 @@ def probe(
     from apm.glom.training import load_glom
 
     model, trained = load_glom(checkpoint, device=pick_device(device))
-    if not data.is_file():
-        raise UsageError(f"{printable(data)}: no such file; a probe needs a Parquet file with images and labels.")
     with counted("probe", wanted=not quiet) as far:
         record = probe_levels(
             model,

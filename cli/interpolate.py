@@ -10,6 +10,7 @@ import typer
 from apm.errors import UsageError
 from apm.images.paths import printable
 
+from .early import check_images, check_made
 from .options import Debug, Device, MaxPixelsOfImage
 from .render import read_image, say_files
 
@@ -33,6 +34,8 @@ def interpolate(
         raise UsageError(f"--frames must be from 2 (the two ends) to 1000, not {frames}.")
     if not 1 <= size <= 1024:
         raise UsageError(f"--size must be from 1 to 1024, not {size}.")
+    check_made(checkpoint, "apm pretrain")
+    check_images(first, last)
     from apm.devices import pick_device
     from apm.figures.field import write_walk
     from apm.pretrain.student import Student

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from apm.errors import ImageError, UsageError
-from apm.images.paths import expand_paths, printable
+from apm.images.paths import expand_paths, file_problem, printable
 
 from . import render
 
@@ -20,16 +20,25 @@ if TYPE_CHECKING:
     from apm.teachers.base import Teacher
 
 
-def files_of(paths: Sequence[str]) -> list[Path]:
-    """The files that the arguments stand for; ``-`` is one path a line on stdin.
+def files_of(paths: Sequence[str]) -> tuple[list[Path], int]:
+    """The files that the arguments stand for, and how many of them are not there, which are told.
+
+    ``-`` is one path a line on stdin.
 
     Raises:
         UsageError: none came in on stdin.
+        typer.Exit: with 1 where nothing is left.
     """
     files = list(expand_paths(paths, sys.stdin.buffer if "-" in paths else ()))
     if not files:
         raise UsageError("No path came in on stdin.")
-    return files
+    problems = {file: problem for file in files if (problem := file_problem(file)) is not None}
+    for file, problem in problems.items():
+        render.failure(f"{printable(file)}: {problem}")
+    left = [file for file in files if file not in problems]
+    if not left:
+        raise typer.Exit(1)
+    return left, len(files) - len(left)
 
 
 def load_named(name: str | None, device: str) -> Teacher:
@@ -49,13 +58,14 @@ def load_named(name: str | None, device: str) -> Teacher:
 
 
 def for_each_image(
-    files: Sequence[Path], make: Callable[[Path, Image.Image, Image.Image, str], Iterable[Path]]
+    files: Sequence[Path], make: Callable[[Path, Image.Image, Image.Image, str], Iterable[Path]], *, missing: int
 ) -> None:
     """Make what is to be made of each image, and name the files.
 
     Args:
         files: where the images are; what cannot be read is told, and left out.
         make: file, image, another image and what that is called → the files written.
+        missing: files asked for that are not there, and are told already.
 
     Raises:
         typer.Exit: with 1 where something could not be made, with 130 after Ctrl-C.
@@ -73,7 +83,7 @@ def for_each_image(
             render.say_files(written)
             sys.stdout.flush()
             done += 1
-    if done < len(files):
+    if missing or done < len(files):
         raise typer.Exit(1)
 
 

@@ -89,12 +89,13 @@ def islands(
     if frames is not None:
         raise UsageError("--frames is of the video that --source mvit:LAYER looks at, and no --source is given.")
     shown = _snapshots(snapshots, options.steps)
-    files = files_of(paths)
-    _watch(files, load_named(teacher, device), options, shown, out, figure_format, controls=controls)
+    files, missing = files_of(paths)
+    _watch(files, missing, load_named(teacher, device), options, shown, out, figure_format, controls=controls)
 
 
 def _watch(
     files: list[Path],
+    missing: int,
     fitted_to: Teacher,
     options: IslandOptions,
     shown: list[int],
@@ -121,7 +122,7 @@ def _watch(
         of_file = {"image": printable(file.name), **settings, "other target": told}
         return write_islands(found, out / output_stem(file), shown=shown, settings=of_file, kind=figure_format)
 
-    for_each_image(files, watched)
+    for_each_image(files, watched, missing=missing)
 
 
 def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def look_at_layers(text: str, told: Looking, *, named: str | None, frames: int |
     """
     name = parse_source(text)
     _refuse(name, told.given, frames)
-    files = files_of(told.paths)
+    files, missing = files_of(told.paths)
     source, untrained = _load(name, told, named, frames)
     if told.out.exists():  # a file by this name is told before anything is computed
         make_folder(told.out)
@@ -77,7 +77,7 @@ def look_at_layers(text: str, told: Looking, *, named: str | None, frames: int |
         of_file = {"image": printable(file.name), **settings, **beside}
         return write_layers(found, square_of(image), told.out / output_stem(file), settings=of_file, kind=told.kind)
 
-    for_each_image(files, looked_at)
+    for_each_image(files, looked_at, missing=missing)
 
 
 def _refuse(name: SourceName, given: Set[str], frames: int | None) -> None:

@@ -15,6 +15,7 @@ from apm.errors import UsageError
 from apm.images.paths import printable
 from apm.mae.config import HeadConfig, HeadTraining, Kind, MAEConfig, MAETraining
 
+from .early import check_data
 from .groups import command_group
 from .options import Debug, options_of
 from .render import notice
@@ -70,6 +71,7 @@ def train_(
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
     check_checkpoint(out)
+    check_data(data)
     start = _start(base, sizes)
     chosen = replace(start.sizes if start else sizes, classes=0)
 

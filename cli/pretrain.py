@@ -12,6 +12,7 @@ from apm.errors import UsageError, unknown
 from apm.pretrain.config import PretrainConfig
 from apm.student.config import PRESETS, APMConfig
 
+from .early import check_data
 from .options import Debug, options_of
 from .pretrain_layers import LayerOptions, pretrain_layers
 from .training import TRAINING, Out, Session, check_checkpoint, place_of, session_options, train_network
@@ -74,6 +75,7 @@ def pretrain(
         raise unknown("preset", preset, PRESETS)
     if layers.target_layer is None:
         _check_field(teacher_grid, config, grid_size, patch_size)
+    check_data(folder)
     from apm.pretrain.images import open_images
 
     source = open_images(folder)

@@ -13,6 +13,7 @@ from apm.errors import UsageError
 from apm.images.files import make_folder
 from apm.images.paths import printable
 from apm.labels import check_labels, read_labels_file
+from apm.segment_values import PLACES, check
 
 from . import render
 from .answer_file import answer_settings
@@ -50,7 +51,7 @@ def segment(
         float,
         typer.Option(help="Connected pieces with a smaller share of the image are given to what is next to them."),
     ] = 0.001,
-    places: Annotated[int, typer.Option(help="Places along the shorter side at which the field is read.")] = 112,
+    places: Annotated[int, typer.Option(help="Places along the shorter side at which the field is read.")] = PLACES,
     student: dict[str, Any],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=STUDENT)] = "auto",
     as_json: JsonLines = False,
@@ -66,11 +67,10 @@ def segment(
 
     Exit code: 0 all done, 1 some could not be (each is named on stderr), 2 wrong usage.
     """
-    from apm.segmentation import check
-
     if student["distil"] == "cls":
         raise UsageError("apm segment needs a target that says what is where: --distil grid, or both, not cls.")
     source, names, none = _words(source, background)
+    check(names, none, min_probability, min_area, places)
     make_folder(out)
     form = Form(min_probability=min_probability, as_json=as_json, quiet=quiet, out=out)
     inputs = Inputs(paths)

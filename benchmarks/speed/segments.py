@@ -12,7 +12,8 @@ from typing import Any
 
 from apm.classifier import Classifier
 from apm.images.load import load_image
-from apm.segmentation import PLACES, tiles_of
+from apm.segment_values import PLACES
+from apm.segmentation import tiles_of
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.grid_views import looks

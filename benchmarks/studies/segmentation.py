@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from apm.errors import unknown
-from apm.segmentation import PLACES, Field, Probable, blended, features_of, tiles_of, without_small
+from apm.segment_values import PLACES
+from apm.segmentation import Field, Probable, blended, features_of, tiles_of, without_small
 from apm.student.config import Guide
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher

@@ -75,6 +75,38 @@ def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
     assert HEAVY.isdisjoint(done.stderr.splitlines()[-1].split())
 
 
+MISSING = (
+    "classify none.png", "segment none.png --labels a,b --out out",
+    "segment here.png --labels a,b --min-area 2 --out out",
+    "colourise none.png --checkpoint c --out out", "colourise here.png --checkpoint none --out out",
+    "islands none.png --out out", "islands none.png --source teacher:1 --out out",
+    "interpolate here.png none.png --checkpoint here.png --out out", "field none.png --checkpoint here.png --out out",
+    "glom train none --out o.safetensors", "glom show here.png --checkpoint none --out out",
+    "glom show none.png --checkpoint here.png --out out", "glom probe none --checkpoint here.png",
+    "mae train none --out o.safetensors", "pretrain none --teacher-grid x --out o.safetensors",
+)  # fmt: skip
+"""Commands of which something can be told at once, each with what is not there or cannot be."""
+
+
+@pytest.mark.slow
+def test_what_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom apm.cli.main import app\n"
+        "for words in sys.argv[1:]:\n    done = CliRunner().invoke(app, words.split())\n"
+        "    print(done.exit_code, done.stderr.replace('\\n', ' '))\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    (tmp_path / "here.png").write_bytes(b"something")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *MISSING], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=HANG
+    )
+    *told, modules = done.stdout.splitlines()
+    assert len(told) == len(MISSING), done.stderr
+    for words, line in zip(MISSING, told, strict=True):
+        assert line[0] in "12" and ("none" in line or "min_area" in line), (words, line)
+    assert HEAVY.isdisjoint(modules.split())
+
+
 @pytest.mark.slow
 def test_import_apm_is_light() -> None:
     code = "import apm, sys; print(*sys.modules)"

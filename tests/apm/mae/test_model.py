@@ -178,6 +178,16 @@ def test_what_is_masked_is_not_seen_and_what_is_seen_is_not_judged() -> None:
         assert (targets[0, order[0, KEPT:]] == 0).all() and targets[0, order[0, :KEPT]].abs().min() > 0
 
 
+def test_a_patch_of_one_colour_is_no_division_by_zero() -> None:
+    model, flat = model_of(), torch.full((1, 3, 16, 16), 0.3)
+    assert (model.targets(flat).abs() < 1e-3).all()
+    faint = flat.clone()
+    faint[0, :, 0, 0] += 1e-3  # in the first patch of 48 numbers alone
+    variance = 1e-6 * (3 / 48) * (1 - 3 / 48) * 48 / 47
+    wanted = 1e-3 * (1 - 3 / 48) / math.sqrt(variance + 1e-6)
+    assert model.targets(faint)[0, 0, :3].tolist() == pytest.approx([wanted] * 3, rel=1e-3)
+
+
 def test_the_encoder_is_timms_own() -> None:
     model = model_of()
     with torch.no_grad():

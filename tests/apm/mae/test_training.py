@@ -150,6 +150,22 @@ def test_losses_of_labels_are_smoothed_cross_entropy_on_whole_images(cache: Grid
     assert torch.equal(images, cache.inputs(np.array([3, 1, 2])))
 
 
+def test_joint_training_follows_labels_and_weighed_masked_patches(cache: GridCache, tmp_path: Path) -> None:
+    config = replace(HEADS, kind="joint", mask_weight=0.3)
+    mine = head_trainer(tmp_path / "h.safetensors", cache, "joint", config=config)
+    numbers = config.batch(mine.train, 0)
+    images = crop(cache.inputs(numbers), crop_maps(4, 16, min_area=0.2, draw=(3, 7, 0)))
+    orders = torch.from_numpy(config.orders(4, 16, draw=(0, 0)))
+    other = MaskedAutoencoder(replace(SIZES, classes=2))
+    other.load_state_dict(mine.model.state_dict())
+    cross = F.cross_entropy(other.logits(images), torch.from_numpy(numbers % 2), label_smoothing=0.1)
+    (cross + 0.3 * other(images, orders, 4).mean()).backward()
+    mine.gradients()
+    for (name, one), two in zip(mine.model.named_parameters(), other.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("kind", [None, *TRAINED])
 def test_it_is_taken_up_where_it_stopped(cache: GridCache, tmp_path: Path, kind: str | None) -> None:
     def made() -> Any:

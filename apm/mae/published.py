@@ -111,7 +111,7 @@ def sizes_of(shown: str, weights: Mapping[str, Tensor], sizes: MAEConfig) -> MAE
     try:
         width, channels, side, _ = weights["encoder.patch_embed.proj.weight"].shape
         places = weights["encoder.pos_embed"].shape[1] - 1
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, IndexError):
         raise UsageError(
             f"{shown} holds no vision transformer with patches and positions: give MAE's published checkpoint, one of "
             "`apm mae`, or timm:NAME."
@@ -127,7 +127,7 @@ def sizes_of(shown: str, weights: Mapping[str, Tensor], sizes: MAEConfig) -> MAE
         "heads": _HEADS.get(width, max(1, width // 64)),
     }
     if "mask_token" in weights:
-        decoder = weights["mask_token"].shape[-1]
+        decoder = weights["mask_token"].numel()
         values |= {
             "decoder_width": decoder,
             "decoder_depth": _count(weights, "decoder.blocks."),
@@ -141,14 +141,10 @@ def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _of_state(shown: str, state: Mapping[str, Tensor], sizes: MAEConfig, heads: int | None = None) -> Start:
-    weights = {name: tensor.float() for name, tensor in mapped(state).items()}
+    weights = mapped(state)
     weights = {name: one for name, one in weights.items() if not name.startswith(("encoder.head.", "encoder.fc_norm."))}
     found = sizes_of(shown, weights, sizes)
     found = found if heads is None else replace(found, heads=heads)
-    known = positions(found.decoder_width, found.grid)
-    fixed = state.get("decoder_pos_embed", known)
-    if fixed.shape != known.shape or not torch.allclose(fixed.float(), known, atol=1e-4):
-        raise UsageError(f"{shown}: the decoder's positions are not MAE's fixed sines and cosines.")
     parts = ("encoder.", "decoder.", "mask_token") if "mask_token" in weights else ("encoder.",)
     expected = {name: shape for name, shape in shapes(found).items() if name.startswith(parts)}
     there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -158,9 +154,27 @@ def _of_state(shown: str, state: Mapping[str, Tensor], sizes: MAEConfig, heads: 
             f"{shown} is no plain vision transformer or masked autoencoder: {printable(name)[:80]} is {there.get(name)}"
             f" and should be {expected.get(name)}."
         )
+    known = positions(found.decoder_width, found.grid)
+    fixed = state.get("decoder_pos_embed", known)
+    if strange := {n: one.dtype for n, one in {**weights, "decoder_pos_embed": fixed}.items() if not _is_plain(one)}:
+        name, kind = next(iter(strange.items()))
+        raise UsageError(f"{shown} holds something else than plain weights: {name} is {kind}. Save it as float32.")
+    if fixed.shape != known.shape or not torch.allclose(fixed.float(), known, atol=_rounding(fixed)):
+        raise UsageError(f"{shown}: the decoder's positions are not MAE's fixed sines and cosines.")
+    weights = {name: tensor.float() for name, tensor in weights.items()}
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise UsageError(f"{shown} holds numbers that are not finite, first in {broken[0]}: fetch it or make it again.")
     return _start(found, weights)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is dense, of floating-point numbers, and they are there."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _rounding(fixed: Tensor) -> float:
+    """How far sines and cosines may be off that were saved in this format."""
+    return max(1e-4, torch.finfo(fixed.dtype).eps)
 
 
 def _start(sizes: MAEConfig, weights: dict[str, Tensor]) -> Start:
@@ -210,6 +224,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict)
         else None
     )
-    if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()) or not state:
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(one, Tensor) for name, one in state.items())
+    ):
         raise UsageError(f'{shown} holds no weights: names with tensors, alone or under "model" or "state_dict".')
     return state

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apm import Classifier, StudentOptions
 from apm.errors import UsageError
-from apm.segmentation import parts_of, segment_image, tiles_of, without_small
+from apm.segmentation import Probable, blended, parts_of, segment_image, tiles_of, without_small
 from apm.student.field import SavedField
 from apm.student.position import grid_locations
 from apm.test_time.trainer import TestTimeTrainer
@@ -61,6 +61,8 @@ def test_tiles_cover_every_pixel_and_lie_inside(size: tuple[int, int]) -> None:
         covered[top : top + side, left : left + side] += 1
     assert covered.min() >= 1 and covered.max() <= 2
     assert len(tiles_of(*size)) == -(-max(size) // min(size))
+    starts = [left + top for left, top, _ in tiles_of(*size)]
+    assert np.ptp(np.diff(starts)) <= 1 if len(starts) > 1 else starts == [0]  # evenly laid, from end to end
 
 
 @pytest.mark.parametrize("size", [(90, 90), (300, 60), (130, 90), (60, 301)])
@@ -78,6 +80,28 @@ def test_the_map_is_the_image_s_own(size: tuple[int, int]) -> None:
 def test_a_long_strip_has_a_bounded_lattice() -> None:
     found = segmented(three_bands(3000, 30), places=112)
     assert found.places == (20, 2048)
+
+
+def test_where_tiles_overlap_the_one_whose_middle_is_nearer_counts_more() -> None:
+    """Of 90 x 60 pixels the first tile says one thing, the second another; both see x from 30 to 60."""
+    said = iter((torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])))
+
+    def look(tile: Image.Image) -> Any:
+        value = next(said)
+        return lambda points: value.expand(len(points), 2)
+
+    sums = blended(Image.new("RGB", (90, 60)), look, tiles_of(90, 60), 30)  # places of 2 pixels
+    share = (sums[..., 0] / sums.sum(-1))[15]  # of the first, along the middle row
+    assert (share[:15] == 1).all() and (share[30:] == 0).all()
+    assert (share[15:30].diff() < 0).all() and share[22] == pytest.approx(0.5, abs=1e-5)
+    assert share[15] > 0.95 and share[29] < 0.05
+
+
+def test_between_places_probabilities_are_bilinear() -> None:
+    values = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    found = Probable(torch.tensor([0, 2, 5]), values).map((45, 31), torch.arange(10, 16, dtype=torch.int32))
+    wanted = torch.nn.functional.interpolate(values[None], size=(31, 45), mode="bilinear", align_corners=False)[0]
+    np.testing.assert_array_equal(found, np.array([10, 12, 15])[wanted.argmax(0).numpy()])
 
 
 def test_borders_do_not_follow_the_lattice() -> None:
@@ -123,7 +147,7 @@ def test_small_pieces_go_to_their_surroundings_and_the_largest_stays() -> None:
     np.testing.assert_array_equal(without_small(found, 10 / 2000), clean)
     np.testing.assert_array_equal(without_small(found, 5 / 2000)[5:8, 5:8], 2)
     np.testing.assert_array_equal(without_small(found, 0), found)
-    assert (without_small(found, 0.99) == 1).all()
+    assert (without_small(found[:, ::-1], 0.99) == 1).all()
 
 
 def test_regions_are_connected_by_sides_and_their_boxes_hold_them() -> None:

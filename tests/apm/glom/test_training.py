@@ -152,6 +152,18 @@ def test_losses_are_of_hidden_places_and_both_nets(cache: GridCache, tmp_path: P
         torch.testing.assert_close(contrasted, both / 2)
 
 
+def test_a_step_follows_both_losses_as_they_are_weighed(cache: GridCache, tmp_path: Path) -> None:
+    config = replace(TRAINING, contrast_weight=0.3)
+    mine, other = (trainer(tmp_path / f"{name}.safetensors", cache, config) for name in "ab")
+    numbers, draw = config.batch(other.train, 0), (0, 0)
+    hidden, columns = config.hidden_places(4, 16, draw=draw), other._columns(4, *draw)
+    errors, contrasted = other.losses(numbers, hidden, columns, steps=config.settling_steps(0, SIZES))
+    (errors.mean() + 0.3 * contrasted).backward()  # type: ignore[no-untyped-call]
+    assert mine.gradients() == {"denoising": errors.mean().item(), "contrast": contrasted.item()}
+    for (name, one), two in zip(mine.model.named_parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, msg=name)
+
+
 @pytest.mark.slow
 def test_it_learns_to_fill_in_hidden_places(cache: GridCache, tmp_path: Path) -> None:
     mine = trainer(tmp_path / "c.safetensors", cache, replace(TRAINING, steps=150, batch_size=8))

@@ -314,6 +314,14 @@ def test_the_published_sizes_are_known_by_their_names() -> None:
     assert sizes_of("it", weights, MAEConfig()) == large
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+def test_a_checkpoint_of_half_precision_is_read(tmp_path: Path, kind: torch.dtype) -> None:
+    state = {name: tensor.to(kind) for name, tensor in published_state().items()}
+    torch.save({"model": state}, tmp_path / "half.pth")
+    start = read_start(tmp_path / "half.pth", MAEConfig())
+    assert start.has_decoder and torch.equal(start.weights["decoder.norm.bias"], state["decoder_norm.bias"].float())
+
+
 def test_an_encoder_alone_gets_a_decoder_of_the_sizes_asked_for(tmp_path: Path) -> None:
     state = {n: t for n, t in published_state().items() if not n.startswith(("decoder", "mask"))}
     torch.save(state, tmp_path / "encoder.pth")
@@ -358,6 +366,12 @@ def test_files_that_are_none_or_could_run_code_are_refused(tmp_path: Path, capsy
         (saved("less.pth", {n: t for n, t in state.items() if n != "norm.bias"}), r"encoder\.norm\.bias is None"),
         (saved("more.pth", {**state, "blocks.0.ls1": torch.ones(64)}), r"encoder\.blocks\.0\.ls1 is \(64,\)"),
         (saved("nan.pth", {**state, "norm.bias": torch.full((64,), torch.nan)}), "not finite"),
+        (saved("int.pth", {**state, "norm.bias": torch.ones(64).int()}), r"norm\.bias is torch\.int32"),
+        (saved("complex.pth", {**state, "norm.bias": torch.ones(64) * 1j}), r"norm\.bias is torch\.complex64"),
+        (saved("sparse.pth", {**state, "norm.bias": torch.ones(64).to_sparse()}), "something else than plain weights"),
+        (saved("number.pth", {**state, 7: torch.ones(1)}), "holds no weights"),
+        (saved("flat.pth", {**state, "pos_embed": torch.zeros(5)}), "holds no vision transformer"),
+        (saved("scalar.pth", {**state, "mask_token": torch.tensor(1.0)}), r"should be|must be"),
         (saved("positions.pth", {**state, "decoder_pos_embed": torch.zeros(1, 5, 32)}), "positions are not MAE's"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=message):

@@ -84,6 +84,14 @@ def test_views_that_disagree_have_less_weight_than_those_that_agree() -> None:
     assert small.item() == pytest.approx(1e-4, rel=1e-4)
 
 
+def test_the_spread_is_a_quarter_of_the_variance_of_what_is_wanted() -> None:
+    cells = draw_cells(MODEL, 3)
+    offset = Cells(cells.shares, cells.features + torch.arange(MODEL.dim))  # the mean of each number is no spread
+    wanted = cells.features.var(dim=1, correction=0).mean(dim=1) / 4
+    torch.testing.assert_close(cells.spread(), wanted)
+    torch.testing.assert_close(offset.spread(), wanted, rtol=1e-4, atol=0)
+
+
 def test_features_that_are_all_alike_have_a_spread_above_zero() -> None:
     shares = torch.full((3, 2, 4), 0.25)
     features = torch.stack((torch.ones(2, 5), torch.zeros(2, 5), torch.full((2, 5), math.nan)))

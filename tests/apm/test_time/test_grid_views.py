@@ -10,7 +10,7 @@ from PIL import Image
 from apm import Classifier, StudentOptions
 from apm.errors import TeacherError, UsageError
 from apm.student.cells import shares_of
-from apm.test_time.grid_views import GridView, cut, grid_views, view_cells
+from apm.test_time.grid_views import GridView, cut, grid_views, looks, view_cells
 from apm.test_time.view_numbers import check_grid_views, number_of, parse_grid_views
 from apm.test_time.views import pixels_id
 from tests.fakes import FakeTeacher
@@ -72,6 +72,16 @@ def test_cells_say_what_the_teacher_says_of_their_places() -> None:
         dim=1
     ).mean()
     assert turned.mean() > 0.3  # had the mirrored ones been laid wrongly, it would show
+
+
+def test_every_view_s_grid_is_of_the_size_asked_for() -> None:
+    teacher, image = FakeTeacher(), picture()
+    seen = looks(image, teacher, 3, seed=0, sample_id="a", size=64)
+    for view, grid in seen:
+        part, _ = cut(image, GridView(view.box, view.flipped))
+        assert grid.shape[:2] == (8, 8) and torch.equal(grid, teacher.encode_grid(part, size=64))
+    cells = view_cells([image], teacher, 8, 3, seed=0, sample_ids=["a"], size=64)
+    assert torch.equal(cells.features[0], torch.cat([grid.flatten(0, 1) for _, grid in seen]))
 
 
 def test_tokens_are_of_the_parts() -> None:

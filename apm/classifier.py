@@ -218,7 +218,9 @@ class Classifier:
             UsageError: only the token is distilled, which says nothing of places; or a value that cannot work.
         """
         if self.student.distil == "cls":
-            raise UsageError("To segment takes a target that says what is where: distil both, or grid, not cls.")
+            raise UsageError(
+                "Segmentation needs a target with information about locations: distil both or grid, not cls."
+            )
         if isinstance(image, Image.Image):
             path, loaded = None, from_pixels(image)
         else:

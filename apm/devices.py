@@ -17,7 +17,7 @@ def pick_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise unknown("device", name, ("auto", "cpu", "cuda"))
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f'Device "{name}" was asked for, but PyTorch finds no CUDA device here; use cpu or auto.')
+        raise UsageError(f'PyTorch finds no CUDA device for "{name}" on this machine; use cpu or auto.')
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise UsageError(f'There is no device "{name}"; this machine has {torch.cuda.device_count()}, counted from 0.')
     return torch.device(name)

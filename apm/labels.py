@@ -59,7 +59,7 @@ def label_set(name: str, *, teacher_labels: Sequence[str] | None = None) -> tupl
     if name == "teacher":
         if not teacher_labels:
             raise UsageError(
-                'The label set "teacher" needs a teacher with classes of its own, and this one has none.'
+                'The label set "teacher" needs a teacher with its own classes, and this one has none.'
                 ' Give labels, or another set such as "imagenet".'
             )
         return tuple(teacher_labels)
@@ -127,9 +127,9 @@ def check_words(
 ) -> None:
     """Refuse what is said twice, and names of sets that are unknown."""
     if labels is not None and label_set is not None:
-        raise UsageError("labels and label_set are two ways to say the same; give one of them.")
+        raise UsageError("labels and label_set exclude each other; give one of them.")
     if prompts is not None and templates is not None:
-        raise UsageError("prompts and templates are two ways to say the same; give one of them.")
+        raise UsageError("prompts and templates exclude each other; give one of them.")
     if label_set is not None and label_set not in LABEL_SET_NAMES:
         raise unknown("label set", label_set, LABEL_SET_NAMES)
     if prompts is not None:
@@ -195,7 +195,7 @@ def read_labels_file(path: str | Path) -> tuple[str, ...]:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f'The labels file "{path}" is not UTF-8 text (byte {error.start}). Save it as UTF-8, one name a line.'
+            f'The labels file "{path}" is not UTF-8 text (byte {error.start}). Save it as UTF-8, one name per line.'
         ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -222,16 +222,15 @@ def check_labels(labels: Iterable[str], *, source: str = "the labels") -> tuple[
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
             raise UsageError(f"{_capital(source)} hold characters that cannot be printed: {name!a}.")
     if not names:
-        raise UsageError(f'{_capital(source)} hold no name. Give at least two, such as "cat,dog".')
+        raise UsageError(f'{_capital(source)} contain no name. Give at least two, such as "cat,dog".')
     folded = Counter(name.casefold() for name in names)
     twice = {name: None for name in names if folded[name.casefold()] > 1}
     if twice:
         listing = ", ".join(f'"{name}"' for name in twice)
-        raise UsageError(f"{_capital(source)} hold names more than once: {listing}. Each name may occur once.")
+        raise UsageError(f"{_capital(source)} contain names more than once: {listing}. Each name may occur only once.")
     if len(names) == 1:
         raise UsageError(
-            f'{_capital(source)} hold one name only, "{names[0]}", whose probability is 1 whatever the image shows.'
-            " Give at least two."
+            f'{_capital(source)} contain only one name, "{names[0]}", whose probability is always 1. Give at least two.'
         )
     return names
 

@@ -27,9 +27,9 @@ def check(
     """
     unknown = [name for name in background if labels is not None and name not in labels]
     if unknown:
-        raise UsageError(f'The background label "{unknown[0]}" is none of the labels.')
+        raise UsageError(f'The background label "{unknown[0]}" is not one of the labels.')
     if labels is not None and not set(labels) - set(background):
-        raise UsageError("All labels are background: at least one must be left to look for.")
+        raise UsageError("All labels are background: at least one must be left.")
     if not 0 <= min_probability <= 1:
         raise UsageError(f"min_probability is {min_probability}; it must lie between 0 and 1.")
     if not 0 <= min_area < 1:

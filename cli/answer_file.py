@@ -57,13 +57,15 @@ def check_out(path: Path) -> None:
         UsageError: the suffix says no form, it is a folder, or the file is not one of ours.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--out {printable(path)}: the name must end in {' or '.join(SUFFIXES)}, which says the form.")
+        raise UsageError(
+            f"--out {printable(path)}: the name must end in {' or '.join(SUFFIXES)}, which sets the format."
+        )
     if path.is_dir():
         raise UsageError(f"--out {printable(path)} is a folder; name a file in it.")
     if path.exists() and path.stat().st_size and not _sidecar(path).is_file():
         raise UsageError(
-            f"--out {printable(path)} is there already, and no {_sidecar(path).name} beside it says how it was made:"
-            " name another file, or remove it."
+            f"--out {printable(path)} exists already, and there is no {_sidecar(path).name} beside it to say how it "
+            "was made: name another file, or remove it."
         )
 
 
@@ -202,7 +204,7 @@ def _csv_rows(content: bytes, path: Path) -> list[tuple[bytes, str, Fingerprint 
 
 
 def _damaged(path: Path, number: int) -> UsageError:
-    return UsageError(f"Row {number} of {printable(path)} is no answer of apm classify: name another file.")
+    return UsageError(f"Row {number} of {printable(path)} is not an answer of apm classify: name another file.")
 
 
 def _row(record: Mapping[str, Any]) -> list[str]:

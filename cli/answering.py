@@ -30,14 +30,16 @@ class Form:
     """What becomes of the answers: how they are shown, where they are written."""
 
     top_k: int = setting(5, "Number of labels to show.")
-    min_probability: float = setting(0.0, 'Mark answers as "unsure" whose best label is less probable, 0 to 1.')
-    as_json: bool = setting(False, "Print one JSON line an image, nothing else.")
-    steps_detail: bool = setting(False, "Put loss and cosine of every step into the JSON.")
-    quiet: bool = setting(False, "Print just path, label, probability, with tabs.")
+    min_probability: float = setting(
+        0.0, 'Mark answers as "unsure" if the best label is less probable than this, 0 to 1.'
+    )
+    as_json: bool = setting(False, "Print one JSON line per image and nothing else.")
+    steps_detail: bool = setting(False, "Add loss and cosine of every step to the JSON.")
+    quiet: bool = setting(False, "Print only path, label and probability, separated by tabs.")
     out: Path | None = setting(
         None,
         "Write the answers to this file (.jsonl or .csv) as they come; they are printed only with --json or --quiet. "
-        "The same command, run again, goes on from there.",
+        "Run the same command again to continue.",
     )
     explain: Path | None = setting(
         None, "Write a map of the best labels for each image into this folder, with its arrays (.npz)."
@@ -57,7 +59,7 @@ class Inputs:
 
     def __init__(self, arguments: list[str]) -> None:
         if "-" in arguments and sys.stdin is None:
-            raise UsageError("Paths were to come on stdin, and it is closed.")
+            raise UsageError("Paths were to be read from stdin, but it is closed.")
         self.paths: Iterable[Path] = expand_paths(arguments, sys.stdin.buffer if "-" in arguments else ())
         self.total: int | None = None
         self.problems: dict[Path, str] = {}
@@ -143,7 +145,7 @@ class Answering:
             count = self._file.earlier + self.done - self.failed
             render.notice(f"{count} answers are in {printable(self._file.path)}{earlier}.")
         if self.done == 0 and inputs.total is None and (self._file is None or not self._file.earlier):
-            raise UsageError("No path came in on stdin.")
+            raise UsageError("Stdin held no path.")
         if self.failed:
             raise typer.Exit(1)
 

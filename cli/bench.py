@@ -67,7 +67,7 @@ class Methods:
     views: int | None = setting(None, VIEWS_HELP)
     protocol: str = setting("common", PROTOCOL_HELP)
     oracle: bool = setting(
-        False, "Allow settings chosen by the test labels, such as dmn:alpha=oracle; marked ORACLE in tables."
+        False, "Allow settings chosen with the test labels, such as dmn:alpha=oracle; marked ORACLE in tables."
     )
     record_steps: bool = setting(False, "apm: record the prediction after each step.")
     record_logits: bool = setting(False, "Record every class's logit, for apm compare.")
@@ -115,27 +115,29 @@ class Folders:
     """
 
     features: Path | None = setting(
-        None, "Read tokens and views from what apm encode wrote; images are decoded only for methods that look at them."
+        None, "Read tokens and views from what apm encode wrote; images are decoded only for methods that need them."
     )
     store: Path | None = setting(
-        None, "As --features, and encode first what the store lacks, for this run and later ones."
+        None, "As --features, but first encode what is missing from the store, for this run and later ones."
     )
     out: Path | None = setting(None, "Run folder. Default: runs/DATASETS-TEACHER. Run again to continue.")
-    fresh: bool = setting(False, "Remove what the run folder holds, and start over.")
-    order: int | None = setting(None, "Seed of the order that stream methods see. Default: --seed.")
+    fresh: bool = setting(False, "Delete the contents of the run folder and start over.")
+    order: int | None = setting(None, "Seed of the image order for stream methods. Default: --seed.")
     orders: int = setting(
         1,
-        "Run stream methods in this many orders, of --order and the seeds that follow, each into a folder beside the "
-        "run's; tables show mean ± standard deviation.",
+        "Run stream methods in this many orders, seeded with --order and the numbers after it, each into a folder "
+        "beside the run's; tables show mean ± standard deviation.",
     )
 
     def __post_init__(self) -> None:
         """Check what needs no data."""
         if self.features is not None and self.store is not None:
-            raise UsageError("--features and --store exclude each other: --store reads, and fills what is missing.")
+            raise UsageError(
+                "--features and --store exclude each other: --store also reads, and encodes what is missing."
+            )
         if self.orders < 1 or (self.order is not None and self.order < 0):
             raise UsageError(
-                f"--order {self.order} and --orders {self.orders}: a seed is 0 or more, and so many orders 1 or more."
+                f"--order {self.order} and --orders {self.orders}: --order must be 0 or more and --orders 1 or more."
             )
 
 
@@ -147,7 +149,8 @@ class Folders:
 def bench(
     datasets: DataSets = None,
     list_: Annotated[
-        bool, typer.Option("--list", help="List the data sets, and which are under the root.", rich_help_panel=DATA)
+        bool,
+        typer.Option("--list", help="List the data sets and which of them are under the root.", rich_help_panel=DATA),
     ] = False,
     *,
     cells: Cells,
@@ -157,12 +160,14 @@ def bench(
     work: Work,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print what apm table --format json prints, nothing else.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--json", help="Print the output of apm table --format json and nothing else.", rich_help_panel=OUTPUT
+        ),
     ] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Run methods on data sets: teacher, peers and APM in one loop, every answer recorded, tables from the records.
+    """Run methods on data sets: zero-shot, other methods and APM in one loop, with every answer recorded.
 
     A run is a folder; running the same command again continues it. Under torchrun the processes share one run:
     torchrun --nproc-per-node 4 -m apm bench …
@@ -179,7 +184,7 @@ def bench(
     from apm.processes import join, on_many_machines
 
     if folders.fresh and on_many_machines():  # where the launchers tell each other of no restart, it would clear again
-        raise UsageError("--fresh is for one machine. Remove the run folder, and leave --fresh out.")
+        raise UsageError("--fresh works with one process only. Remove the run folder and leave out --fresh.")
     with join() as group:
         summaries = _run(names, planned, cells, methods, templates, student, folders, work, group, quiet=quiet)
     if group.first:

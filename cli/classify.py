@@ -42,10 +42,10 @@ class Source:
     teacher: str | None = setting(
         None,
         'A name that "apm teachers" lists, NAME/TAG of open_clip, hf-hub:ORG/REPO or local-dir:PATH. '
-        "Default: ViT-B-16/openai, or the embedded one when its weights cannot be had.",
+        "Default: ViT-B-16/openai, or the embedded one if its weights are not available.",
     )
     labels: str | None = setting(None, 'Class names to choose from: "cat,dog".')
-    labels_file: Path | None = setting(None, "Class names from a text file, one a line.")
+    labels_file: Path | None = setting(None, "Class names from a text file, one per line.")
     label_set: str | None = setting(
         None,
         f"A built-in set of class names: {', '.join(LABEL_SET_NAMES)}. Default: the teacher's own, else imagenet.",
@@ -83,7 +83,7 @@ class Source:
 def classify(
     paths: Annotated[
         list[str],
-        typer.Argument(help="Files, folders, patterns, or - for paths on stdin, one a line.", metavar="PATH"),
+        typer.Argument(help="Files, folders, patterns, or - to read paths from stdin, one per line.", metavar="PATH"),
     ],
     source: Source,
     *,
@@ -92,7 +92,8 @@ def classify(
     batch_size: Annotated[
         str,
         typer.Option(
-            help="Images adapted side by side: a number or auto. Answers do not depend on it.", rich_help_panel=STUDENT
+            help="Images adapted at the same time: a number or auto. Answers do not depend on it.",
+            rich_help_panel=STUDENT,
         ),
     ] = "auto",
     form: Form,
@@ -107,10 +108,10 @@ def classify(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Say what is on photographs, adapting a fresh student to each of them.
+    """Classify photographs, adapting a new student to each of them.
 
-    A frozen teacher maps a photograph to one token, a small student is drawn anew and overfit to that token, and both
-    say which label fits best. Nothing is kept from one photograph to the next.
+    A frozen teacher maps a photograph to one token. A small student starts from random weights and is overfit to that
+    token, and both name the label that fits best. Nothing is carried over from one photograph to the next.
 
     Exit code: 0 all answered, 1 some could not be (each is named on stderr), 2 wrong usage.
     """
@@ -194,9 +195,9 @@ def _fill_for_maps(student: dict[str, Any], folder: Path, size: int) -> list[str
     if size < 1:
         raise UsageError(f"--explain-size is {size}; it must be at least 1.")
     if student.get("distil") == "cls":
-        raise UsageError("--explain needs a target that says what is where: --distil both, or grid, not cls.")
+        raise UsageError("--explain needs a target with information about locations: --distil both or grid, not cls.")
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--explain {printable(folder)} is a file; it must be a folder, or a name that is free.")
+        raise UsageError(f"--explain {printable(folder)} is a file; it must be a folder or a new name.")
     # bfloat16 steps would leave their rounding in the field
     needed: dict[str, Any] = {"steps": STEPS, "lr": LR, "distil": "both", "precision": "fp32"}
     if "queries" not in student:
@@ -210,5 +211,5 @@ def _batch_size(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f'--batch-size is "{text}"; it must be a number from 1 on, or auto.')
+        raise UsageError(f'--batch-size is "{text}"; it must be a number of 1 or more, or auto.')
     return int(text)

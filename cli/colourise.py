@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def colourise(
     paths: Annotated[
         list[str],
-        typer.Argument(help="Files, folders, patterns, or - for paths on stdin, one a line.", metavar="PATH"),
+        typer.Argument(help="Files, folders, patterns, or - to read paths from stdin, one per line.", metavar="PATH"),
     ],
     checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="Checkpoint of `apm pretrain --grey-input`.")],
     out: Annotated[
@@ -34,8 +34,8 @@ def colourise(
     places: Annotated[
         int | None,
         typer.Option(
-            help="Places along a side at which the student is asked for colours, 1 to 1024; between them they are "
-            "interpolated. Default: those it was trained at.",
+            help="Locations per side at which colours are predicted, 1 to 1024; between them they are interpolated. "
+            "Default: as in training.",
             show_default=False,
         ),
     ] = None,
@@ -45,9 +45,9 @@ def colourise(
     max_pixels: MaxPixels = None,
     debug: Debug = False,
 ) -> None:
-    """Colour photographs: lightness is the photograph's own, colours are what a student makes of its grey.
+    """Colour photographs: the lightness is the photograph's own, the colours are predicted by a student.
 
-    The student sees the whole photograph squeezed to a square, in grey; colours that the file has are not looked at.
+    The student sees the whole photograph squeezed to a square, in grey; colours in the file are ignored.
     For each image a PNG of its own size and a JSON file are written; on stdout a line with the names of both images.
 
     Exit code: 0 all done, 1 some could not be (each is named on stderr), 2 wrong usage.

@@ -33,13 +33,13 @@ def compare(
         float, typer.Option(help="Allowed change of the logits, where bench --record-logits recorded them.")
     ] = 0.01,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON line for each cell and method, with all ids.")
+        bool, typer.Option("--json", help="Print one JSON line per cell and method, with all image ids.")
     ] = False,
     debug: Debug = False,
 ) -> None:
     """Check a run against a baseline of the same configuration, paired by image.
 
-    Beside the answers, loss, cosine, negative log-likelihood and logits are compared: the root mean square of their
+    Besides the answers, loss, cosine, negative log-likelihood and logits are compared: the root mean square of their
     changes over the images of each cell, for each method. The limits are meant for fp32 on any CPU; what they were
     chosen from is in benchmarks/regression.md.
 
@@ -71,7 +71,7 @@ def compare(
             failure(f"{result.cell}, {result.method}: {reason}{ids}")
     if missing := unchecked(results):
         said = "; ".join(f"{name} of {', '.join(methods)}" for name, methods in missing.items())
-        notice(f"Not checked, since not recorded in both runs: {said}.")
+        notice(f"Not checked, because not recorded in both runs: {said}.")
     if any(not result.passed for result in results):
         raise typer.Exit(1)
 

@@ -67,6 +67,6 @@ def corrupt(
             if progress is not None:
                 progress.advance(progress.task_ids[0])
     if not quiet:
-        say(f"{written:,} pictures written, {skipped:,} were there, {failed:,} images unreadable: {target}")
+        say(f"{written:,} pictures written, {skipped:,} existed already, {failed:,} images unreadable: {target}")
     if failed:
         raise typer.Exit(1)

@@ -29,7 +29,7 @@ def encode(
         int, typer.Option(help="Views of each image, the image itself among them.", rich_help_panel=FEATURES)
     ] = 64,
     precision: Annotated[
-        str, typer.Option(help="Number format on the disk: fp16 or fp32.", rich_help_panel=FEATURES)
+        str, typer.Option(help="Number format on disk: fp16 or fp32.", rich_help_panel=FEATURES)
     ] = "fp16",
     work: Work,
     quiet: Quiet = False,
@@ -37,7 +37,7 @@ def encode(
 ) -> None:
     """Encode images and their augmented views once, for runs that read them with apm bench --features STORE.
 
-    Says how large the store will be before it starts. What is damaged is found by its checksum and encoded again. Under
+    Prints the size of the store before it starts. Damaged files are found by their checksums and encoded again. Under
     torchrun the processes share the work: torchrun --nproc-per-node 4 -m apm encode …
 
     Examples:

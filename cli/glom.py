@@ -37,10 +37,10 @@ def train_(
     session: Session,
     debug: Debug = False,
 ) -> None:
-    """Train GLOM: fill in hidden places of images, and tell each place from others by what is said of it. No labels.
+    """Train GLOM to fill in hidden locations of images and to tell locations apart. Labels are not used.
 
-    Progress goes to stderr, the curves to CKPT.log.jsonl. The same command after a kill goes on exactly where the last
-    checkpoint was.
+    Progress goes to stderr, the curves to CKPT.log.jsonl. After a kill the same command continues exactly from the last
+    checkpoint.
 
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
@@ -58,8 +58,9 @@ def train_(
         sizes,
         config,
         session,
-        names={"denoising": "hidden places", "contrast": "contrast"},
-        result="held out on {held_out:,}: mean squared error of hidden places {denoising:.5f}, contrast {contrast:.5f}",
+        names={"denoising": "hidden locations", "contrast": "contrast"},
+        result="held out on {held_out:,}: mean squared error of hidden locations {denoising:.5f}, "
+        "contrast {contrast:.5f}",
     )
 
 
@@ -68,7 +69,7 @@ def show(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The photograph; its central square is used.")],
     checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="Checkpoint of `apm glom train`.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for pictures, tree and arrays; made if need be.")],
-    threshold: Annotated[float, typer.Option(help="Cosine from which on neighbours are of one island.")] = 0.9,
+    threshold: Annotated[float, typer.Option(help="Minimum cosine of neighbours in one island.")] = 0.9,
     steps: Annotated[
         int | None, typer.Option(help="Steps in which the columns settle. Default: as in training.")
     ] = None,
@@ -76,7 +77,7 @@ def show(
     max_pixels: MaxPixelsOfImage = None,
     debug: Debug = False,
 ) -> None:
-    """Look at the columns of one image: each level's embeddings in colours over the steps, and the parse tree.
+    """Show the columns of one image: each level's embeddings as colours over the steps, and the parse tree.
 
     Writes the levels as a picture and as an animation, the islands and their tree as a picture and as nested JSON, and
     the arrays (npz). Prints the files' names.
@@ -114,7 +115,9 @@ def show(
 def probe(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A Parquet file with the columns image and label.")],
     checkpoint: Annotated[Path, typer.Option(metavar="CKPT", help="Checkpoint of `apm glom train`.")],
-    train_on: Annotated[int, typer.Option("--train", help="Images to fit on; the others test.")] = 8000,
+    train_on: Annotated[
+        int, typer.Option("--train", help="Number of training images; the others are for testing.")
+    ] = 8000,
     limit: Annotated[int | None, typer.Option(help="Use this many images only.")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps in which the columns settle. Default: as in training.")
@@ -125,9 +128,9 @@ def probe(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Fit a linear classifier on each level's embeddings, beside the pixels and a network that was not trained.
+    """Fit a linear classifier on each level's embeddings, on the pixels, and on an untrained network.
 
-    Prints a table. Labels serve the probe alone: the network is not changed.
+    Prints a table. Labels are used only by the probe; the network is not changed.
     """
     for name, value in (("--steps", steps), ("--limit", limit)):
         if value is not None and value < 1:

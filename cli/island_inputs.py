@@ -31,7 +31,7 @@ def files_of(paths: Sequence[str]) -> tuple[list[Path], int]:
     """
     files = list(expand_paths(paths, sys.stdin.buffer if "-" in paths else ()))
     if not files:
-        raise UsageError("No path came in on stdin.")
+        raise UsageError("Stdin held no path.")
     problems = {file: problem for file in files if (problem := file_problem(file)) is not None}
     for file, problem in problems.items():
         render.failure(f"{printable(file)}: {problem}")

@@ -30,7 +30,7 @@ FIXED = "Layers of a fixed model"
 def islands(
     paths: Annotated[
         list[str],
-        typer.Argument(help="Files, folders, patterns, or - for paths on stdin, one a line.", metavar="PATH"),
+        typer.Argument(help="Files, folders, patterns, or - to read paths from stdin, one per line.", metavar="PATH"),
     ],
     out: Annotated[Path, typer.Option(help="Folder for pictures, arrays and measures; made if need be.")],
     options: IslandOptions,
@@ -40,9 +40,9 @@ def islands(
     source: Annotated[
         str | None,
         typer.Option(
-            help="Look at layers of a fixed model, not at a student: mvit:3,4 (MViTv2-S of torchvision, the image as a "
-            "still video), vit:NAME:LAYER (a model of timm or torchvision), teacher:LAYER. Behind it @FILE names "
-            "weights, @random or @random:SEED takes them at random; else they are the published ones.",
+            help="Show layers of a fixed model instead of a student: mvit:3,4 (MViTv2-S of torchvision, the image as a "
+            "still video), vit:NAME:LAYER (a model of timm or torchvision), teacher:LAYER. Append @FILE for weights "
+            "from a file, @random or @random:SEED for random ones; the default is the published ones.",
             metavar="SOURCE",
             rich_help_panel=FIXED,
         ),
@@ -54,23 +54,24 @@ def islands(
     snapshots: Annotated[
         str | None, typer.Option(help='Steps to show: "0,5,50". Default: 0, 1, 2, 5, 10, … up to --steps.')
     ] = None,
-    controls: Annotated[bool, typer.Option(help="Also make the controls; fitted ones take four times as long.")] = True,
+    controls: Annotated[
+        bool, typer.Option(help="Also run the controls; with students this takes four times as long.")
+    ] = True,
     device: Device = "auto",
     figure_format: Annotated[str, typer.Option("--format", help="File format of the figures: png or svg.")] = "png",
     debug: Debug = False,
     *,
     context: typer.Context,
 ) -> None:
-    """Watch the field form while a student is fitted to the token and to the grid of a teacher, in float32.
+    """Show how the field forms while a student is fitted to a teacher's token and to its grid, in float32.
 
     For each image: a strip of fields over the steps, curves of the islands' measures beside controls in which regions
     cannot follow the image, the parts found, an animation, the arrays (.npz) and the measures (.json). The control
-    "other target" takes its target from the next of the images given; with one image only, from that image turned
-    upside down.
+    "other target" takes its target from the next image given; with only one image, from that image turned upside down.
 
     With --source nothing is fitted: for each image the layers' features as colours (principal components, t-SNE), the
-    parts found, arrays and measures, beside the same network with weights at random, the image's patches in another
-    order, another image, plain colours, and coordinates.
+    parts found, arrays and measures, beside the same network with random weights, the image with shuffled patches,
+    another image, plain colours, and coordinates.
 
     Exit code: 0 all done, 1 some images could not be read, 2 wrong usage.
     """
@@ -87,7 +88,7 @@ def islands(
         look_at_layers(source, looking, named=teacher, frames=frames)
         return
     if frames is not None:
-        raise UsageError("--frames is of the video that --source mvit:LAYER looks at, and no --source is given.")
+        raise UsageError("--frames applies only to --source mvit:LAYER, and no --source is given.")
     shown = _snapshots(snapshots, options.steps)
     files, missing = files_of(paths)
     _watch(files, missing, load_named(teacher, device), options, shown, out, figure_format, controls=controls)

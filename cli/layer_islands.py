@@ -85,14 +85,19 @@ def _refuse(name: SourceName, given: Set[str], frames: int | None) -> None:
     foreign = [flag(one) for one in OF_STUDENT if one in given]
     if foreign:
         raise UsageError(
-            f"--source {name.text} fits no student, and {', '.join(foreign)} would have no effect: leave out the one"
-            " or the other."
+            f"--source {name.text} fits no student, so {', '.join(foreign)} would have no effect: leave out one of "
+            "them."
         )
     if "teacher" in given and name.kind != "teacher":
-        raise UsageError(f"--source {name.text} has no teacher, but --teacher is given: its layers are teacher:LAYER.")
+        raise UsageError(
+            f"--source {name.text} uses no teacher, but --teacher is given: for a teacher's layers write --source "
+            "teacher:LAYER."
+        )
     if frames is not None and (name.kind != "mvit" or frames not in FRAMES):
         allowed = " or ".join(map(str, FRAMES))
-        raise UsageError(f"--frames is {frames} with --source {name.text}: it is of mvit alone, and {allowed}.")
+        raise UsageError(
+            f"--frames is {frames} with --source {name.text}: it applies only to mvit, and must be {allowed}."
+        )
 
 
 def _load(

@@ -29,7 +29,7 @@ NETWORK, HEAD = "The network", "The head"
 SOURCES = "a checkpoint of apm mae, MAE's published file, timm:NAME or timm:NAME@FILE"
 
 app = command_group(
-    "Masked autoencoders (He et al. 2022), and heads on them: what vit-probe and ttt-mae of apm bench use."
+    "Masked autoencoders (He et al. 2022) and heads, for the methods vit-probe and ttt-mae of apm bench."
 )
 
 Labelled = Annotated[
@@ -39,13 +39,13 @@ Labelled = Annotated[
         metavar="DATA",
     ),
 ]
-Base = Annotated[str, typer.Option(help=f"Where encoder and decoder begin: {SOURCES}.", metavar="SOURCE")]
+Base = Annotated[str, typer.Option(help=f"Initial encoder and decoder: {SOURCES}.", metavar="SOURCE")]
 OptionalBase = Annotated[
     str | None,
-    typer.Option(help=f"Begin with these weights, not with drawn ones: {SOURCES}.", metavar="SOURCE"),
+    typer.Option(help=f"Start from these weights instead of random ones: {SOURCES}.", metavar="SOURCE"),
 ]
 AllowTest = Annotated[
-    bool, typer.Option("--allow-test", help="Also take data whose name says that they are for testing.")
+    bool, typer.Option("--allow-test", help="Also accept data whose name says that it is for testing.")
 ]
 
 
@@ -62,11 +62,10 @@ def train_(
     base: OptionalBase = None,
     debug: Debug = False,
 ) -> None:
-    """Train a masked autoencoder: most patches of an image are hidden, and said from the others. No labels.
+    """Train a masked autoencoder: hide most patches of an image and predict them from the others, without labels.
 
-    With --base the sizes are those of its parts. Progress goes to stderr, the curves to CKPT.log.jsonl. The same
-    command after a kill goes on exactly where the last checkpoint was. Started by torchrun, the processes share each
-    batch.
+    With --base the sizes are those of that checkpoint. Progress goes to stderr, the curves to CKPT.log.jsonl. After a
+    kill the same command continues exactly from the last checkpoint. Under torchrun the processes share each batch.
 
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
@@ -105,7 +104,7 @@ def probe(
     allow_test: AllowTest = False,
     debug: Debug = False,
 ) -> None:
-    """Train a head on labels, the encoder frozen: the ViT probe, where TTT-MAE begins too.
+    """Train a head on labels with a frozen encoder: the ViT probe, from which TTT-MAE starts too.
 
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """

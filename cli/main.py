@@ -26,25 +26,25 @@ from .render import failure
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module of this package; what `apm --help` says). The module holds a function of the same name, or `app`, a
     # group of commands
-    "classify": (".classify", "Say what is on photographs, adapting a fresh student to each."),
-    "segment": (".segment", "Say what is where on photographs: label maps, overlays, shares and boxes."),
-    "teachers": (".teachers", "List the teachers, and which are on this machine."),
-    "encode": (".encode", "Encode images and views once, into a store for many runs."),
-    "bench": (".bench", "Run methods on data sets, resumably, into records."),
+    "classify": (".classify", "Classify photographs, adapting a new student to each."),
+    "segment": (".segment", "Segment photographs: label maps, overlays, shares and bounding boxes."),
+    "teachers": (".teachers", "List the teachers and which of them are on this machine."),
+    "encode": (".encode", "Encode images and views once, into a store that many runs can read."),
+    "bench": (".bench", "Run methods on data sets and record every answer."),
     "table": (".table", "Print tables from the records of runs, beside the published numbers."),
     "report": (".report", "Write one HTML page from the records of runs."),
-    "reproduce": (".reproduce", "Run a table of the paper, and compare with its published cells."),
+    "reproduce": (".reproduce", "Run a table of the paper and compare it with the published numbers."),
     "compare": (".compare", "Check a run against an earlier one, sample by sample."),
-    "profile": (".profile", "Count what student and teacher consist of, and what a step costs."),
-    "islands": (".islands", "Watch a student's field form, and whether its regions follow the image."),
+    "profile": (".profile", "Count the parameters and operations of student and teacher, and time a step."),
+    "islands": (".islands", "Show how a student's field forms, and whether its regions follow the image."),
     "pretrain": (".pretrain", "Train one student on many images, against a teacher's grids."),
-    "interpolate": (".interpolate", "Walk from one image to another between their trigger columns."),
+    "interpolate": (".interpolate", "Interpolate between the trigger columns of two images."),
     "field": (".field", "Query a trained student's field of an image, at any locations."),
     "colourise": (".colourise", "Colour black-and-white photographs with a student trained on grey images."),
-    "glom": (".glom", "Train GLOM on images, look at its columns, probe its levels."),
-    "mae": (".mae", "Train masked autoencoders, and heads on them, for vit-probe and ttt-mae."),
-    "prompts": (".prompts", "Convert prompts that CoOp and CoCoOp learned, for apm bench."),
-    "corrupt": (".corrupt", "Write the corruptions of ImageNet-C for a folder of images."),
+    "glom": (".glom", "Train GLOM on images, show its columns, probe its levels."),
+    "mae": (".mae", "Train masked autoencoders and heads, for the methods vit-probe and ttt-mae."),
+    "prompts": (".prompts", "Learn prompts with CoOp or CoCoOp, or convert learned ones, for apm bench."),
+    "corrupt": (".corrupt", "Write corrupted copies of a folder of images, as in ImageNet-C."),
 }
 
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
@@ -115,7 +115,7 @@ def apm(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Test-time training by Asynchronous Perception Machines: classify one image at a time, keep nothing."""
+    """Zero-shot image classification that adapts to each image (Asynchronous Perception Machines)."""
 
 
 def _interrupt(*_: object) -> None:

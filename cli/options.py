@@ -25,8 +25,8 @@ Debug = Annotated[
     bool, typer.Option("--debug", callback=_remember, help="Show the traceback of an error.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON line an image, nothing else.")]
-LinesOnly = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the lines and errors.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON line per image and nothing else.")]
+LinesOnly = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the lines and errors.")]
 
 
 def pixel_limit(value: int | None) -> int | None:

@@ -38,22 +38,20 @@ def pretrain(
     teacher_grid: Annotated[
         str | None,
         typer.Option(
-            help="Teacher that gives the grids: any of `apm teachers`, or timm:NAME. With --grey-input it may be left "
-            "out: the colours alone are learned then.",
+            help="Teacher for the grids: any of `apm teachers`, or timm:NAME. Optional with --grey-input, which then "
+            "learns only the colours.",
             metavar="NAME",
         ),
     ] = None,
     preset: Annotated[str, typer.Option(help="The student's size: paper or small.", rich_help_panel=STUDENT)] = "small",
     patch_size: Annotated[
         int,
-        typer.Option(
-            help="Side of one of its grid's cells in pixels: fewer for small images.", rich_help_panel=STUDENT
-        ),
+        typer.Option(help="Side of a grid cell in pixels; choose fewer for small images.", rich_help_panel=STUDENT),
     ] = APMConfig.patch_size,
     grid_size: Annotated[
         int | None,
         typer.Option(
-            help="Side of the teacher's input in pixels. Default: its own.",
+            help="Input size of the teacher in pixels. Default: its own.",
             rich_help_panel=STUDENT,
             show_default=False,
         ),
@@ -62,11 +60,11 @@ def pretrain(
 ) -> None:
     """Train one student on a folder of images: its field against a teacher's grid, its colours against the image.
 
-    With --grey-input the student sees the images in grey: `apm colourise` colours photographs with it. With
-    --target-layer it learns what the teacher holds after one of its layers, to stand in for those up to there.
+    With --grey-input the student sees the images in grey, for use with `apm colourise`. With --target-layer it learns
+    the output of one of the teacher's layers, to replace the layers up to that one.
 
-    No labels. Progress goes to stderr, the curves to CKPT.log.jsonl. The same command after a kill goes on exactly
-    where the last checkpoint was. Started by torchrun, the processes share each batch.
+    Labels are not used. Progress goes to stderr, the curves to CKPT.log.jsonl. After a kill the same command continues
+    exactly from the last checkpoint. Under torchrun the processes share each batch.
 
     Exit code: 0 done, 1 done but some images were skipped (each is named on stderr), 2 wrong usage.
     """
@@ -89,9 +87,12 @@ def pretrain(
 def _check_field(teacher_grid: str | None, config: PretrainConfig, grid_size: int | None, patch_size: int) -> None:
     """Refuse, by a `UsageError`, options that do not go together, before anything is read."""
     if teacher_grid is None and not config.grey_input:
-        raise UsageError("--teacher-grid NAME is missing: whose grids are to be learned? Only --grey-input needs none.")
+        raise UsageError(
+            "--teacher-grid NAME is missing: it names the teacher whose grids are learned. Only --grey-input needs "
+            "none."
+        )
     if teacher_grid is None and grid_size is not None:
-        raise UsageError("--grid-size is of the teacher's grids, and there is no --teacher-grid.")
+        raise UsageError("--grid-size applies to the teacher's grids, but there is no --teacher-grid.")
     if not 1 <= patch_size <= 64:
         raise UsageError(f"--patch-size must be from 1 to 64 pixels, not {patch_size}.")
 

@@ -28,26 +28,27 @@ class LayerOptions:
 
     target_layer: int | None = setting(
         None,
-        "Learn what the teacher holds after this layer (block of a transformer, stage of a ResNet, from 1), no grid "
-        "and no colours: the student stands in for the layers behind --from-layer up to this one, and the rest of the "
-        "teacher can go on from its answers.",
+        "Learn the output of this layer of the teacher (block of a transformer or stage of a ResNet, from 1) instead "
+        "of grid and colours. The student replaces the layers after --from-layer up to this one, and the rest of the "
+        "teacher runs on its output.",
         default_words="none",
         check=at_least(1),
     )
-    from_layer: int = setting(0, "Layer whose tokens the student is given; 0: the image.", check=at_least(0))
+    from_layer: int = setting(0, "Layer whose output the student is given; 0: the image.", check=at_least(0))
     local: bool = setting(
-        False, "A query also holds what is given at its place (not in the paper, where the column is all)."
+        False,
+        "Queries also contain the input at their location, which is not in the paper.",
     )
 
     def __post_init__(self) -> None:
         """Check each value, and that they go together."""
         check_values(self, flag)
         if self.target_layer is None and (self.from_layer or self.local):
-            raise UsageError("--from-layer and --local say how to stand in for layers: --target-layer is missing.")
+            raise UsageError("--from-layer and --local need --target-layer, which is missing.")
         if self.target_layer is not None and self.target_layer <= self.from_layer:
             raise UsageError(
-                f"--target-layer {self.target_layer} does not lie behind --from-layer {self.from_layer}: nothing is "
-                "left to stand in for."
+                f"--target-layer {self.target_layer} does not lie after --from-layer {self.from_layer}: there is no "
+                "layer to replace."
             )
 
 
@@ -70,11 +71,11 @@ def pretrain_layers(
     """
     assert options.target_layer is not None
     if teacher is None:
-        raise UsageError("--teacher-grid NAME is missing: whose layers are to be stood in for?")
+        raise UsageError("--teacher-grid NAME is missing: it names the teacher whose layers are replaced.")
     if sized or config.grey_input or config.rgb_weight not in (0.0, PretrainConfig.rgb_weight):
         raise UsageError(
-            "--grid-size, --patch-size, --grey-input and --rgb-weight do not go with --target-layer: the layers' own "
-            "sizes are used, and no colours are learned."
+            "--grid-size, --patch-size, --grey-input and --rgb-weight cannot be combined with --target-layer: the "
+            "layers' own sizes are used, and no colours are learned."
         )
     from apm.pretrain.layers import LayerTokens, LayerTrainer
     from apm.pretrain.stand_in import STAND_IN, StandInSizes

@@ -30,7 +30,7 @@ def profile(
         str | None, typer.Option(help="Count this teacher as well; see `apm teachers`.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="Where to time a step: auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     debug: Debug = False,
 ) -> None:
     """Count parameters, floating-point operations and memory, and time a step.

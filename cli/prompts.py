@@ -31,15 +31,17 @@ LEARNING, FILES = "Learning", "Files"
 class Learning:
     """What is learned, and from what."""
 
-    teacher: str | None = setting(None, "As for apm bench. The prompt is for this teacher alone.")
-    shots: int = setting(16, "Images of each class.")
+    teacher: str | None = setting(None, "As for apm bench. The prompt works only with this teacher.")
+    shots: int = setting(16, "Images per class.")
     epochs: int | None = setting(
         None, "Default: coop 200; 50 with 1,000 classes or 1 shot, 100 with 2 to 4 shots; cocoop 10."
     )
-    batch_size: int | None = setting(None, "Images a step. Default: coop 32, cocoop 1.")
-    words: int | None = setting(None, 'Number of word vectors, drawn at random. Default: the 4 of "a photo of a".')
-    lr: float = setting(2e-3, "Highest learning rate of SGD.")
-    seed: int = setting(0, "Seed of the images taken, their order and crops, and first weights.")
+    batch_size: int | None = setting(None, "Images per step. Default: coop 32, cocoop 1.")
+    words: int | None = setting(
+        None, 'Number of word vectors, initialised at random. Default: the 4 of "a photo of a".'
+    )
+    lr: float = setting(2e-3, "Peak learning rate of SGD.")
+    seed: int = setting(0, "Seed of the choice of images, their order and crops, and the initial weights.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,9 @@ class Files:
     """
 
     root: Path | None = setting(None, "Folder that contains the data sets. Default: APM_DATA.")
-    allow_test: bool = setting(False, "Learn also from what is for testing by its name.")
+    allow_test: bool = setting(False, "Also accept data whose name says that it is for testing.")
     out: Path | None = setting(None, "The learned prompt. Default: METHOD-DATASET-SHOTSshots-seedSEED.safetensors.")
-    save_every: int = setting(100, "Steps between the files to go on from.", check=at_least(1))
+    save_every: int = setting(100, "Steps between checkpoints.", check=at_least(1))
     device: str = setting("auto", "auto, cpu or cuda.")
     workers: int = setting(4, "Number of threads that decode images.", check=at_least(1))
 
@@ -66,25 +68,25 @@ class Files:
 @options_of(Learning, "learning", LEARNING)
 @options_of(Files, "files", FILES)
 def learn(
-    method: Annotated[str, typer.Argument(metavar="coop|cocoop", help="What learns the prompt.")],
+    method: Annotated[str, typer.Argument(metavar="coop|cocoop", help="Method that learns the prompt.")],
     dataset: Annotated[
         str,
         typer.Argument(
             metavar="DATASET",
             help="Labelled TRAINING images: a folder with a folder for each class, a .parquet file (image, label, and "
-            "wnid or class_name), or a data set with a split json, whose training part is taken.",
+            "wnid or class_name), or a data set with a split json, whose training part is used.",
         ),
     ],
     learning: Learning,
     files: Files,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line on stdout, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")] = False,
     debug: Debug = False,
 ) -> None:
     """Learn a prompt from a few labelled images, for apm bench --method coop:file=OUT, tpt+coop and so on.
 
-    The teacher stays as it is; the word vectors before the class names are learned, and CoCoOp's network of the image.
-    The same command after a kill goes on, and comes to the same bytes.
+    The teacher is frozen; the word vectors before the class names are learned, and CoCoOp's meta-net. After a kill the
+    same command continues and ends with identical bytes.
 
     Exit code: 0 done, 1 an image cannot be read, 2 wrong usage, 130 interrupted.
     """
@@ -136,14 +138,14 @@ def convert(
         Path, typer.Argument(metavar="FILE", help="Checkpoint of CoOp's or CoCoOp's code, such as model.pth.tar-50.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write. Default: FILE with .safetensors behind it.", metavar="OUT")
+        Path | None, typer.Option(help="Output file. Default: FILE with .safetensors appended.", metavar="OUT")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line on stdout, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a published checkpoint to safetensors. Nothing that the checkpoint carries is run.
+    """Convert a published checkpoint to safetensors. No code in the checkpoint is run.
 
-    Only the learned context (and CoCoOp's meta-net) is kept: the class names are those of the data set at hand.
+    Only the learned context (and CoCoOp's meta-net) is kept; class names come from the data set that is evaluated.
     """
     from apm.text.learned_prompt import read_published, write_learned_prompt
 
@@ -159,4 +161,4 @@ def _say_learned(path: Path, prompt: LearnedPrompt, method: str, *, as_json: boo
         say_json(json.dumps({"path": str(path), "method": method, "words": words, "width": width}))
         return
     say(str(path))
-    notice(f"{words} word vectors of {width} numbers: apm bench … --method {method}:file={path}")
+    notice(f"{words} word vectors of width {width}: apm bench … --method {method}:file={path}")

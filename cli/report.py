@@ -16,22 +16,22 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for index.html; an earlier report in it is replaced.")],
     flips: Annotated[int, typer.Option(min=0, help="Flipped images shown for each cell; the others are counted.")] = 12,
     images: Annotated[
-        bool, typer.Option("--images/--no-images", help="Show the flipped images, where their data set is found.")
+        bool, typer.Option("--images/--no-images", help="Show the flipped images, if their data set is found.")
     ] = True,
     published: Annotated[
-        bool, typer.Option("--published/--no-published", help="With the published rows, marked as such.")
+        bool, typer.Option("--published/--no-published", help="Include the published rows, marked as such.")
     ] = True,
     oracle: Annotated[
-        bool, typer.Option("--oracle", help="With the best step chosen by peeking at labels, marked.")
+        bool, typer.Option("--oracle", help="Include the best step, chosen with the test labels and marked as such.")
     ] = False,
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page from the records of runs.
 
-    What can be trusted of the methods first, with a chart of gain against cost; then tables as those of apm table,
-    accuracy by corruption and level, flips with the images that flipped, adaptation, calibration, speed, and the
-    settings of each run. The page loads nothing from anywhere: it can be opened from a disk, sent, or kept. It holds
-    the paths, commands and (unless --no-images) small pictures of what was run.
+    Shows first what can be trusted, with a chart of gain against cost; then the tables of apm table, accuracy by
+    corruption and level, flips with the images that flipped, adaptation, calibration, speed, and the settings of each
+    run. The page loads nothing from the network, so it can be opened from disk, sent, or archived. It contains the
+    paths and commands of the runs and (unless --no-images) small pictures.
 
     Prints the page's path.
     """

@@ -39,7 +39,7 @@ class Rows:
     method: list[str] | None = setting(None, "Only this method of the table; repeatable. Default: all.")
     teacher: list[str] | None = setting(
         None,
-        "Another teacher than the paper's, for all rows, or for those of one: ViT-H/14=NAME/TAG. Repeatable.",
+        "A teacher other than the paper's, for all rows or for those of one teacher: ViT-H/14=NAME/TAG. Repeatable.",
     )
     coop: Path | None = setting(None, "A prompt that CoOp learned, for its rows.")
     cocoop: Path | None = setting(None, "A prompt that CoCoOp learned, for its rows.")
@@ -91,12 +91,12 @@ def reproduce(
     student: dict[str, Any],
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Say what can be run and how long it will take, and stop.", rich_help_panel=RUN),
+        typer.Option("--plan", help="Only print what can be run and how long it will take.", rich_help_panel=RUN),
     ] = False,
     measured: Annotated[
         bool,
         typer.Option(
-            "--measure/--no-measure", help="Time every method on an image, for the expected hours.", rich_help_panel=RUN
+            "--measure/--no-measure", help="Time every method on one image to estimate the hours.", rich_help_panel=RUN
         ),
     ] = True,
     out: Annotated[
@@ -107,16 +107,16 @@ def reproduce(
     ] = None,
     work: Work,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.", rich_help_panel=OUTPUT)
     ] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Run a table of the paper on your data, and set ours beside the published cells.
+    """Run a table of the paper on your data and compare it with the published numbers.
 
-    Says first which cells can be run (data found? weights found?) and, from a measurement on this machine, for how many
-    hours; then runs them as apm bench does, resumably; then compares. A zero-shot number within 0.3 points agrees; for
-    any other the likely causes are named, by what the records say. Nothing is downloaded unless --download asks for it.
+    Lists first which cells can be run (data found? weights found?) and, from a measurement on this machine, for how
+    many hours. Then runs them as apm bench does, resumably, and compares. A zero-shot number within 0.3 points agrees;
+    for any other, likely causes are named from the records. Nothing is downloaded without --download.
 
     Exit code: 0 all cells were run and agree; 1 some could not be run, have images without an answer, or differ (each
     is named on stderr); 2 wrong usage, or nothing can be run; 130 interrupted.

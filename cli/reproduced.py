@@ -75,7 +75,7 @@ def print_plan(plan: Plan, hours: Mapping[Job, float], protocol: str, *, as_json
         say(f"  {text}")
     if hours:
         total = in_words(sum(hours.values()))
-        say(f"\nExpected in all: {total}, by the time of each method on one image of noise on this machine.")
+        say(f"\nExpected in total: {total}, from the time of each method on one noise image on this machine.")
     for text in missing(plan):
         notice(text)
 

@@ -77,7 +77,7 @@ class ResultsFolder:
         except KeyboardInterrupt:
             raise interrupted(done, inputs.total, form) from None
         if not done:
-            raise UsageError("No path came in on stdin.")
+            raise UsageError("Stdin held no path.")
         if failed:
             raise typer.Exit(1)
 

@@ -28,7 +28,7 @@ DataSets = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.", rich_help_panel=OUTPUT)
 ]
-TEACHER_HELP = "As for apm classify. Default: ViT-B-16/openai, or embedded when it cannot be had."
+TEACHER_HELP = "As for apm classify. Default: ViT-B-16/openai, or embedded if its weights are not available."
 VIEWS_HELP = "Number of augmented views, for every method that uses them."
 PROTOCOL_HELP = ". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items())
 
@@ -41,7 +41,7 @@ class Place:
         None, "Folder that contains the data sets, or a data set's own folder. Default: APM_DATA."
     )
     from_clean: bool = setting(
-        False, "Make imagenet-c from the clean ImageNet under the root instead of reading its files."
+        False, "Create imagenet-c on the fly from the clean ImageNet under the root instead of reading its files."
     )
     limit: int | None = setting(None, "Use only this many images, drawn evenly from the classes by the seed.")
 
@@ -52,8 +52,8 @@ class Cells(Place):
 
     corruption: list[str] | None = setting(
         None,
-        "A corruption of ImageNet-C, clean, or all (the 15). Repeat for several. imagenet-c reads its files; for other "
-        "data sets the pictures are corrupted as they are read.",
+        "A corruption of ImageNet-C, clean, or all (the 15). Repeat for several. imagenet-c reads its files; images of "
+        "other data sets are corrupted as they are read.",
     )
     level: list[int] | None = setting(None, "Severity, 1 to 5. Repeat for several. Default: 5.")
     source: str | None = setting(None, "hf:REPO[:SPLIT]: stream the data set from the Hugging Face hub.")

@@ -34,24 +34,22 @@ if TYPE_CHECKING:
 def segment(
     paths: Annotated[
         list[str],
-        typer.Argument(help="Files, folders, patterns, or - for paths on stdin, one a line.", metavar="PATH"),
+        typer.Argument(help="Files, folders, patterns, or - to read paths from stdin, one per line.", metavar="PATH"),
     ],
     source: Source,
     *,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for maps, overlays and JSON; the same command continues it.")
     ],
-    background: Annotated[
-        str | None, typer.Option(help='Labels that count as none of those looked for: "wall,floor".')
-    ] = None,
+    background: Annotated[str | None, typer.Option(help='Labels that count as background: "wall,floor".')] = None,
     min_probability: Annotated[
-        float, typer.Option(help="Places whose best label is less probable are background, 0 to 1.")
+        float, typer.Option(help="Locations whose best label is less probable than this become background, 0 to 1.")
     ] = 0.0,
     min_area: Annotated[
         float,
-        typer.Option(help="Connected pieces with a smaller share of the image are given to what is next to them."),
+        typer.Option(help="Connected regions with a smaller share of the image are merged into their neighbours."),
     ] = 0.001,
-    places: Annotated[int, typer.Option(help="Places along the shorter side at which the field is read.")] = PLACES,
+    places: Annotated[int, typer.Option(help="Locations along the shorter side at which the field is read.")] = PLACES,
     student: dict[str, Any],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=STUDENT)] = "auto",
     as_json: JsonLines = False,
@@ -59,16 +57,16 @@ def segment(
     max_pixels: MaxPixels = None,
     debug: Debug = False,
 ) -> None:
-    """Say which label is where on photographs of any shape, adapting fresh students to each of them.
+    """Segment photographs of any shape by your labels, adapting new students to each.
 
-    For each image: the label map (PNG with a palette), the photograph with the map laid over it, and a JSON file with
-    every label's share and the boxes of its connected regions; on stdout a line of shares. An image that is not square
-    is seen in several squares, with a student for each.
+    Writes for each image the label map (PNG with a palette), the photograph with the map overlaid, and a JSON file with
+    every label's share and the bounding boxes of its connected regions; prints a line of shares. An image that is not
+    square is covered by several squares, with a student for each.
 
     Exit code: 0 all done, 1 some could not be (each is named on stderr), 2 wrong usage.
     """
     if student["distil"] == "cls":
-        raise UsageError("apm segment needs a target that says what is where: --distil grid, or both, not cls.")
+        raise UsageError("apm segment needs a target with information about locations: --distil grid or both, not cls.")
     source, names, none = _words(source, background)
     check(names, none, min_probability, min_area, places)
     make_folder(out)
@@ -102,7 +100,7 @@ def _words(source: Source, background: str | None) -> tuple[Source, tuple[str, .
         return source, source.names(), ()
     none = tuple(tidy for part in background.split(",") if (tidy := " ".join(part.split())))
     if not none:
-        raise UsageError(f'--background is "{background}", which holds no name.')
+        raise UsageError(f'--background is "{background}", which contains no name.')
     if source.labels is not None:
         given = dataclasses.replace(source, labels=f"{source.labels},{background}").names()
         assert given is not None

@@ -44,16 +44,18 @@ class Form:
     )
     as_json: bool = setting(False, "The same as --format json.")
     trust: bool = setting(
-        False, "What can be trusted instead: intervals, tests against zero-shot, ranks, calibration and cost."
+        False, "Show instead what can be trusted: intervals, tests against zero-shot, ranks, calibration and cost."
     )
-    cells: bool = setting(True, "--trust: with each cell, beside all cells together.")
-    rows: bool = setting(False, "Every row of the records instead, with the names of labels: csv or parquet.")
+    cells: bool = setting(True, "With --trust: also show each cell by itself.")
+    rows: bool = setting(False, "Print every row of the records instead, with label names: csv or parquet.")
     out: Path | None = setting(
-        None, "Write into this file instead of to stdout; eval-results: into this folder's .eval_results."
+        None, "Write to this file instead of stdout; eval-results: to .eval_results in this folder."
     )
-    task: str = setting("default", "eval-results: id of the task, as the data set's eval.yaml on the hub calls it.")
-    published: bool = setting(True, "With the published rows, marked as such.")
-    oracle: bool = setting(False, "With the best step chosen by peeking at labels, marked; needs bench --record-steps.")
+    task: str = setting("default", "For eval-results: id of the task in the data set's eval.yaml on the hub.")
+    published: bool = setting(True, "Include the published rows, marked as such.")
+    oracle: bool = setting(
+        False, "Include the best step, chosen with the test labels and marked as such; needs bench --record-steps."
+    )
 
     @property
     def name(self) -> str:
@@ -64,13 +66,11 @@ class Form:
         """Check what goes with what."""
         check_values(self)
         if self.trust and (self.rows or self.name in ("parquet", "eval-results")):
-            raise UsageError(
-                "--trust is of methods: it goes with rich, markdown, csv, json and latex, and without --rows."
-            )
+            raise UsageError("--trust works with the formats rich, markdown, csv, json and latex, and without --rows.")
         if self.rows and self.name not in _ROWS:
-            raise UsageError(f"--rows is for the formats {' and '.join(_ROWS)}, not for {self.name}.")
+            raise UsageError(f"--rows works with the formats {' and '.join(_ROWS)}, not with {self.name}.")
         if self.out is None and self.name == "parquet":
-            raise UsageError("A Parquet file is nothing for a terminal: name it with --out FILE.")
+            raise UsageError("Parquet is not printed to a terminal: name a file with --out FILE.")
         if self.out is not None and self.name == "rich":
             raise UsageError("--out is for the other formats: choose one with --format.")
 
@@ -83,9 +83,9 @@ def table(
 ) -> None:
     """Print tables from the records of runs: the paper's Tables 1, 2 and 3, and one for each other data set.
 
-    Per cell accuracy ± standard error and count; per method agreement with its teacher, flips each way with McNemar's
-    p, calibration and speed. Several runs come together in one table. With --trust the methods are ranked by what the
-    data show, over all cells together and in each.
+    Shows accuracy ± standard error and count for each cell, and for each method its agreement with the teacher, flips
+    each way with McNemar's p, calibration and speed. Several runs are combined into one table. With --trust the methods
+    are ranked by what the data show, over all cells together and in each.
 
     Examples:
 
@@ -153,7 +153,7 @@ def _give_eval_results(tables: Sequence[Table], task: str, out: Path | None) -> 
 
     files, left_out = eval_results(tables, task=task)
     if not files:
-        raise UsageError(f"No score of these runs can stand on a model card. {'; '.join(left_out)}.")
+        raise UsageError(f"No score of these runs can go on a model card. {'; '.join(left_out)}.")
     for reason in left_out:
         notice(f"left out: {reason}")
     for name, text in files.items():

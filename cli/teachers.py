@@ -23,7 +23,7 @@ def teachers(
     everything: Annotated[
         bool, typer.Option("--all", help="List every teacher that open_clip knows, not just the well-known ones.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a teacher on stdout, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per teacher and nothing else.")] = False,
     debug: Debug = False,
 ) -> None:
     """List teachers: width, input, size, and whether the weights are on this machine."""

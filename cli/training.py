@@ -44,7 +44,7 @@ TRAINING, RUN = "Training", "The run"  # panels of the help
 Images = Annotated[
     Path, typer.Argument(help="Images in and below a folder, or Parquet files with a column image.", metavar="DATA")
 ]
-Out = Annotated[Path, typer.Option(help="The checkpoint; training goes on from it if it exists.", metavar="CKPT")]
+Out = Annotated[Path, typer.Option(help="The checkpoint; training continues from it if it exists.", metavar="CKPT")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,12 @@ class Session:
     device: str = setting("auto", "auto, cpu or cuda.")
     evaluate_every: int = setting(100, "Steps between measurements on held-out images.", check=at_least(1))
     save_every: int = setting(200, "Steps between checkpoints.", check=at_least(1))
-    cache: Path | None = setting(
-        None, "Where the images, and what is learned of them, are kept.", default_words="CKPT.cache"
-    )
+    cache: Path | None = setting(None, "Folder for cached images and targets.", default_words="CKPT.cache")
     max_pixels: int | None = setting(
         None, "Skip larger images (width × height).", default_words="89478485", check=at_least(1)
     )
     quiet: bool = setting(False, "Show no progress.")
-    as_json: bool = setting(False, "Print what was reached as one JSON object.")
+    as_json: bool = setting(False, "Print the result as one JSON object.")
 
     def __post_init__(self) -> None:
         """Check each value."""

@@ -27,19 +27,21 @@ class GLOMConfig:
     """
 
     image_size: int = setting(64, "Side of the images in pixels.", check=at_least(1))  # S
-    patch_size: int = setting(8, "Side of a place in pixels.", check=at_least(1))  # P
-    dim: int = setting(128, "Numbers of an embedding.", check=at_least(1))  # D
-    levels: int = setting(5, "Levels of a column.", check=at_least(1))  # L
+    patch_size: int = setting(8, "Side of a location in pixels.", check=at_least(1))  # P
+    dim: int = setting(128, "Width of an embedding.", check=at_least(1))  # D
+    levels: int = setting(5, "Levels per column.", check=at_least(1))  # L
     expansion: int = setting(
         4, "Hidden width of the bottom-up and top-down nets, in units of --dim.", check=at_least(1)
     )
     consensus: Consensus = setting(
-        "all", "Whom a place hears: all, others (hardly itself) or none.", choices=get_args(Consensus)
+        "all",
+        "Which locations each one attends to: all, others (its own counts as if unrelated) or none.",
+        choices=get_args(Consensus),
     )
     radius: float | None = setting(
-        1.5, "Places farther apart do not hear each other, in places; 1.5: the eight around.", check=positive
+        1.5, "Distance up to which locations attend to each other; 1.5: the eight neighbours.", check=positive
     )
-    top_down: bool = setting(True, "Whether the level above is heard at all.")
+    top_down: bool = setting(True, "Whether levels get top-down input from the level above.")
 
     def __post_init__(self) -> None:
         """Check the sizes, and two of them against one another."""
@@ -72,20 +74,22 @@ class GLOMTraining(Schedule):
         UsageError: a value that cannot work.
     """
 
-    lr: float = setting(1e-3, "Highest learning rate of AdamW.", check=positive)
-    seed: int = setting(0, "Seed of weights, split, order, hidden places.")
+    lr: float = setting(1e-3, "Peak learning rate of AdamW.", check=positive)
+    seed: int = setting(0, "Seed of weights, split, order and hidden locations.")
     settling: int | None = setting(
         None, "Steps in which the columns settle.", default_words="twice the levels", check=at_least(1)
     )
-    hidden: float = setting(0.5, "Share of the places that is hidden.", check=share_of("the places"))
-    read_level: int = setting(0, "Level that pixels are read from; 0 the lowest, -1 the highest.")
-    contrast_weight: float = setting(0.1, "Weight of the contrast, beside 1 for denoising.", check=not_negative)
-    contrast_columns: int = setting(256, "Columns that are contrasted in a step.", check=at_least(2))
-    temperature: float = setting(
-        0.1, "Temperature of the contrast, which cosines are divided by.", check=between(0.001, 1000)
+    hidden: float = setting(0.5, "Share of the locations that are hidden.", check=share_of("the locations"))
+    read_level: int = setting(0, "Level that pixels are read from; 0: the lowest, -1: the highest.")
+    contrast_weight: float = setting(
+        0.1, "Weight of the contrastive loss, relative to 1 for denoising.", check=not_negative
     )
+    contrast_columns: int = setting(256, "Columns per step in the contrastive loss.", check=at_least(2))
+    temperature: float = setting(0.1, "Temperature of the contrastive loss.", check=between(0.001, 1000))
     agree: float = setting(
-        0.7, "Cosine, the level's mean taken out, from which on two places agree and do not repel.", check=cosine
+        0.7,
+        "Minimum cosine, after subtracting the level's mean, at which two locations agree and are no negatives.",
+        check=cosine,
     )
 
     def check_level(self, model: GLOMConfig) -> None:

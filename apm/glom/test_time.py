@@ -39,17 +39,19 @@ class GLOMStudentOptions:
     steps: int = setting(50, "Optimisation steps for each image.", check=at_least(1))
     lr: float = setting(1e-3, "Adam's learning rate.", check=positive)
     distil: Distil = setting("cls", "What the loss compares: cls, grid or both.", choices=typing.get_args(Distil))
-    seed: int = setting(0, "Seed of the student's first weights.", check=at_least(0))
+    seed: int = setting(0, "Seed of the student's initial weights.", check=at_least(0))
     image_size: int = setting(64, "Side of the student's images in pixels.", check=at_least(1))
-    patch_size: int = setting(8, "Side of a place in pixels.", check=at_least(1))
-    dim: int = setting(64, "Numbers of an embedding.", check=at_least(1))
-    levels: int = setting(3, "Levels of a column.", check=at_least(1))
-    consensus: Consensus = setting("all", "Whom a place hears: all, others, none.", choices=typing.get_args(Consensus))
-    top_down: bool = setting(True, "Whether the level above is heard at all.")
+    patch_size: int = setting(8, "Side of a location in pixels.", check=at_least(1))
+    dim: int = setting(64, "Width of an embedding.", check=at_least(1))
+    levels: int = setting(3, "Levels per column.", check=at_least(1))
+    consensus: Consensus = setting(
+        "all", "Which locations each one attends to: all, others, none.", choices=typing.get_args(Consensus)
+    )
+    top_down: bool = setting(True, "Whether levels get top-down input from the level above.")
     settling: int | None = setting(
         None, "Steps in which the columns settle.", default_words="twice the levels", check=at_least(1)
     )
-    grid_level: int = setting(-1, "Level that the grid is read from; 0 the lowest, -1 the highest.")
+    grid_level: int = setting(-1, "Level that the grid is read from; 0: the lowest, -1: the highest.")
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -20,7 +20,7 @@ Kind = Literal["probe", "finetune", "joint"]
 
 def _share_from_zero(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise UsageError(f"{name} lies from 0 to below 1, not {value}.")
+        raise UsageError(f"{name} must be 0 or more and below 1, not {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,11 @@ def kept_places(places: int, masked: float) -> int:
 class _OnImages(Schedule):
     """What trainings of autoencoder and heads share: the optimiser, the crops."""
 
-    batch_size: int = setting(128, "Images a step, over all processes.", check=at_least(1))
-    lr: float = setting(1e-3, "Highest learning rate of AdamW.", check=positive)
-    weight_decay: float = setting(0.05, "AdamW's weight decay, on weights but not on biases.", check=not_negative)
+    batch_size: int = setting(128, "Images per step, over all processes.", check=at_least(1))
+    lr: float = setting(1e-3, "Peak learning rate of AdamW.", check=positive)
+    weight_decay: float = setting(
+        0.05, "AdamW's weight decay, applied to weights but not to biases.", check=not_negative
+    )
     min_area: float = setting(0.2, "Smallest share of the image in a random crop.", check=positive)
     seed: int = setting(0, "Seed of weights, split, order, crops and masks.")
 
@@ -129,8 +131,8 @@ class MAETraining(_OnImages):
     """
 
     steps: int = setting(20000, "Optimiser steps.", check=at_least(1))
-    warmup: int = setting(1000, "Steps until the highest learning rate.", check=at_least(0))
-    masked: float = setting(0.75, "Share of the patches that is masked.", check=share_of("the patches"))
+    warmup: int = setting(1000, "Warm-up steps until the peak learning rate.", check=at_least(0))
+    masked: float = setting(0.75, "Share of the patches that are masked.", check=share_of("the patches"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +144,10 @@ class HeadTraining(_OnImages):
     """
 
     steps: int = setting(10000, "Optimiser steps.", check=at_least(1))
-    warmup: int = setting(500, "Steps until the highest learning rate.", check=at_least(0))
-    smoothing: float = setting(
-        0.1, "Share of the probability that label smoothing gives to all.", check=_share_from_zero
+    warmup: int = setting(500, "Warm-up steps until the peak learning rate.", check=at_least(0))
+    smoothing: float = setting(0.1, "Amount of label smoothing.", check=_share_from_zero)
+    masked: float = setting(0.75, "Share of the patches that are masked (joint only).", check=share_of("the patches"))
+    mask_weight: float = setting(
+        1.0, "Weight of the reconstruction loss, relative to 1 for the labels' (joint only).", check=positive
     )
-    masked: float = setting(0.75, "Share of the patches that is masked (joint only).", check=share_of("the patches"))
-    mask_weight: float = setting(1.0, "Weight of the reconstruction, beside 1 for labels (joint only).", check=positive)
     kind: Kind = setting("probe", "What is trained.", choices=get_args(Kind), option=False)

@@ -118,7 +118,7 @@ def sizes_of(shown: str, weights: Mapping[str, Tensor], sizes: MAEConfig) -> MAE
         ) from None
     grid = math.isqrt(max(places, 0))
     if channels != 3 or grid**2 != places:
-        raise UsageError(f"{shown} is of {channels} channels and {places} places: RGB and a square grid are needed.")
+        raise UsageError(f"{shown} has {channels} channels and {places} positions: RGB and a square grid are needed.")
     values: dict[str, Any] = {
         "image_size": grid * side,
         "patch_size": side,
@@ -151,8 +151,8 @@ def _of_state(shown: str, state: Mapping[str, Tensor], sizes: MAEConfig, heads: 
     if wrong := sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name)):
         name = wrong[0]
         raise UsageError(
-            f"{shown} is no plain vision transformer or masked autoencoder: {printable(name)[:80]} is {there.get(name)}"
-            f" and should be {expected.get(name)}."
+            f"{shown} is not a plain vision transformer or masked autoencoder: {printable(name)[:80]} is "
+            f"{there.get(name)} and should be {expected.get(name)}."
         )
     known = positions(found.decoder_width, found.grid)
     fixed = state.get("decoder_pos_embed", known)
@@ -163,7 +163,9 @@ def _of_state(shown: str, state: Mapping[str, Tensor], sizes: MAEConfig, heads: 
         raise UsageError(f"{shown}: the decoder's positions are not MAE's fixed sines and cosines.")
     weights = {name: tensor.float() for name, tensor in weights.items()}
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
-        raise UsageError(f"{shown} holds numbers that are not finite, first in {broken[0]}: fetch it or make it again.")
+        raise UsageError(
+            f"{shown} holds values that are not finite, first in {broken[0]}: download it or make it again."
+        )
     return _start(found, weights)
 
 
@@ -215,10 +217,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"{shown} is damaged, or a pickle that holds more than tensors and could run code, so it is refused."
+            f"{shown} is damaged, or a pickle with more than tensors, which could run code; it is refused."
         ) from error
     except Exception as error:  # damaged bytes fail in the reader in many ways
-        raise UsageError(f"{shown} is no file of weights, or a damaged one ({type(error).__name__}).") from error
+        raise UsageError(f"{shown} is not a file of weights, or is damaged ({type(error).__name__}).") from error
     state = (
         next((content[key] for key in ("model", "state_dict") if key in content), content)
         if isinstance(content, dict)

@@ -52,7 +52,7 @@ class TestTimeSettings:
     crops: Crops = setting(
         "copies", "What is masked: copies of what is looked at, or random crops of the image.", choices=get_args(Crops)
     )
-    masked: float = setting(0.75, "Share of the patches that is masked.", check=share_of("the patches"))
+    masked: float = setting(0.75, "Share of the patches that are masked.", check=share_of("the patches"))
     lr: float = setting(5e-3, "Learning rate of SGD.", check=positive)
     momentum: float = setting(0.9, "Momentum of SGD.", check=not_negative)
     students: int = setting(1, "Images adapted side by side.", check=at_least(1))
@@ -151,7 +151,7 @@ class TestTimeAdapter:
         """
         size = self.settings.students
         if self.settings.crops == "random" and images is None:
-            raise UsageError("Random crops are cut out of the whole images: give these beside the pixels.")
+            raise UsageError("Random crops are cut from the whole images: give these in addition to the pixels.")
         found = []
         for start in range(0, len(pixels), size):
             group = pixels[start : start + size]

@@ -144,7 +144,7 @@ class HeadTrainer(_Masked):
     def check(self, sizes: MAEConfig) -> None:
         """Refuse what cannot be trained."""
         if self.start is None and self.config.kind != "joint":
-            raise UsageError(f"{self.config.kind} needs a masked autoencoder to begin with; `apm mae train` makes one.")
+            raise UsageError(f"{self.config.kind} needs a masked autoencoder to start from; `apm mae train` makes one.")
 
     def losses(self, images: Tensor, labels: Tensor, orders: Tensor) -> dict[str, Tensor]:
         """Of images (B, 3, S, S): ``cross_entropy`` (B,), ``accuracy`` (B,) 0 or 1, and ``reconstruction`` if joint."""

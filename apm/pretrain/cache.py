@@ -160,7 +160,7 @@ def _check(grid: NDArray[np.float32], index: dict[str, Any], name: str) -> None:
     if list(grid.shape) != index["grid"]:
         raise ApmError(f"{name}: the teacher's grid is {list(grid.shape)}, and {index['grid']} for earlier images.")
     if not np.abs(grid).max(initial=0) <= np.finfo(np.float16).max:  # so that NaN is caught too
-        raise ApmError(f"{name}: the teacher's grid holds numbers that are not finite, or beyond float16's range.")
+        raise ApmError(f"{name}: the teacher's grid holds values that are not finite, or beyond float16's range.")
 
 
 def _bytes_of(index: dict[str, Any], size: int, kind: str) -> int:
@@ -192,8 +192,8 @@ def _check_owner(where: Path) -> None:
             with path.open("rb") as file:
                 if not is_private(file):
                     raise ApmError(
-                        f"{path} is of another user, or may be changed by one. Name a cache folder of your own, or"
-                        f" remove {where}."
+                        f"{path} belongs to another user, or can be changed by one. Name a cache folder of your own, "
+                        f"or remove {where}."
                     )
 
 

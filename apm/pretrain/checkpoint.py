@@ -142,9 +142,9 @@ def read_network(path: str | os.PathLike[str], network: Network[Sizes]) -> Check
     except OSError as error:
         raise UsageError(f"{shown} cannot be read: {error.strerror or error}.") from error
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{shown} is no safetensors file, or a damaged one ({error}).") from error
+        raise UsageError(f"{shown} is not a safetensors file, or is damaged ({error}).") from error
     if "apm" not in metadata:
-        raise UsageError(f"{shown} is no checkpoint of `{network.command}`: it does not say how it was made.")
+        raise UsageError(f"{shown} is not a checkpoint of `{network.command}`: it has no record of how it was made.")
     student, settings, step, finished = _parse(shown, metadata["apm"], network)
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
@@ -182,7 +182,8 @@ def _parse(shown: str, text: str, network: Network[Sizes]) -> tuple[Sizes, dict[
         raise UsageError(f"{shown} has format {str(form)[:40]}; this version of apm reads format {_FORMAT}.")
     if network.name not in record and (others := [name for name in _MADE_BY if isinstance(record.get(name), dict)]):
         raise UsageError(
-            f"{shown} is no checkpoint of `{network.command}`, but of another network, made by `{_MADE_BY[others[0]]}`."
+            f"{shown} is not a checkpoint of `{network.command}` but of another network, made by "
+            f"`{_MADE_BY[others[0]]}`."
         )
     student, settings = record.get(network.name), record.get("settings")
     step, finished = record.get("step"), record.get("finished")

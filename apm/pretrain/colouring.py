@@ -52,7 +52,7 @@ def check_student(student: Student) -> None:
     """
     if not student.grey_input:
         raise UsageError(
-            f"The {student.describe()}, saw colours in its training; `apm pretrain --grey-input` trains one for this."
+            f"The {student.describe()}, was trained on colours; `apm pretrain --grey-input` trains one for this."
         )
 
 
@@ -63,7 +63,7 @@ def check_places(student: Student, places: int | None) -> int:
         UsageError: it is not from 1 to `MOST_PLACES`.
     """
     if places is not None and not 1 <= places <= MOST_PLACES:
-        raise UsageError(f"The places along a side must be from 1 to {MOST_PLACES}, not {places}.")
+        raise UsageError(f"The number of locations per side must be from 1 to {MOST_PLACES}, not {places}.")
     return student.config.grid if places is None else places
 
 

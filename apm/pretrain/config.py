@@ -23,14 +23,14 @@ class Schedule:
     """
 
     steps: int = setting(3000, "Optimiser steps.", check=at_least(1))
-    batch_size: int = setting(32, "Images a step, over all processes.", check=at_least(1))
-    lr: float = setting(2e-3, "Highest learning rate of AdamW.", check=positive)
-    warmup: int = setting(100, "Steps until the highest learning rate.", check=at_least(0))
-    weight_decay: float = setting(0.01, "AdamW's weight decay, on weights but not on biases.", check=not_negative)
-    clip: float = setting(1.0, "Largest norm of the gradient.", check=positive, option=False)
-    held_out: float = setting(
-        0.05, "Share of the images to measure on, never trained on.", check=share_of("the images")
+    batch_size: int = setting(32, "Images per step, over all processes.", check=at_least(1))
+    lr: float = setting(2e-3, "Peak learning rate of AdamW.", check=positive)
+    warmup: int = setting(100, "Warm-up steps until the peak learning rate.", check=at_least(0))
+    weight_decay: float = setting(
+        0.01, "AdamW's weight decay, applied to weights but not to biases.", check=not_negative
     )
+    clip: float = setting(1.0, "Largest norm of the gradient.", check=positive, option=False)
+    held_out: float = setting(0.05, "Share of the images held out for evaluation.", check=share_of("the images"))
     seed: int = setting(0, "Seed of weights, split and order.")
 
     def __post_init__(self) -> None:
@@ -74,10 +74,10 @@ class PretrainConfig(Schedule):
     """
 
     locations: int | None = setting(
-        None, "Random locations to train at in each step.", default_words="all", check=at_least(1)
+        None, "Number of random locations per step.", default_words="all", check=at_least(1)
     )
-    rgb_weight: float = setting(1.0, "Weight of the colours' loss, beside 1 for the grid's.", check=not_negative)
-    grey_input: bool = setting(False, "The student sees the images in grey; their colours are what it learns.")
+    rgb_weight: float = setting(1.0, "Weight of the colour loss, relative to 1 for the grid's.", check=not_negative)
+    grey_input: bool = setting(False, "The student sees the images in grey and learns their colours.")
 
     def __post_init__(self) -> None:
         """Check each value, and that colours are learned where the input has none."""

@@ -87,7 +87,7 @@ def open_images(place: str | Path) -> ImageSource:
     elif place.suffix == ".parquet":
         images, tables = [], [place]
     else:
-        raise UsageError(f"{shown} is one file; give a folder of images, or a .parquet file with a column of images.")
+        raise UsageError(f"{shown} is one file; give a folder of images or a .parquet file with a column of images.")
     files = tuple(images or tables)
     rows = tuple(_count_rows(path) for path in tables)
     if tables and not sum(rows):

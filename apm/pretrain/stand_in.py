@@ -62,11 +62,14 @@ class StandInSizes:
         if min(numbers) < 1 or self.prefix < 0 or len(self.hidden) != 3:
             raise UsageError(f"All sizes of the student must be positive and three of them hidden widths: {self}.")
         if self.side % self.patch_size or self.position_dim % 4:
-            raise UsageError(f"The filter must tile the {self.side} places, and 4 the position code: {self}.")
+            raise UsageError(
+                f"The filter must tile the {self.side} locations, and the position code's width must be a multiple of "
+                f"4: {self}."
+            )
         if self.local and self.side % self.places:
             raise UsageError(
-                f"Queries can hold what is given at their places only where these tile it: {self.places} places a side "
-                f"do not tile {self.side}. Leave out --local."
+                f"Queries can contain the input at their locations only if these tile it: {self.places} locations per "
+                f"side do not tile {self.side}. Leave out --local."
             )
 
     @property
@@ -247,9 +250,7 @@ class ShortTower:
         found = read_network(path, STAND_IN)
         settings: dict[str, Any] = found.settings
         if settings.get("teacher") != layers.teacher.identity:
-            raise UsageError(
-                f"{path} stands in for layers of {settings.get('teacher')}, not of {layers.teacher.identity}."
-            )
+            raise UsageError(f"{path} replaces layers of {settings.get('teacher')}, not of {layers.teacher.identity}.")
         student = StandIn(found.student)
         student.load_state_dict({name: tensor.float() for name, tensor in found.weights.items()})
         student.eval().requires_grad_(False).to(layers.teacher.device)

@@ -45,7 +45,7 @@ class Pretrainer(Trainer):
         """Refuse a student that is not as wide as the teacher's grid."""
         width = self.cache.grids.shape[-1]
         if width and width != sizes.dim:
-            raise UsageError(f"The teacher's grid is {width} wide and the student's dim {sizes.dim}.")
+            raise UsageError(f"The teacher's grid has width {width}, but the student's dim is {sizes.dim}.")
 
     @cached_property
     def _positions(self) -> Tensor:

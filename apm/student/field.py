@@ -44,9 +44,9 @@ class SavedField:
         """
         where = torch.as_tensor(points, dtype=torch.float64)
         if where.ndim != 2 or where.shape[1] != 2:
-            raise UsageError(f"Places must have the shape (Q, 2), y and x of each, not {tuple(where.shape)}.")
+            raise UsageError(f"Locations must have the shape (Q, 2), y and x of each, not {tuple(where.shape)}.")
         if not bool(((where >= 0) & (where <= 1)).all()):
-            raise UsageError("Places are shares of the square's side: y and x must lie between 0 and 1.")
+            raise UsageError("Locations are shares of the square's side: y and x must lie between 0 and 1.")
         rows, cols = (where * math.isqrt(self.columns.shape[1]) - 0.5).unbind(dim=1)
         return self.features(rows, cols)
 
@@ -54,7 +54,7 @@ class SavedField:
     def attention(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Share (B, heads, Q) of each of Q locations in what the object query gathers from these; sums to 1 a head."""
         if self.query is None:
-            raise UsageError('There is attention only where the object query reads the token: readout="query".')
+            raise UsageError('Attention exists only if the object query reads the token: readout="query".')
         scores = []
         for some_rows, some_cols, features in self._parts(rows, cols):
             keys = features + position_code(some_rows, some_cols, features.shape[2]).to(features)

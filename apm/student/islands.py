@@ -138,7 +138,9 @@ def superpixels(square: Image.Image, grid: int, count: int) -> Labels:
     cells = found.reshape(grid, 8, grid, 8).transpose(0, 2, 1, 3).reshape(grid, grid, 64)
     parts = np.apply_along_axis(lambda cell: np.bincount(cell).argmax(), 2, cells).astype(np.int64)
     if (parts == parts[0, 0]).all():
-        raise ImageError(f"of {count} superpixels {grid} × {grid} places show one alone: nothing to compare with")
+        raise ImageError(
+            f"of {count} superpixels only one is seen at {grid} × {grid} locations: nothing to compare with"
+        )
     return parts
 
 
@@ -164,7 +166,7 @@ def boundary_contrast(field: ArrayLike, labels: ArrayLike) -> float:
     cosines = np.concatenate([right.ravel(), below.ravel()])
     same = np.concatenate([(parts[:, :-1] == parts[:, 1:]).ravel(), (parts[:-1] == parts[1:]).ravel()])
     if same.all() or not same.any():
-        raise UsageError("The partition has no boundary between neighbours, or nothing else: no contrast.")
+        raise UsageError("The partition has no boundary between neighbours, or only boundaries: no contrast.")
     return float(cosines[same].mean() - cosines[~same].mean())
 
 

@@ -163,6 +163,6 @@ def load_default_teacher(*, device: str | torch.device = "cpu") -> Teacher:
 
 def _without_texts(spec: str) -> TeacherError:
     return TeacherError(
-        f'The teacher "{spec}" has a grid but knows no texts, so it cannot say what is on an image: name one of'
-        " open_clip, or embedded. Where a grid alone is wanted, it will do."
+        f'The teacher "{spec}" has a grid but no text tower, so it cannot classify: name a teacher of open_clip, or'
+        " embedded. It can be used where only a grid is needed."
     )

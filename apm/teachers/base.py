@@ -94,7 +94,7 @@ def check_grid(teacher: Teacher) -> None:
     from PIL import Image
 
     if not hasattr(teacher, "encode_grid"):
-        raise TeacherError(f'The teacher "{teacher.name}" has no grid: it can be distilled by its token alone.')
+        raise TeacherError(f'The teacher "{teacher.name}" has no grid: only its token can be distilled (distil=cls).')
     shape = tuple(teacher.encode_grid(Image.new("RGB", (teacher.image_size, teacher.image_size))).shape)
     if len(shape) != 3 or shape[2] != teacher.dim:
         raise TeacherError(f'The grid of the teacher "{teacher.name}" is {shape}; (h, w, {teacher.dim}) was expected.')

@@ -66,7 +66,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise TeacherError(f'The checkpoint "{path}" cannot be read: {error.strerror or error}.') from error
     except SafetensorError as error:
-        raise TeacherError(f'The checkpoint "{path}" is damaged or no safetensors file ({error}).') from error
+        raise TeacherError(f'The checkpoint "{path}" is damaged or not a safetensors file ({error}).') from error
     if not checkpoint.numbers:
         raise TeacherError(f'The checkpoint "{path}" holds no tensors.')
     return checkpoint
@@ -87,7 +87,7 @@ def _read_torch(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         begins = file.read(2)
     if not begins.startswith((b"PK", pickle.PROTO)):  # as the archives that torch writes, or wrote before them
-        raise TeacherError(f'The checkpoint "{path}" holds no weights: it is neither safetensors nor a file of torch.')
+        raise TeacherError(f'The checkpoint "{path}" holds no weights: it is neither a safetensors nor a torch file.')
     try:
         if zipped:
             with zipfile.ZipFile(path) as archive:
@@ -98,8 +98,8 @@ def _read_torch(path: Path) -> Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise TeacherError(
-            f'The checkpoint "{path}" is damaged, or a pickle that holds more than tensors and could run code, so it is'
-            " refused. Save the model's state dict instead, best as safetensors."
+            f'The checkpoint "{path}" is damaged, or a pickle with more than tensors, which could run code; it is'
+            " refused. Save the model's state dict instead, preferably as safetensors."
         ) from error
     except OSError:
         raise

@@ -92,7 +92,7 @@ class Layers:
                     f'The teacher "{self.teacher.name}" has layers 1 to {self.count}; there is no {layer}.'
                 )
         if last <= first:
-            raise UsageError(f"Layer {last} does not lie behind layer {first}.")
+            raise UsageError(f"Layer {last} does not come after layer {first}.")
 
     def pixels(self, image: Image.Image) -> Tensor:
         """What the tower is given of an RGB image: (3, S, S)."""
@@ -190,7 +190,7 @@ def _resnet(trunk: Any, head: Any) -> _Cut:
 
 def _open_clip(visual: Any) -> _Cut:
     if not visual.transformer.batch_first:
-        raise TeacherError("This version of open_clip lays the batch behind the tokens: a newer one is needed.")
+        raise TeacherError("This version of open_clip puts the batch after the tokens: a newer one is needed.")
 
     def head(x: Tensor) -> Tensor:
         pooled, _ = visual._pool(x)
@@ -202,6 +202,6 @@ def _open_clip(visual: Any) -> _Cut:
 
 def _uncountable(teacher: GridTeacher, reason: str) -> TeacherError:
     return TeacherError(
-        f"The teacher \"{teacher.name}\" has no layers that can be counted: {reason}. Those of open_clip's and timm's"
-        " vision transformers, of timm's ResNets and of the embedded teacher can."
+        f'The teacher "{teacher.name}" has no numbered layers: {reason}. Vision transformers of open_clip and timm, '
+        "ResNets of timm and the embedded teacher have them."
     )

@@ -43,7 +43,7 @@ def read_config(path: Path, name: str) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise TeacherError(
-            f'The teacher "{name}" cannot be loaded: {path} is no configuration of open_clip ({reason}).'
+            f'The teacher "{name}" cannot be loaded: {path} is not a configuration of open_clip ({reason}).'
         ) from error
     model: Mapping[str, Any] = content["model_cfg"]
     return model

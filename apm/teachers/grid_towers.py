@@ -75,7 +75,7 @@ class GridTower:
 
     def _none(self, reason: str) -> TeacherError:
         return TeacherError(
-            f'The teacher "{self.name}" has no grid: {reason}. It can be distilled by its token alone (distil cls).'
+            f'The teacher "{self.name}" has no grid: {reason}. Only its token can be distilled (distil=cls).'
         )
 
     def _transformer(self, visual: VisionTransformer, pixels: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def cached(repo: str, filenames: Sequence[str]) -> Path | None:
         try:
             found = try_to_load_from_cache(repo, filename)
         except HFValidationError as error:
-            raise TeacherError(f'"{repo}" is no name of a repository on the Hugging Face hub: {error}') from error
+            raise TeacherError(f'"{repo}" is not the name of a repository on the Hugging Face hub: {error}') from error
         if isinstance(found, str) and Path(found).is_file():
             return Path(found)
     return None
@@ -77,7 +77,7 @@ def fetch(repo: str, filenames: Sequence[str], *, wanted_by: str, library: str =
             raise _unavailable(wanted_by, repo, f"{host} cannot be reached ({status})")
         if status in (401, 403):
             raise TeacherError(
-                f'{host} does not let us read "{repo}", wanted for the teacher "{wanted_by}" (status {status}):'
+                f'{host} denies access to "{repo}", needed for the teacher "{wanted_by}" (status {status}):'
                 " the name is wrong, or the repository is private or gated. Log in with: hf auth login"
             )
         if status == 404:
@@ -89,7 +89,7 @@ def fetch(repo: str, filenames: Sequence[str], *, wanted_by: str, library: str =
         except Exception as error:  # the client's errors have no common base below Exception across its versions
             raise _unavailable(wanted_by, repo, f"the download from {host} failed ({_one_line(error)})") from error
     raise TeacherError(
-        f'The repository "{repo}" on {host}, wanted for the teacher "{wanted_by}", does not exist or has no'
+        f'The repository "{repo}" on {host}, needed for the teacher "{wanted_by}", does not exist or has no'
         f" {' or '.join(filenames)}: it holds no {library} model."
     )
 

@@ -44,8 +44,8 @@ def parse_source(text: str) -> SourceName:
     layers = tuple(dict.fromkeys(listed.split(",")))
     if "" in layers or (kind == "vit" and not model) or (at and not weights):
         raise UsageError(
-            f'The source "{text}" lacks something: write {KINDS[kind]}, with several layers as 3,4, and behind it,'
-            " where need be, @FILE or @random or @random:SEED."
+            f'The source "{text}" is incomplete: write {KINDS[kind]}, several layers as 3,4, optionally followed by'
+            " @FILE, @random or @random:SEED."
         )
     random = re.fullmatch(r"random(?::(\d{1,9}))?", weights)
     return SourceName(

@@ -38,12 +38,11 @@ HEADS = ("head.", "heads.", "fc.", "classifier.")
 def of_teacher(source: SourceName, teacher: Teacher | None, size: int | None) -> Weights:
     """The image tower of a teacher."""
     if not isinstance(teacher, OpenClipTeacher):
-        raise TeacherError(
-            f'The source "{source.text}" means layers of a teacher of open_clip, or of the embedded one.'
-        )
+        raise TeacherError(f'The source "{source.text}" needs a teacher of open_clip or the embedded one.')
     if source.weights is not None:
         raise TeacherError(
-            f'The source "{source.text}" names weights, and a teacher has its own: name another --teacher, or @random.'
+            f'The source "{source.text}" names weights, but a teacher has its own: name another --teacher, or use '
+            "@random."
         )
 
     def untrained() -> nn.Module:
@@ -156,7 +155,7 @@ def _loaded(
             raise TeacherError(f'The source "{source.text}" cannot be loaded: there is no file {path}.')
     if read_checkpoint(path).state is not None:
         raise TeacherError(
-            f'The source "{source.text}" cannot be loaded: {path} holds a CLIP of OpenAI, or TorchScript.'
+            f'The source "{source.text}" cannot be loaded: {path} is a CLIP checkpoint of OpenAI, or TorchScript.'
         )
     try:
         model = trained(path)
@@ -170,7 +169,7 @@ def _loaded(
     if broken:
         raise TeacherError(
             f'The source "{source.text}" cannot be used: {path} holds numbers that are not finite, first in'
-            f" {broken[0]}. Fetch the file again, or name another one."
+            f" {broken[0]}. Download the file again, or name another one."
         )
     return model, published_words if source.weights is None else f"of the file {path.name}"
 

@@ -120,12 +120,12 @@ class LayerSource:
         found = {}
         for layer, module in self.modules.items():
             if module not in outputs:
-                raise TeacherError(f'The source "{self.name}" makes no use of its module {module} for an image.')
+                raise TeacherError(f'The source "{self.name}" does not use its module {module} for an image.')
             grid = as_grid(outputs[module], prefix)
             if grid is None:
                 raise TeacherError(
                     f'The source "{self.name}": {module} gives {_shape(outputs[module])} for {size}×{size} pixels,'
-                    " which is no grid of places. Choose another layer, or another --grid-size."
+                    " which is not a grid. Choose another layer or another --grid-size."
                 )
             found[layer] = grid.float().cpu()
         return found

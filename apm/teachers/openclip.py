@@ -212,7 +212,7 @@ def _check_size(source: Source, checkpoint: Checkpoint) -> None:
         return
     if wanted > 2 * checkpoint.numbers + 10_000_000:  # position codes may be interpolated to more places
         raise TeacherError(
-            f'The teacher "{source.name}" cannot be loaded: its configuration is of a model of {wanted:,} numbers, and'
+            f'The teacher "{source.name}" cannot be loaded: its configuration describes {wanted:,} parameters, but'
             f" {source.weights} holds {checkpoint.numbers:,}."
         )
 
@@ -221,21 +221,21 @@ def _check_model(source: Source, model: nn.Module, tokenizer: Any, known: int) -
     """Refuse weights and tokenizers that would only be noticed when something is asked of them."""
     if getattr(tokenizer, "vocab_size", 0) > known:
         raise TeacherError(
-            f'The teacher "{source.name}" cannot be used: its tokenizer has {tokenizer.vocab_size} tokens and its text'
-            f" tower knows {known}."
+            f'The teacher "{source.name}" cannot be used: its tokenizer has {tokenizer.vocab_size} tokens, but its text'
+            f" tower only {known}."
         )
     broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise TeacherError(
-            f'The teacher "{source.name}" cannot be used: {source.weights} holds numbers that are not finite,'
-            f" in {len(broken)} tensors, first {broken[0]}. Fetch the file again, or name another teacher."
+            f'The teacher "{source.name}" cannot be used: {source.weights} holds values that are not finite,'
+            f" in {len(broken)} tensors, first {broken[0]}. Download the file again, or name another teacher."
         )
     exponent = float(model.logit_scale.detach())  # type: ignore[operator]
     if abs(exponent) > _MAX_LOGIT_SCALE:
         raise TeacherError(
             f'The teacher "{source.name}" cannot be used: the logit_scale in {source.weights} is {exponent:g}. Its'
-            f" exponential multiplies every logit: CLIP's is about 4.6, and beyond ±{_MAX_LOGIT_SCALE} no probability"
-            " says anything."
+            f" exponential multiplies every logit: CLIP's is about 4.6, and beyond ±{_MAX_LOGIT_SCALE} probabilities "
+            "are meaningless."
         )
 
 

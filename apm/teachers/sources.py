@@ -47,7 +47,7 @@ def resolve(spec: str) -> Source:
         TeacherError: the name is not known, or there is nothing usable where it points.
     """
     if spec in (_HUB, _FOLDER):
-        raise TeacherError(f'The teacher "{spec}" names nothing: write {_HUB}ORG/REPO or {_FOLDER}PATH.')
+        raise TeacherError(f'The teacher "{spec}" is incomplete: write {_HUB}ORG/REPO or {_FOLDER}PATH.')
     if spec.startswith(_HUB):
         return _from_hub(spec, spec.removeprefix(_HUB))
     if spec.startswith(_FOLDER):
@@ -82,7 +82,7 @@ def from_folder(folder: Path, *, name: str) -> Source:
     if not preferred and len(candidates) > 1:
         listing = ", ".join(path.name for path in candidates)
         raise TeacherError(
-            f'The teacher "{name}" is ambiguous: {folder} holds {listing}. Call the right one {hub.WEIGHTS[0]}.'
+            f'The teacher "{name}" is ambiguous: {folder} holds {listing}. Rename the right one to {hub.WEIGHTS[0]}.'
         )
     bpe = folder / _BPE
     return Source(

@@ -52,7 +52,7 @@ class TimmGridTeacher:
         size = self.grid_size if size is None else size
         if size < 1 or size % self.patch_size:
             raise TeacherError(
-                f'The grid of "{self.name}" is of patches of {self.patch_size} pixels, which do not tile {size} pixels.'
+                f'The grid of "{self.name}" has patches of {self.patch_size} pixels, which do not tile {size} pixels.'
             )
         pixels = normalised(central_square(image, size), self.mean, self.std)[None]  # (1, 3, S, S)
         return last_map(self.model, pixels.to(self.device))[0].permute(1, 2, 0).float()
@@ -67,7 +67,7 @@ def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeach
     """
     name, at, file = spec.removeprefix(PREFIX).partition("@")
     if not name or (at and not file):
-        raise TeacherError(f'The teacher "{spec}" names nothing: write {PREFIX}NAME or {PREFIX}NAME@FILE.')
+        raise TeacherError(f'The teacher "{spec}" is incomplete: write {PREFIX}NAME or {PREFIX}NAME@FILE.')
     if not timm.is_model(name):
         known = timm.list_models("*vit*") + timm.list_models("*eva*")
         raise TeacherError(
@@ -77,24 +77,26 @@ def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeach
     if not path.is_file():
         raise TeacherError(f'The teacher "{spec}" cannot be loaded: there is no file {path}.')
     if read_checkpoint(path).state is not None:
-        raise TeacherError(f'The teacher "{spec}" cannot be loaded: {path} holds a CLIP of OpenAI, or TorchScript.')
+        raise TeacherError(
+            f'The teacher "{spec}" cannot be loaded: {path} is a CLIP checkpoint of OpenAI, or TorchScript.'
+        )
     try:
         model = with_weights(name, path, dynamic_img_size=True)
     except Exception as error:  # timm and torch report what does not fit in many ways
         reason = " ".join(str(error).split())
         if "dynamic_img_size" in reason:
-            raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is no vision transformer.') from error
+            raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is not a vision transformer.') from error
         raise TeacherError(
             f'The teacher "{spec}" cannot be loaded: {path} does not fit the model {name}'
             f" ({type(error).__name__}: {reason[:300]})."
         ) from error
     if not (hasattr(model, "forward_intermediates") and hasattr(model, "num_prefix_tokens")):
-        raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is no vision transformer.')
+        raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is not a vision transformer.')
     broken = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
         raise TeacherError(
             f'The teacher "{spec}" cannot be used: {path} holds numbers that are not finite, first in {broken[0]}.'
-            " Fetch the file again, or name another teacher."
+            " Download the file again, or name another teacher."
         )
     return TimmGridTeacher(model, name=spec, device=torch.device(device))
 

@@ -126,8 +126,8 @@ def _measured(
     side = len(fields["image"])
     if side * side < LEAST * parts:
         raise UsageError(
-            f"Layer {layer} of {source.name} has {side} × {side} places, too few for {parts} parts: choose an earlier"
-            " layer, a larger --grid-size or fewer --parts."
+            f"Layer {layer} of {source.name} has {side} × {side} locations, too few for {parts} parts: choose an "
+            "earlier layer, a larger --grid-size or fewer --parts."
         )
     own, others = (islands.superpixels(square, side, parts) for square in squares)
     subject = Subject(inputs={}, superpixels=own, other_superpixels=others)

@@ -60,8 +60,8 @@ class TrainingOptions:
     rgb_weight: float = setting(0.0, "Weight of an added loss towards the image's own colours.", check=not_negative)
     agree: float = setting(
         0.0,
-        "Weight of an added loss that draws each place's feature to the mean of its neighbours', each weighed by its "
-        "likeness (GLOM's consensus).",
+        "Weight of an added loss that pulls each location's feature towards the mean of its neighbours, weighted by "
+        "similarity (GLOM's consensus).",
         check=not_negative,
     )
     precision: Precision = setting(
@@ -69,16 +69,16 @@ class TrainingOptions:
         "Number format of the matrix products: auto, fp32 or bf16.",
         choices=typing.get_args(Precision),
     )
-    seed: int = setting(0, "Seed of the student's first weights and of the augmented views.", check=at_least(0))
+    seed: int = setting(0, "Seed of the student's initial weights and of the augmented views.", check=at_least(0))
     loss: Loss = setting(
         "mse",
-        "Loss of the token: mse (mean squared error), cosine (one minus the cosine), or soft (what the student's token "
-        "says of the labels against what the target says, both softened; Hinton et al. 2015).",
+        "Loss of the token: mse (mean squared error), cosine (one minus the cosine), or soft (KL divergence of the "
+        "label probabilities of token and target, both softened; Hinton et al. 2015).",
         choices=typing.get_args(Loss),
     )
     temperature: float = setting(
         TEMPERATURE,
-        "With --loss soft: what the logits, with the teacher's own scale, are divided by before the softmax.",
+        "With --loss soft: temperature that the logits, at the teacher's own scale, are divided by.",
         check=between(0.01, 1000, ": float32 tells the labels apart no more, beyond"),
     )
     tolerance: float | None = setting(
@@ -93,11 +93,12 @@ class TrainingOptions:
         check_values(self)
         if self.distil == "grid" and self.loss != "mse":
             raise UsageError(
-                f'loss="{self.loss}" is of the token, which has no loss with distil="grid": use distil="both".'
+                f'loss="{self.loss}" is a loss of the token, which is not compared with distil="grid": use '
+                'distil="both".'
             )
         if self.temperature != TEMPERATURE and self.loss != "soft":
             raise UsageError(
-                f"temperature={self.temperature:g} but loss={self.loss}, which softens nothing; add loss=soft."
+                f"temperature={self.temperature:g} but loss={self.loss} uses no temperature; add loss=soft."
             )
 
 
@@ -131,20 +132,21 @@ class StudentOptions(TrainingOptions):
     )
     queries: int | str = setting(
         AUTO,
-        "Locations each step reads: all (as in the paper), a number (new ones for each step: faster on a "
-        "CPU, an approximation), or auto (a number on a CPU if a token alone is distilled, else all).",
+        "Locations read per step: all (as in the paper), a number (drawn anew for each step: an approximation, faster "
+        "on a CPU), or auto (a number on a CPU if only a token is distilled, else all).",
         check=_queries,
         parse=parse_queries,
     )
     guide: Guide = setting(
         "none",
-        "What a query holds beside column and place: none (as in the paper), or rgb (a code of the colours there).",
+        "What a query contains besides trigger column and position: none (as in the paper), or rgb (a code of the "
+        "colours there).",
         choices=typing.get_args(Guide),
     )
     grid_views: int | str = setting(
         1,
-        "Looks at the image whose grids are the field's target, with --distil grid or both: 1 (the whole image), a "
-        "number (with zoomed, shifted, mirrored parts), or tokens, tokens:N (the tokens of N parts instead of grids).",
+        "Views of the image whose grids are the field's target, with --distil grid or both: 1 (the whole image), a "
+        "number (adds zoomed, shifted, mirrored crops), or tokens, tokens:N (the tokens of N crops instead of grids).",
         check=check_grid_views,
         parse=parse_grid_views,
     )
@@ -170,14 +172,14 @@ class StudentOptions(TrainingOptions):
         check_distilled(self.target, self.distil)
         self.policy()
         if self.readout == "mode" and self.distil == "cls":
-            raise UsageError("readout=mode but distil=cls, which says nothing of places; add distil=both.")
+            raise UsageError("readout=mode but distil=cls, which has no information about locations; add distil=both.")
         if self.grid_views != 1 and self.distil == "cls":
             raise UsageError(
                 f"grid_views={self.grid_views} but distil=cls, which has no target for the field; add distil=both."
             )
         if self.grid_views != 1 and self.queries not in (ALL, AUTO):
             raise UsageError(
-                f"queries={self.queries} but grid_views={self.grid_views}, which reads all: leave one out."
+                f"queries={self.queries} but grid_views={self.grid_views} reads all locations: leave one out."
             )
 
     @property
@@ -246,22 +248,22 @@ class IslandOptions:
     grid_lr: float = setting(1e-3, "Learning rate for the grid, which is harder to fit.", check=positive)
     grid_size: int | None = setting(
         None,
-        "Side, in pixels, at which the teacher's grid is made, or of the input of --source.",
+        "Input size in pixels for the teacher's grid or for --source.",
         default_words="the model's own",
         check=at_least(1),
     )
     grid_views: int | str = setting(
         1,
-        "Looks at the image whose grids are the grid's target: 1 (the whole image), a number, tokens, or tokens:N.",
+        "Views of the image whose grids are the target: 1 (the whole image), a number, tokens, or tokens:N.",
         check=check_grid_views,
         parse=parse_grid_views,
     )
     agree: float = setting(
-        0.0, "Weight of an added loss that draws each place's feature to its neighbours'.", check=not_negative
+        0.0, "Weight of an added loss that pulls each location's feature towards its neighbours.", check=not_negative
     )
-    threshold: float = setting(0.9, "Cosine from which on neighbours form one region.", check=cosine)
+    threshold: float = setting(0.9, "Minimum cosine of neighbours in one region.", check=cosine)
     parts: int = setting(12, "Number of clusters and of superpixels.", check=between(2, 20))
-    seed: int = setting(0, "Seed of first weights, random targets, order of patches, t-SNE.", check=at_least(0))
+    seed: int = setting(0, "Seed of initial weights, random targets, patch order and t-SNE.", check=at_least(0))
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -23,7 +23,7 @@ def check_queries(queries: int | str) -> None:
         UsageError: with the value.
     """
     if queries not in (ALL, AUTO) and (not isinstance(queries, int) or queries < 1):
-        raise UsageError(f'queries is "{queries}"; it must be a number from 1 on, all, or auto.')
+        raise UsageError(f'queries is "{queries}"; it must be a number of 1 or more, all, or auto.')
 
 
 def locations_a_step(

@@ -51,9 +51,9 @@ class TargetPolicy:
             raise unknown("way to aggregate views", self.kind, KINDS)
         check(self.views, self.min_area)
         if not 0 < self.keep <= 1:
-            raise UsageError(f"A share of {self.keep} of the views kept: it lies above 0 and up to 1.")
+            raise UsageError(f"keep is {self.keep}; it must be above 0 and at most 1.")
         if not 0 <= self.cls_weight <= 1:
-            raise UsageError(f"A weight of {self.cls_weight} of the CLS token: it lies between 0 and 1.")
+            raise UsageError(f"cls_weight is {self.cls_weight}; it must lie between 0 and 1.")
 
 
 VIEWS, LARGE_CROPS = 16, 0.5
@@ -87,7 +87,7 @@ def check_distilled(target: str, distil: str) -> None:
         UsageError: unknown target, or one that has no loss.
     """
     if distil == "grid" and policy(target).kind != "cls":
-        raise UsageError(f"target={target} but distil=grid, which has no loss for it; add distil=both.")
+        raise UsageError(f"target={target} but distil=grid, which uses no token; write distil=both.")
 
 
 def kept_count(views: int, share: float) -> int:

@@ -136,12 +136,12 @@ class TestTimeTrainer:
             raise UsageError(f"queries must not exceed the {model.cells} locations of the grid; got {adapt.queries}.")
         if adapt.agree and adapt.queries is not None:
             raise UsageError(
-                f"agree={adapt.agree:g} is of places and those next to them, and queries={adapt.queries} reads a few "
-                "alone: leave one out."
+                f"agree={adapt.agree:g} needs all locations, but queries={adapt.queries} reads only some: leave one "
+                "out."
             )
         if adapt.distil == "grid" and model.readout == "query":
             raise UsageError(
-                'With distil="grid" nothing trains the object query: choose readout="mean", or distil="both".'
+                'With distil="grid" the object query is not trained: choose readout="mean" or distil="both".'
             )
 
     def adapt(
@@ -235,17 +235,17 @@ class TestTimeTrainer:
                 f"{self.model.dim}), not {tuple(cells.shares.shape)} and {tuple(cells.features.shape)}."
             )
         if self.config.queries is not None:
-            raise UsageError("Cells of views are read from all locations: leave queries out, or give a grid.")
+            raise UsageError("Cells of views need all locations: leave out queries, or give a grid.")
 
     def _text(self, head: ZeroShotHead | None) -> Tensor | None:
         """Text features (C, D) as long as the logit scale, where the loss is over labels."""
         if self.config.loss != "soft":
             return None
         if head is None:
-            raise UsageError('loss="soft" compares what tokens say of labels, and none are given: give adapt a head.')
+            raise UsageError('loss="soft" compares label probabilities, and there are no labels: give adapt a head.')
         if head.features.shape[1] != self.model.dim:
             raise UsageError(
-                f"The head's text features have {head.features.shape[1]} numbers and the targets {self.model.dim}."
+                f"The head's text features have width {head.features.shape[1]}, the targets {self.model.dim}."
             )
         return head.logit_scale * head.features
 
@@ -286,7 +286,7 @@ class TestTimeTrainer:
             )
         self._limit = size // 2
         if not self._said:
-            log.warning("Out of memory with %d images at a time: going on with fewer.", size)
+            log.warning("Out of memory with %d images at a time: continuing with fewer.", size)
         self._said = True
 
     def _engine_for(self, size: int, view_cells: int | None, texts: int | None) -> Engine:

@@ -28,7 +28,7 @@ def check_grid_views(_: str, value: int | str) -> None:
     """
     count = value if isinstance(value, int) else _tokens(value)
     if count is None or count < 1:
-        raise UsageError(f'grid_views is "{value}"; it must be a number from 1 on, tokens, or tokens:N.')
+        raise UsageError(f'grid_views is "{value}"; it must be a number of 1 or more, tokens, or tokens:N.')
 
 
 def number_of(value: int | str) -> tuple[int, bool]:

@@ -160,7 +160,7 @@ def check(count: int, min_area: float) -> None:
     if count < 1:
         raise UsageError(f"{count} views: at least 1 is needed, the image itself.")
     if not 0 < min_area <= 1:
-        raise UsageError(f"A crop of at least {min_area} of an image's area: the share lies above 0 and up to 1.")
+        raise UsageError(f"min_area is {min_area}; it must be above 0 and at most 1.")
 
 
 def check_input(teacher: Teacher, count: int) -> None:
@@ -168,6 +168,6 @@ def check_input(teacher: Teacher, count: int) -> None:
     height, width = getattr(teacher, "input_shape", (teacher.image_size, teacher.image_size))
     if count > 1 and height != width:
         raise UsageError(
-            f"The teacher {teacher.name} looks at images of {width}×{height} pixels, and the crops of views are"
-            " square: methods and targets with views (TPT, MTA, ZERO) need a teacher with a square input."
+            f"The teacher {teacher.name} takes images of {width}×{height} pixels, but views are square crops: methods "
+            "and targets with views (TPT, MTA, ZERO) need a teacher with a square input."
         )

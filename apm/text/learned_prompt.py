@@ -103,13 +103,13 @@ def read_learned_prompt(path: Path) -> LearnedPrompt:
         with safe_open(path, framework="pt") as file:
             origin = dict(file.metadata() or {})
             if origin.pop("format", None) != _FORMAT:
-                raise ValueError("it is no file of apm's learned prompts")
+                raise ValueError("it is not a learned prompt of apm")
             return _of({name: file.get_tensor(name) for name in file.keys()}, origin)  # noqa: SIM118
     except OSError as error:
         raise UsageError(f'The learned prompt "{path}" cannot be read: {error.strerror or error}.') from error
     except (SafetensorError, ValueError) as error:
         raise UsageError(
-            f'"{path}" is no learned prompt: {error}. A checkpoint of CoOp\'s code is converted by apm prompts convert.'
+            f'"{path}" is not a learned prompt: {error}. Convert checkpoints of CoOp\'s code with apm prompts convert.'
         ) from error
 
 
@@ -131,7 +131,7 @@ def read_published(path: Path) -> LearnedPrompt:
         raise UsageError(f'The checkpoint "{path}" cannot be read: {error.strerror or error}.') from error
     except zipfile.BadZipFile as error:
         raise UsageError(
-            f'The checkpoint "{path}" is damaged, or in the format that torch wrote before version 1.6: save it anew.'
+            f'The checkpoint "{path}" is damaged, or in the format of torch before version 1.6: save it again.'
         ) from error
     except ValueError as error:
         raise UsageError(f'The checkpoint "{path}" holds no prompt of CoOp or CoCoOp: {error}.') from error
@@ -152,8 +152,8 @@ def check_class_names(prompt: LearnedPrompt, class_names: Sequence[str], *, name
     if strange := [one for one in class_names if one.replace("_", " ").casefold() not in known]:
         raise UsageError(
             f'The prompt {name} was learned for {len(learned)} class names, such as "{learned[0]}", and {len(strange)} '
-            f'of the {len(class_names)} at hand are not among them, such as "{strange[0]}". To use it on other classes '
-            "than it was learned for, say so: coop:file=FILE,transfer=true."
+            f'of the {len(class_names)} given are not among them, such as "{strange[0]}". To use it on other classes '
+            "than those it was learned for, write coop:file=FILE,transfer=true."
         )
 
 
@@ -173,7 +173,7 @@ def tunable(prompt: LearnedPrompt, teacher: Any, class_names: list[str], *, name
     words, width = prompt.context.shape
     learned_with = prompt.origin.get("teacher", teacher.identity)
     if learned_with != teacher.identity:
-        raise UsageError(f"The prompt {name} was learned with {learned_with}, and the teacher is {teacher.identity}.")
+        raise UsageError(f"The prompt {name} was learned with {learned_with}, but the teacher is {teacher.identity}.")
     names = [name.replace("_", " ") for name in class_names]
     found = TunablePrompt(teacher, names, template=" ".join(["X"] * words) + " {}.", group=group)
     if found.initial.shape != prompt.context.shape:
@@ -195,5 +195,5 @@ def _of(state: Mapping[str, Tensor], origin: Mapping[str, str]) -> LearnedPrompt
         raise ValueError(f'it has no tensor "{CONTEXT}"')
     net = {name: state[name].float() for name in META_NET if name in state}
     if net and len(net) != len(META_NET):
-        raise ValueError(f"its meta-net has {', '.join(net)} alone")
+        raise ValueError(f"its meta-net has only {', '.join(net)}")
     return LearnedPrompt(context=state[CONTEXT].float(), meta_net=net or None, origin=origin)

@@ -84,7 +84,9 @@ class LearningConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be 1 or more.")
         if not self.lr > 0 or not 0 <= self.momentum < 1 or not self.weight_decay >= 0 or self.seed < 0:
-            raise UsageError("The learning rate lies above 0, the momentum in [0, 1), weight decay and seed from 0 on.")
+            raise UsageError(
+                "The learning rate must be above 0, the momentum in [0, 1), weight decay and seed 0 or more."
+            )
 
     def filled(self, classes: int) -> LearningConfig:
         """With what the defaults come to for so many classes."""
@@ -316,11 +318,11 @@ class PromptLearner:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 expected = {*self.weights, *(_MOMENTUM + name for name in self.weights)}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise UsageError(f"{printable(self.partial)} is damaged ({error}). Remove it, and learn anew.") from error
+            raise UsageError(f"{printable(self.partial)} is damaged ({error}). Remove it and learn again.") from error
         self._compare(self.partial, record["settings"], record["class_names"])
         if set(tensors) != expected or any(tensors[name].shape != self.weights[name].shape for name in self.weights):
             raise UsageError(
-                f"{printable(self.partial)} is damaged: its tensors are others. Remove it, and learn anew."
+                f"{printable(self.partial)} is damaged: its tensors do not match. Remove it and learn again."
             )
         self.step = int(record["step"])
         self._put(tensors)

@@ -57,8 +57,8 @@ class TunablePrompt:
         embedding = _word_embedding(teacher)
         if embedding is None:
             raise UsageError(
-                f"Teacher {teacher.name} cannot tune its prompt: its text tower has no token embedding to reach. "
-                "Leave the method out, or take a CLIP of open_clip."
+                f"Teacher {teacher.name} cannot tune its prompt: its text tower has no accessible token embedding. "
+                "Leave the method out, or use a CLIP model of open_clip."
             )
         self._embedding = embedding
         device = embedding.weight.device

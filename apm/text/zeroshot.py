@@ -75,8 +75,8 @@ class ZeroShotHead:
         names, prompts = tuple(labels), check_templates(templates)
         if len(names) < 2:
             raise UsageError(
-                f"A zero-shot head needs at least two labels and was given {len(names)}:"
-                " the probability of a single one is always 1."
+                f"A zero-shot head needs at least two labels, not {len(names)}: the probability of a single one is "
+                "always 1."
             )
         if not all(name.strip() for name in names):
             raise UsageError("One of the labels is empty.")

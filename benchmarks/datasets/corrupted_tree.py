@@ -83,7 +83,9 @@ class TreeWriter:
         for level in levels:
             check_level(level)
         if target.resolve().is_relative_to(source.resolve()):
-            raise UsageError(f"{target} is inside {source}: its pictures would be taken as sources. Choose another.")
+            raise UsageError(
+                f"{target} is inside {source}: its pictures would be used as sources. Choose another folder."
+            )
         self.cells = tuple(
             (c, lv) for c in dict.fromkeys(corruptions or CORRUPTIONS) for lv in dict.fromkeys(levels or range(1, 6))
         )
@@ -101,7 +103,7 @@ class TreeWriter:
             ApmError: the target cannot be written (full disk, no permission).
         """
         if jobs < 1:
-            raise UsageError(f"{jobs} processes cannot work: use 1 or more.")
+            raise UsageError(f"--jobs must be 1 or more, not {jobs}.")
         self._claim()
         work = partial(_write_image, self.source, self.target, self.cells, self.settings)
         if jobs == 1:
@@ -116,8 +118,8 @@ class TreeWriter:
                     yield from pool.map(work, chunk, chunksize=4)
                 except BrokenProcessPool as error:
                     raise ApmError(
-                        "A process was killed, perhaps for want of memory. What was written so far is whole: run again "
-                        "to continue, with fewer --jobs."
+                        "A process was killed, perhaps for lack of memory. What was written so far is complete: run "
+                        "again with fewer --jobs to continue."
                     ) from error
 
     def _claim(self) -> None:

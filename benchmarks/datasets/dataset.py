@@ -166,9 +166,9 @@ def _check_asked(
 ) -> None:
     """Refuse, before anything is read, what no data set has, or this one has not."""
     if limit is not None and limit < 1:
-        raise UsageError(f"A limit of {limit} samples leaves nothing: use 1 or more.")
+        raise UsageError(f"--limit {limit} leaves no images: use 1 or more.")
     if label_set is not None and spec.reader != "folder":
-        raise UsageError(f"The label space of {spec.name} is its own: --label-set is for the data set folder.")
+        raise UsageError(f"{spec.name} has its own labels: --label-set is for the data set folder.")
     if corruption is not None:
         if corruption not in CORRUPTIONS:
             raise unknown("corruption", corruption, CORRUPTIONS)

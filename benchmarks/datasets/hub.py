@@ -72,7 +72,7 @@ def read_hub(spec: DatasetSpec, source: str) -> Listing:
         UsageError: not reachable within seconds, no such split, no columns of images and labels, labels without names.
     """
     if spec.reader in ("corrupted", "digits"):
-        raise UsageError(f"{spec.name} has no --source hf:…")
+        raise UsageError(f"{spec.name} cannot be streamed with --source hf:…")
     repository, wanted = parse_source(source)
     stream, split, content = _open(repository, wanted)
     features = dict(stream.features or {})
@@ -242,7 +242,8 @@ def _interpret(
         if any(not isinstance(label, int) or label < 0 for label in labels):
             raise UsageError(f"{source}: its labels are neither names nor numbers.")
         raise UsageError(
-            f"{source}: its labels are numbers without names. Put a classnames.txt with a name a line beside the data."
+            f"{source}: its labels are numbers without names. Put a classnames.txt with one name per line beside the "
+            "data."
         )
     if all(is_wnid(text) for text in set(texts)):
         position = {wnid: index for index, wnid in enumerate(imagenet_wnids())}
@@ -267,7 +268,7 @@ def _look_up(texts: Sequence[str], space: Sequence[str], spec: DatasetSpec, sour
     number = {text: index for index, text in enumerate(space)}
     strange = sorted({text for text in texts if text not in number})
     if strange:
-        raise UsageError(f"{source}: {len(strange)} of its classes are none of {spec.name}: {', '.join(strange[:3])}.")
+        raise UsageError(f"{source}: {len(strange)} of its classes are not in {spec.name}: {', '.join(strange[:3])}.")
     return [number[text] for text in texts]
 
 
@@ -281,7 +282,7 @@ def _numbers(spec: DatasetSpec, labels: Sequence[Any], names: Sequence[str] | No
     if set(labels) <= set(subset):
         position = {index: label for label, index in enumerate(subset)}
         return [position[label] for label in labels]
-    raise UsageError(f"{source}: its labels reach {max(labels)}, and {spec.name} has {len(subset)} classes.")
+    raise UsageError(f"{source}: its labels go up to {max(labels)}, but {spec.name} has {len(subset)} classes.")
 
 
 class _Rows:

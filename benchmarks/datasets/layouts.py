@@ -286,7 +286,7 @@ def _mistake_at(spec: DatasetSpec, place: Path) -> str | None:
     plain = [name for name in folders if not is_wnid(name)]
     if spec.reader in ("wnid", "integer", "corrupted") and any(_images(place / name) for name in plain[:20]):
         return (
-            f"the folders of {place} are no wnids: {few(plain)}. For plain class folders there is the data set"
+            f"the folders of {place} are not wnids: {few(plain)}. For plain class folders there is the data set"
             ' "folder".'
         )
     return None

@@ -91,7 +91,7 @@ def _wnid_labels(spec: DatasetSpec, folder: Path, names: Sequence[str], wnids: S
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     no_wnids = [name for name in names if not is_wnid(name)]
     if no_wnids:
-        raise UsageError(f"{spec.name}: {len(no_wnids)} folder(s) in {folder} are no wnids: {few(no_wnids)}.")
+        raise UsageError(f"{spec.name}: {len(no_wnids)} folder(s) in {folder} are not wnids: {few(no_wnids)}.")
     outside = [name for name in names if name not in label_of]
     if outside:
         fitting = [
@@ -99,8 +99,8 @@ def _wnid_labels(spec: DatasetSpec, folder: Path, names: Sequence[str], wnids: S
         ]
         guess = f" They fit {' and '.join(fitting)}." if fitting else ""
         raise UsageError(
-            f"{spec.name}: {len(outside)} of {len(names)} class folders in {folder} are none of its {len(wnids)}"
-            f" classes: {few(outside)}.{guess}"
+            f"{spec.name}: {len(outside)} of {len(names)} class folders in {folder} are not among its {len(wnids)} "
+            f"classes: {few(outside)}.{guess}"
         )
     return {name: label_of[name] for name in names}
 
@@ -162,7 +162,7 @@ def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = Non
     known = set(imagenet_wnids())
     strange = [name for name in folders if is_wnid(name) and name not in known]
     if strange:
-        raise UsageError(f"{len(strange)} folder(s) in {folder} are no wnids of ImageNet-1k: {few(strange)}.")
+        raise UsageError(f"{len(strange)} folder(s) in {folder} are not wnids of ImageNet-1k: {few(strange)}.")
     all_wnids = all(map(is_wnid, folders))
     if not all_wnids and any(map(is_wnid, folders)):
         plain = [name for name in folders if not is_wnid(name)]
@@ -173,7 +173,8 @@ def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = Non
     if names_from is None:
         if len(folders) < 2:
             raise UsageError(
-                f"{folder} holds one class only, {few(folders)}: nothing can be told apart. --label-set NAME may help."
+                f"{folder} contains only one class, {few(folders)}: there is nothing to choose from. --label-set NAME "
+                "may help."
             )
         labels = {name: label for label, name in enumerate(folders)}
         class_names = tuple(shown.values())
@@ -188,8 +189,8 @@ def read_folder(spec: DatasetSpec, folder: Path, *, names_from: str | None = Non
     if names_from is None and len(folders) - len(empty) < 2:
         full = next(name for name in folders if name not in empty)
         raise UsageError(
-            f"Of the {len(folders)} folders of {folder} only {full} holds pictures: nothing can be told apart. "
-            "A wrong parent folder? Give the folder of the classes; --label-set NAME if there is but one class."
+            f"Of the {len(folders)} folders of {folder} only {full} contains pictures: there is nothing to choose "
+            "from. A wrong parent folder? Give the folder of the classes; --label-set NAME if there is but one class."
         )
     return Listing(samples, class_names, "all", (*notes, *_empty_notes(empty), *_dead_notes(folder, samples)))
 
@@ -256,7 +257,7 @@ def _load_splits(path: Path) -> dict[str, list[tuple[str, int, str]]]:
     for split in ("train", "val", "test"):
         entries = content.get(split) or []
         if not isinstance(entries, list):
-            raise UsageError(f"{path} is not a split json: {split} is no list; expected {expected}.")
+            raise UsageError(f"{path} is not a split json: {split} is not a list; expected {expected}.")
         splits[split] = [_split_entry(path, split, entry) for entry in entries]
     counts = Counter(entry[0] for entry in splits["test"])
     twice = [name for name, count in counts.items() if count > 1]
@@ -269,7 +270,7 @@ def _split_entry(path: Path, split: str, entry: Any) -> tuple[str, int, str]:
     """One [path, label, class name] of a split json, its path without needless parts (``./a.jpg`` is ``a.jpg``)."""
     fitting = isinstance(entry, list) and [type(value) for value in entry] == [str, int, str]
     if not fitting or entry[1] < 0 or not (entry[0].strip() and entry[2].strip()) or not _is_text(entry[0] + entry[2]):
-        raise UsageError(f"{path}: in {split}, {json.dumps(entry)[:80]} is no [path, label, class name].")
+        raise UsageError(f"{path}: in {split}, {json.dumps(entry)[:80]} is not [path, label, class name].")
     pure = PurePosixPath(entry[0])
     if pure.is_absolute() or ".." in pure.parts:
         raise UsageError(f'{path}: in {split}, the path "{entry[0]}" leaves the folder of images.')

@@ -74,8 +74,8 @@ def open_training(
             )
         if not allow_test and (word := _for_testing(path)):
             raise UsageError(
-                f'{printable(path)} is for testing, by its name "{word}": a prompt learned on it could not be measured '
-                "with it. Give the training part, or --allow-test if that is what you want."
+                f'{printable(path)} is test data, going by its name "{word}": a prompt learned on it cannot be '
+                "evaluated on it. Give the training part, or --allow-test if you mean it."
             )
         listing = _read_table(path) if path.suffix == ".parquet" else _read_folder(path)
     samples, notes = _few_of_each(listing, shots, seed)
@@ -185,7 +185,7 @@ def _names(path: Path, table: dict[str, list[Any]], declared: Sequence[str]) -> 
     if used and max(used) < len(declared):
         return {label: declared[label].replace("_", " ") for label in used}
     raise UsageError(
-        f'{printable(path)} does not say the names of its classes: it has no column "wnid" or "class_name", and its '
+        f'{printable(path)} does not name its classes: it has no column "wnid" or "class_name", and its '
         "header declares none."
     )
 
@@ -231,8 +231,8 @@ def class_of_each(place: Path, *, allow_test: bool = False) -> tuple[dict[str, i
         raise UsageError(f"{printable(place)}: no such folder or file.")
     if not allow_test and (word := _for_testing(place)):
         raise UsageError(
-            f'{printable(place)} is for testing, by its name "{word}": what is trained on its labels could not be '
-            "measured with it. Give the training part, or --allow-test if that is what you want."
+            f'{printable(place)} is test data, going by its name "{word}": what is trained on its labels cannot be '
+            "evaluated on it. Give the training part, or --allow-test if you mean it."
         )
     if place.suffix == ".parquet":
         listing = _read_table(place)

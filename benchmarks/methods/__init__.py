@@ -103,7 +103,7 @@ def parse_method(spec: str) -> tuple[str, dict[str, str]]:
     for item in filter(None, rest.split(",")):
         key, separator, value = (part.strip() for part in item.partition("="))
         if not (key and separator and value):
-            raise UsageError(f'"{item}" in method "{spec}" is no setting: write name:key=value,key=value.')
+            raise UsageError(f'"{item}" in method "{spec}" is not a setting: write name:key=value,key=value.')
         if key in settings:
             raise UsageError(f'Method "{spec}" sets {key} twice.')
         settings[key] = value

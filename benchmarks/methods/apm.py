@@ -43,7 +43,7 @@ class APMTestTimeTraining:
         self._trainer: TestTimeTrainer | None = None
         if self._record_steps and self._student.readout == "mode":
             raise UsageError(
-                "readout=mode is read after the last step alone: record no steps, or choose another readout."
+                "readout=mode is read only after the last step: do not record steps, or choose another readout."
             )
         TestTimeTrainer.check(self._student.model(dim=512), self._adapt)  # found wrong before any image is read
         self.name = self._name(options)

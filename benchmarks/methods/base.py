@@ -359,7 +359,7 @@ def make_settings(kind: type[SettingsT], method: str, options: MethodOptions, **
 def check_share(name: str, value: float) -> None:
     """Refuse a share outside (0, 1] with a `UsageError`."""
     if not 0 < value <= 1:
-        raise UsageError(f"Setting {name} is {value}: a share lies above 0 and up to 1.")
+        raise UsageError(f"Setting {name} is {value}; it must be above 0 and at most 1.")
 
 
 def settings_record(settings: Any) -> dict[str, Json]:

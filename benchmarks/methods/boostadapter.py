@@ -42,7 +42,7 @@ class BoostAdapterSettings(TDASettings):
         if self.mode not in ("image", "mean"):
             raise unknown("mode", self.mode, ("image", "mean"))
         if self.positive_shots < 1 or self.extra < 0 or self.negative_shots < 1:
-            raise UsageError("BoostAdapter keeps at least one image per class, and no fewer in the copy.")
+            raise UsageError("BoostAdapter must keep at least one image per class, and no fewer in the copy.")
 
 
 _EXTRA = {"imagenet-a": 3, "imagenet-r": 3, "food101": 3, "caltech101": 2, "aircraft": 2}

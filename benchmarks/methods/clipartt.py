@@ -36,7 +36,7 @@ class CLIPArTTSettings(NormSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.classes < 1:
-            raise UsageError(f"CLIPArTT with texts of {self.classes} classes: 1 or more are possible.")
+            raise UsageError(f"CLIPArTT's classes must be 1 or more, not {self.classes}.")
 
 
 class CLIPArTT(NormTuned):

@@ -39,7 +39,7 @@ class LearnedSettings(PromptSettings):
                 "apm prompts learn makes one; a published checkpoint is converted by apm prompts convert."
             )
         if self.prompt is not None:
-            raise UsageError(f'A learned prompt stands for its own words: leave out prompt="{self.prompt}".')
+            raise UsageError(f'A learned prompt brings its own words: leave out prompt="{self.prompt}".')
 
 
 PUBLISHED = Published(source="the learned context; where it is tuned, views as TPT", augmix=True)

@@ -29,7 +29,7 @@ class CTPTSettings(PromptSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dispersion >= 0:
-            raise UsageError(f"C-TPT with dispersion weighted {self.dispersion}: it must be 0 or more.")
+            raise UsageError(f"C-TPT's dispersion must be 0 or more, not {self.dispersion}.")
 
 
 PUBLISHED = Published(

@@ -60,9 +60,9 @@ class DMNSettings:
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
         if isinstance(self.alpha, float) and not self.alpha >= 0:
-            raise UsageError(f"DMN with alpha {self.alpha}: it must be 0 or more.")
+            raise UsageError(f"DMN's alpha must be 0 or more, not {self.alpha}.")
         if self.shots < 1:
-            raise UsageError(f"DMN with {self.shots} shots: at least one image per class must be remembered.")
+            raise UsageError(f"DMN's shots must be 1 or more, not {self.shots}.")
 
 
 class DynamicMemory:
@@ -150,7 +150,7 @@ class DMN:
         self._searched = self._chosen.alpha == ORACLE
         if self._searched and not options.oracle:
             raise UsageError(
-                "dmn:alpha=oracle chooses α by the test labels: only under --oracle, marked ORACLE in tables."
+                "dmn:alpha=oracle chooses α with the test labels: it needs --oracle and is marked ORACLE in tables."
             )
         shown = {key: value for key, value in options.overrides.items() if not (self._searched and key == "alpha")}
         self.name = display_name("dmn", replace(options, overrides=shown))  # its own answers are those of α 1

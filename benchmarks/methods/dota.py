@@ -52,7 +52,7 @@ class DOTASettings:
         check_share("keep", self.keep)
         check_share("epsilon", self.epsilon)
         if not self.sigma > 0:
-            raise UsageError(f"DOTA with a variance of {self.sigma} at the start: it must be above 0.")
+            raise UsageError(f"DOTA's sigma, the initial variance, must be above 0, not {self.sigma}.")
 
 
 class ClassGaussians:
@@ -71,8 +71,8 @@ class ClassGaussians:
         needed = classes * dim**2 * 4 / 2**30
         if needed > settings.memory:
             raise UsageError(
-                f"DOTA needs {needed:.1f} GiB for the covariances of {classes} classes, and may use "
-                f"{settings.memory:g}: allow more with dota:memory=…, or leave it out."
+                f"DOTA needs {needed:.1f} GiB for the covariances of {classes} classes, but its limit is "
+                f"{settings.memory:g}: raise it with dota:memory=…, or leave DOTA out."
             )
         self.settings = settings
         start = settings.initial_mean

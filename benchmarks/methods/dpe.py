@@ -55,7 +55,7 @@ class DPESettings:
         if self.answer not in ("image", "mean"):
             raise unknown("answer", self.answer, ("image", "mean"))
         if self.shots < 1 or not self.lr > 0:
-            raise UsageError("DPE keeps at least one image per class, and its learning rate lies above 0.")
+            raise UsageError("DPE must keep at least one image per class, and its learning rate must be above 0.")
 
 
 class DualPrototypes:

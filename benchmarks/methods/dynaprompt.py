@@ -41,7 +41,7 @@ class DynaPromptSettings(PromptSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompts < 1:
-            raise UsageError(f"DynaPrompt with {self.prompts} prompts: 1 or more are possible.")
+            raise UsageError(f"DynaPrompt's prompts must be 1 or more, not {self.prompts}.")
 
 
 PUBLISHED = Published(

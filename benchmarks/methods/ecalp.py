@@ -51,7 +51,7 @@ class ECALPSettings:
 
     def __post_init__(self) -> None:
         if min(self.texts, self.images, self.gamma, self.iterations) < 1:
-            raise UsageError("ECALP's texts, images, gamma and iterations are 1 or more.")
+            raise UsageError("ECALP's texts, images, gamma and iterations must be 1 or more.")
 
 
 class PropagationGraph:

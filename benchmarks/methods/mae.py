@@ -32,7 +32,7 @@ _CROP = "Share of the central square's side that is looked at; 0.875 is the squa
 
 def _share(name: str, value: float) -> None:
     if not 0 < value <= 1:
-        raise UsageError(f"{name} is a share of the side, above 0 and up to 1, not {value}.")
+        raise UsageError(f"{name} is a share of the side, above 0 and at most 1, not {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)

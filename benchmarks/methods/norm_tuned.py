@@ -42,9 +42,9 @@ class NormSettings:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.steps < 0:
-            raise UsageError(f"A batch of {self.batch} for {self.steps} steps: at least 1 image, and 0 steps or more.")
+            raise UsageError(f"batch must be 1 or more and steps 0 or more, not {self.batch} and {self.steps}.")
         if not self.lr > 0:
-            raise UsageError(f"A tower tuned at learning rate {self.lr}: it must be above 0.")
+            raise UsageError(f"lr must be above 0, not {self.lr}.")
         if self.norms not in NORM_NAMES:
             raise unknown("norms", self.norms, NORM_NAMES)
 

@@ -38,7 +38,7 @@ class OGASettings:
 
     def __post_init__(self) -> None:
         if self.shots < 1:
-            raise UsageError(f"OGA with {self.shots} shots: at least one image per class must be kept.")
+            raise UsageError(f"OGA's shots must be 1 or more, not {self.shots}.")
 
 
 class CachedGaussians:

@@ -43,7 +43,7 @@ class OnZetaSettings:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or not 0 <= self.beta <= 1:
-            raise UsageError("OnZeta's temperature lies above 0 and its beta between 0 and 1.")
+            raise UsageError("OnZeta's temperature must be above 0 and its beta between 0 and 1.")
 
 
 class OnlineProxies:

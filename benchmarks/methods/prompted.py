@@ -49,12 +49,12 @@ class PromptSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 0:
-            raise UsageError(f"A prompt tuned for {self.steps} steps: 0 or more are possible.")
+            raise UsageError(f"steps must be 0 or more, not {self.steps}.")
         check_share("keep", self.keep)
         if self.prompt is not None and not has_context(self.prompt):
             raise UsageError(f'The prompt "{self.prompt}" cannot be tuned: it needs words before a {{}}.')
         if not self.lr > 0:
-            raise UsageError(f"A prompt tuned at learning rate {self.lr}: it must be above 0.")
+            raise UsageError(f"lr must be above 0, not {self.lr}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,9 @@ class RLCFSettings(PromptSettings):
                 "RLCF needs a second teacher that rewards the first: name one, as in rlcf:reward=ViT-L-14/openai."
             )
         if self.proposals < 2:
-            raise UsageError(f"RLCF with {self.proposals} proposals: a reward is told from the mean of 2 or more.")
+            raise UsageError(
+                f"RLCF's proposals must be 2 or more, not {self.proposals}: rewards are compared with their mean."
+            )
 
 
 PUBLISHED = Published(

@@ -36,11 +36,11 @@ class RTPTSettings(PromptSettings):
         super().__post_init__()
         if not 1 <= self.neighbours < self.views:
             raise UsageError(
-                f"R-TPT with {self.neighbours} neighbours of {self.views} views: a view has 1 to V - 1 others. "
-                f"Ask for more views, rtpt:views={max(64, self.neighbours + 1)}, or for fewer neighbours."
+                f"R-TPT's neighbours must be from 1 to views - 1, not {self.neighbours} of {self.views} views. Use "
+                f"more views, rtpt:views={max(64, self.neighbours + 1)}, or fewer neighbours."
             )
         if not self.temperature > 0:
-            raise UsageError(f"R-TPT with temperature {self.temperature}: it must be above 0.")
+            raise UsageError(f"R-TPT's temperature must be above 0, not {self.temperature}.")
 
 
 PUBLISHED = Published(source="R-TPT: one setting; prompt and views as TPT", prompts="single", augmix=True)

@@ -40,8 +40,8 @@ class TunableTower:
         visual = getattr(model, "visual", None)
         if not isinstance(visual, nn.Module):
             raise UsageError(
-                f"{method} tunes the image tower, and teacher {teacher.name} has none that can be reached. Leave the "
-                "method out, or take a CLIP of open_clip."
+                f"{method} tunes the image tower, and that of teacher {teacher.name} is not accessible. Leave the "
+                "method out, or use a CLIP model of open_clip."
             )
         self.visual = visual
         self.name: str = teacher.name
@@ -107,7 +107,7 @@ class TunableTower:
                 f"It has {title_there}: {self.method}:norms={others[0]} tunes these, with the statistics of training."
             )
         raise UsageError(
-            f"{self.method} tunes the {title} of the image tower, and that of teacher {self.name} has none. {remedy}"
+            f"{self.method} tunes the {title} of the image tower, but that of teacher {self.name} has none. {remedy}"
         )
 
     def _norms(self, kind: str) -> list[str]:
@@ -125,7 +125,7 @@ class TunableTower:
         if not found:
             raise UsageError(
                 f"{self.method} adapts the attention of the image tower's blocks, and that of teacher {self.name} "
-                f"({type(self.visual).__name__}) has none that is known here. Leave the method out for this teacher."
+                f"({type(self.visual).__name__}) is of an unknown kind. Leave the method out for this teacher."
             )
         return found
 

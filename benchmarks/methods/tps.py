@@ -39,9 +39,9 @@ class TPSSettings:
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
         if self.steps < 0:
-            raise UsageError(f"TPS with {self.steps} steps: 0 or more are possible.")
+            raise UsageError(f"TPS's steps must be 0 or more, not {self.steps}.")
         if not self.lr > 0:
-            raise UsageError(f"TPS with learning rate {self.lr}: it must be above 0.")
+            raise UsageError(f"TPS's lr must be above 0, not {self.lr}.")
 
 
 PUBLISHED = Published(

@@ -47,11 +47,11 @@ class TTLSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 0:
-            raise UsageError(f"TTL with {self.steps} steps: 0 or more are possible.")
+            raise UsageError(f"TTL's steps must be 0 or more, not {self.steps}.")
         if self.blocks < 1 or self.rank < 1:
-            raise UsageError(f"TTL in {self.blocks} blocks at rank {self.rank}: at least 1 of each is needed.")
+            raise UsageError(f"TTL's blocks and rank must be 1 or more, not {self.blocks} and {self.rank}.")
         if not self.lr > 0:
-            raise UsageError(f"TTL with learning rate {self.lr}: it must be above 0.")
+            raise UsageError(f"TTL's lr must be above 0, not {self.lr}.")
 
 
 class LowRank:

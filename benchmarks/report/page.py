@@ -168,7 +168,7 @@ def _check_target(out: Path, page: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: give a folder with --out.")
     if page.is_symlink() or (page.exists() and not page.is_file()):
-        raise UsageError(f"{page} is no plain file: give another folder with --out.")
+        raise UsageError(f"{page} is not a regular file: give another folder with --out.")
     try:
         ours = not page.exists() or MARKER in page.read_bytes()[:2000].decode("utf-8", "replace")
     except OSError as error:

@@ -50,9 +50,9 @@ def plan_cells(
     """
     datasets = expand(names)
     if not datasets:
-        raise UsageError(f"No data set is named. Known: {', '.join(DATASETS)}; apm bench --list says more.")
+        raise UsageError(f"No data set is named. Known: {', '.join(DATASETS)}; see apm bench --list.")
     if source is not None and len(datasets) > 1:
-        raise UsageError(f"--source is for one data set, and {len(datasets)} are named: {', '.join(datasets)}.")
+        raise UsageError(f"--source works with one data set, but {len(datasets)} are named: {', '.join(datasets)}.")
     for level in levels:
         check_level(level)
     wanted = dict.fromkeys(name for given in corruptions for name in ((*CORRUPTIONS,) if given == ALL else (given,)))
@@ -95,8 +95,8 @@ def check_protocol(protocol: str, given: Mapping[str, object]) -> None:
         raise unknown("protocol", protocol, PROTOCOLS)
     if protocol == "published" and (named := [name for name, value in given.items() if value]):
         raise UsageError(
-            f"{' and '.join(named)} with --protocol published, by which each method has its authors' own. Leave one "
-            "out; settings behind a method's name, as in tpt:views=8, are possible."
+            f"{' and '.join(named)} with --protocol published, which gives each method its authors' own. Leave one "
+            "out; settings after a method's name, as in tpt:views=8, are possible."
         )
 
 
@@ -114,7 +114,7 @@ def plan_orders(
     stream = [method for method in methods if method.stream]
     if count > 1 and not stream:
         named = ", ".join(method.name for method in methods)
-        raise UsageError(f"--orders {count} is for methods whose answers depend on the order; of {named} none does.")
+        raise UsageError(f"--orders {count} needs methods whose answers depend on the order; none of {named} does.")
     runs: list[tuple[Path, Sequence[Method], RunOptions]] = [(folder, methods, options)]
     for seed in range(options.order_seed + 1, options.order_seed + count):
         runs.append((folder.with_name(f"{folder.name}-order-{seed}"), stream, replace(options, order=seed)))

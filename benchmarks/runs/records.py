@@ -109,7 +109,7 @@ class RunFolder:
                 raise
             if self.path.is_dir():
                 raise ApmError(
-                    f"Another session has taken over {self.path}: this one stops, and leaves the rest to it."
+                    f"Another process has taken over {self.path}: this one stops and leaves the rest to it."
                 ) from error
             raise ApmError(
                 f"{self.path} was removed or moved while the run was writing to it. Put it back and run the same "
@@ -248,7 +248,7 @@ def _read_shard(shard: Path, columns: Sequence[str] | None = None) -> pa.Table:
         )
     except (pa.ArrowException, OSError) as error:
         raise UsageError(
-            f"{shard} is damaged ({error}). Remove this file and run again: its images are computed anew."
+            f"{shard} is damaged ({error}). Remove this file and run again: its images will be computed again."
         ) from None
 
 
@@ -281,8 +281,8 @@ def _check_same_answers(cell: str, shards: Sequence[Path]) -> None:
             if name is not None:
                 raise UsageError(
                     f"{cell}: two answers to {row['id']} by {row['method']} differ in {name}: {earlier[name]} in "
-                    f"{place}, {row[name]} in {shard}. Remove the file that is not of this run, and run again: "
-                    "what is missing is computed anew."
+                    f"{place}, {row[name]} in {shard}. Remove the file that does not belong to this run and run again: "
+                    "what is missing will be computed again."
                 )
 
 

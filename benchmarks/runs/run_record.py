@@ -97,7 +97,7 @@ def describe_cells(
     for open_cell in cells:
         dataset = prompted(open_cell(), options)
         if dataset.cell in headers:
-            raise UsageError(f"{dataset.cell} is asked for twice in one run.")
+            raise UsageError(f"{dataset.cell} is requested twice in one run.")
         if look:
             states[dataset.cell] = FileState.of(dataset.samples)
         labels, prompts = _digest(dataset.class_names), _digest(dataset.templates)
@@ -226,7 +226,7 @@ def prepare(
 def check_same_data(first: Mapping[str, Any], mine: Mapping[str, Any], group: Group) -> None:
     """Check that this machine sees the same files and weights as the first process."""
     if found := differences(first, mine):
-        raise UsageError(f"Process {group.rank} does not see what process 0 sees. {describe_differences(found)}.")
+        raise UsageError(f"Process {group.rank} does not see the same as process 0. {describe_differences(found)}.")
 
 
 def count_rows(folder: RunFolder, cells: Iterable[str]) -> dict[str, dict[str, int]]:
@@ -258,6 +258,6 @@ def check_complete(
     ]
     if short:
         raise ApmError(
-            f"{folder.path}: rows were removed while the run went on, of {', '.join(short)}. Run the same command "
-            "again: what is missing is computed anew."
+            f"{folder.path}: rows of {', '.join(short)} were removed during the run. Run the same command again: what "
+            "is missing will be computed again."
         )

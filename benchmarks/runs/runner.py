@@ -100,7 +100,7 @@ def run(
     """
     names = [method.name for method in methods]
     if len(set(names)) != len(names):
-        raise UsageError(f"Two methods of one run have the same name: {', '.join(names)}.")
+        raise UsageError(f"Two methods of a run have the same name: {', '.join(names)}.")
     folder = RunFolder(path)
     started = time.monotonic()
     with _begun(folder, cells, methods, teacher, options, features, group) as (headers, record):

@@ -231,7 +231,7 @@ class Session:
             source.decoding = True
             if self.group.first and method.name not in self.looking:
                 self.looking.add(method.name)
-                self.on_note(f"{method.name} looks at the images themselves: they are decoded too.")
+                self.on_note(f"{method.name} needs the images themselves: they are decoded too.")
 
     def write_record(self) -> None:
         """Bring run.json up to date; only the first process does."""

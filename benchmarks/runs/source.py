@@ -109,6 +109,6 @@ def _load(sample: Sample) -> Image.Image:
     except (ImageError, OSError) as error:
         why = printable(" ".join(str(error).split()))
         raise ApmError(
-            f"{printable(sample.id)} cannot be read, though its features are known: {why}. Methods that look at the "
-            "images themselves need them: leave those out, or put the file back and run again."
+            f"{printable(sample.id)} cannot be read, though its features are known: {why}. Some methods need the "
+            "images themselves: leave those out, or put the file back and run again."
         ) from error

@@ -59,7 +59,7 @@ def store_key(teacher: Teacher, options: EncodeOptions) -> StoreKey:
     check(options.views, options.min_area)
     check_input(teacher, options.views)
     if options.precision not in PRECISIONS:
-        raise UsageError(f'A store in "{options.precision}": features are kept in {" or ".join(PRECISIONS)}.')
+        raise UsageError(f'precision is "{options.precision}"; features are stored in {" or ".join(PRECISIONS)}.')
     return StoreKey(
         teacher=teacher.identity,
         dim=teacher.dim,
@@ -149,13 +149,13 @@ def _prepare(
     earlier = read_store(path)
     if earlier is not None and (found := differing(vars(earlier[0]), vars(key))):
         raise UsageError(
-            f"{path} holds other features. {found}. Ask for what is there, or encode into another folder with --out."
+            f"{path} holds other features. {found}. Use the same settings, or encode into another folder with --out."
         )
     plan, fresh = Plan(), []
     for open_cell in cells:
         dataset = open_cell()
         if dataset.cell in plan.missing:
-            raise UsageError(f"{dataset.cell} is asked for twice.")
+            raise UsageError(f"{dataset.cell} is requested twice.")
         for warning in dataset.warnings:
             on_warning(f"{dataset.cell}: {warning}")
         folder, state = CellFolder.of(path, dataset.cell), FileState.of(dataset.samples)
@@ -189,7 +189,7 @@ def _missing(folder: CellFolder, key: StoreKey, images: int, on_note: Callable[[
     """Images that no sound shard has; damaged ones are removed."""
     shards, damaged = read_shards(folder.path, folder.digest(key), key, verify=True)
     for damage in damaged:
-        on_note(f"{damage}. What it held and nothing else holds is encoded again.")
+        on_note(f"{damage}. Its features are encoded again, unless another file has them.")
         with writing(damage.path):
             damage.path.unlink(missing_ok=True)
     return np.flatnonzero(places(shards, images)[:, 0] < 0)

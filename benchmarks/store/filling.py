@@ -163,8 +163,8 @@ class Filling:
         kept = features.detach().cpu().to(self.key.dtype)
         if (kept.isinf() & features.detach().cpu().isfinite()).any():
             raise ApmError(
-                f"{sample.id}: the teacher's numbers are beyond float16, up to {float(features.abs().max()):.3g}. Keep "
-                "them with --precision fp32."
+                f"{sample.id}: the teacher's values exceed float16, up to {float(features.abs().max()):.3g}. Use "
+                "--precision fp32."
             )
         return kept
 

@@ -153,7 +153,9 @@ def read_store(path: Path) -> tuple[StoreKey, list[dict[str, Any]]] | None:
     try:
         return StoreKey(**record["key"]), record["sessions"]
     except (KeyError, TypeError):
-        raise UsageError(f"{path / 'store.json'} is no store's record. Remove {path}, and encode again.") from None
+        raise UsageError(
+            f"{path / 'store.json'} is not the record of a store. Remove {path} and encode again."
+        ) from None
 
 
 def mending(sessions: Sequence[Mapping[str, Any]]) -> str:
@@ -197,9 +199,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}). Remove {path.parent}, and encode again.") from None
+        raise UsageError(f"{path} cannot be read ({error}). Remove {path.parent} and encode again.") from None
     if not isinstance(found, dict):
-        raise UsageError(f"{path} is no record of a store. Remove {path.parent}, and encode again.")
+        raise UsageError(f"{path} is not the record of a store. Remove {path.parent} and encode again.")
     return found
 
 
@@ -208,4 +210,4 @@ def _read_table(path: Path) -> pa.Table:
         return pq.read_table(path, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         why = printable(" ".join(str(error).split()))
-        raise UsageError(f"{path} is damaged ({why}). Remove {path.parent}, and encode again.") from None
+        raise UsageError(f"{path} is damaged ({why}). Remove {path.parent} and encode again.") from None

@@ -65,19 +65,17 @@ class FeatureStore:
         asked = {"teacher": teacher.identity, "dim": teacher.dim, "seed": seed}
         if found := differing(there, asked):
             raise UsageError(
-                f"The features in {self.path} are others than this run's. {found}. Run with what the store was made "
-                "with, or make another with apm encode … --out ANOTHER."
+                f"The features in {self.path} are not those of this run. {found}. Run with the store's settings, or "
+                "make another store with apm encode … --out ANOTHER."
             )
         for name, (views, min_area) in wanted_views(methods).items():
             if views > self.key.views:
                 raise UsageError(
-                    f"{name} looks at {views} views of each image, and {self.path} holds {self.key.views}: run with "
+                    f"{name} needs {views} views of each image, but {self.path} holds {self.key.views}: run with "
                     f"--views {self.key.views}, or encode {views} with apm encode … --views {views} --out ANOTHER."
                 )
             if views > 1 and min_area is not None and (found := differing(there, {"min_area": min_area})):
-                raise UsageError(
-                    f"{name} looks at other views than {self.path} holds. {found}. Leave that setting out."
-                )
+                raise UsageError(f"{name} needs other views than {self.path} holds. {found}. Leave that setting out.")
 
     def check(self, dataset: Dataset, now: FileState) -> None:
         """Check that the store has sound features of a data set's images, as they are now.
@@ -145,8 +143,8 @@ class FeatureStore:
 
     def _others(self, dataset: Dataset, what: str) -> UsageError:
         return UsageError(
-            f"The images of {dataset.cell} are others than those in {self.path}. {what}. Put the data back, or encode "
-            "it anew with apm encode … --out ANOTHER."
+            f"The images of {dataset.cell} are not those in {self.path}. {what}. Put the data back, or encode it again "
+            "with apm encode … --out ANOTHER."
         )
 
 

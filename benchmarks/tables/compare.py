@@ -97,8 +97,8 @@ def compare(new: Records, baseline: Records, limits: Limits) -> list[Comparison]
     """
     if found := changed_configuration(baseline.run, new.run):
         raise UsageError(
-            f"{new.path} and {baseline.path} are runs of different configurations, and cannot be compared. "
-            f"Baseline before, new run now: {found}."
+            f"{new.path} and {baseline.path} are runs of different configurations and cannot be compared. Baseline "
+            f"first, then new run: {found}."
         )
     return [
         _compare_rows(cell, method, rows, old, limits)

@@ -96,7 +96,7 @@ def eval_results(tables: Sequence[Table], *, task: str = "default") -> tuple[dic
     """
     rows = [row for table in tables for row in table.rows if row.kind == "ours"]
     if len(teachers := {row.teacher for row in rows}) > 1:
-        raise UsageError(f"A model card is of one model, and these runs are of {', '.join(sorted(teachers))}.")
+        raise UsageError(f"A model card describes one model, but these runs used {', '.join(sorted(teachers))}.")
     entries: dict[str, list[dict[str, Any]]] = {}
     left_out: dict[str, list[str]] = {}
     for row in rows:

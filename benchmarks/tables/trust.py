@@ -301,8 +301,8 @@ def _check_same_images(column: str, rows: Sequence[TableRow]) -> None:
             raise UsageError(
                 f"{column}: the rows are not of the same images. {rows[0].method} in {first.run.path} has "
                 f"{len(theirs):,}, {row.method} in {answers.run.path} has {len(ours):,}; {common:,} are in both"
-                f"{', with other labels' if common == len(ours) == len(theirs) else ''}. Methods are compared on the "
-                "same images alone: give runs of the same images (the same --limit and --seed)."
+                f"{', with other labels' if common == len(ours) == len(theirs) else ''}. Methods are compared only on "
+                "the same images: give runs of the same images (the same --limit and --seed)."
             )
 
 

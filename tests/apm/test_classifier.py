@@ -225,7 +225,7 @@ def test_default_prompts_are_the_teachers_else_single() -> None:
     ("options", "words"),
     [
         ({"labels": LABELS, "label_set": "imagenet"}, "label_set"),
-        ({"labels": ["cat"]}, "one name only"),
+        ({"labels": ["cat"]}, "only one name"),
         ({"labels": ["cat", "Cat"]}, "more than once"),
         ({"labels": []}, "no name"),
         ({"labels": None, "label_set": "imagnet"}, 'Did you mean "imagenet"'),

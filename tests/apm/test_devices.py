@@ -24,7 +24,7 @@ def test_auto_is_a_gpu_where_there_is_one(gpus: int, name: str, expected: str, m
     [
         (0, "gpu", 'device "gpu"'),
         (0, "cuda:x", 'device "cuda:x"'),
-        (0, "cuda", "no CUDA device here; use cpu or auto"),
+        (0, "cuda", 'no CUDA device for "cuda" on this machine; use cpu or auto'),
         (2, "cuda:2", "has 2, counted from 0"),
     ],
 )

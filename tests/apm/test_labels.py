@@ -31,12 +31,12 @@ def test_names_are_split_and_tidied() -> None:
 
 @pytest.mark.parametrize("text", ["", "  ", ",,,", "\n \n"])
 def test_no_name_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="hold no name"):
+    with pytest.raises(UsageError, match="contain no name"):
         parse_labels(text)
 
 
 def test_a_single_name_is_refused() -> None:
-    with pytest.raises(UsageError, match='one name only, "cat"'):
+    with pytest.raises(UsageError, match='only one name, "cat"'):
         parse_labels("cat")
 
 
@@ -60,7 +60,7 @@ def test_a_file_holds_a_name_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "cause"),
-    [("caf\u00e9\ncat".encode("latin-1"), "not UTF-8"), (b"", "hold no name"), (b"cat\ncat\n", "more than once")],
+    [("caf\u00e9\ncat".encode("latin-1"), "not UTF-8"), (b"", "contain no name"), (b"cat\ncat\n", "more than once")],
 )
 def test_a_bad_file_is_named(tmp_path: Path, content: bytes, cause: str) -> None:
     path = tmp_path / "labels.txt"

@@ -126,7 +126,7 @@ def test_background_words_and_unsure_places_are_zero() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"background": ("sky",)}, '"sky" is none of the labels'),
+        ({"background": ("sky",)}, '"sky" is not one of the labels'),
         ({"background": ("red", "green", "blue")}, "All labels are background"),
         ({"min_probability": 1.2}, "between 0 and 1"),
         ({"min_area": 1.0}, "below 1, not 1.0"),
@@ -173,7 +173,7 @@ def test_a_classifier_segments_tiles_each_by_a_student_of_its_own() -> None:
     again = classifier.segment(image, places=20)
     np.testing.assert_array_equal(again.map, found.map)
     token = Classifier(FakeTeacher(), labels=["cat", "dog"], student=StudentOptions(preset="small"), device="cpu")
-    with pytest.raises(UsageError, match="distil both, or grid, not cls"):
+    with pytest.raises(UsageError, match="distil both or grid, not cls"):
         token.segment(image)
 
 

@@ -120,7 +120,7 @@ def test_damage_before_the_last_line_is_told_not_repaired(suffix: str, tmp_path:
     file.close()
     line = file.path.read_bytes().splitlines(keepends=True)[-1]
     file.path.write_bytes(b"nonsense\n" + line)
-    with pytest.raises(UsageError, match=r"Row 1 of .* is no answer"):
+    with pytest.raises(UsageError, match=r"Row 1 of .* is not an answer"):
         AnswerFile(file.path, SETTINGS)
     file.path.with_name(f"out{suffix}.settings.json").write_text("[")
     with pytest.raises(UsageError, match="is damaged"):

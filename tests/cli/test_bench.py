@@ -106,7 +106,7 @@ def test_orders_are_runs_beside_each_other_and_one_row(tmp_path: Path) -> None:
 def test_protocols_and_oracles_are_asked_for(tmp_path: Path) -> None:
     search = ("digits", "--limit", "6", "--method", "dmn:alpha=oracle,views=2")
     refused = bench(*search)
-    assert refused.exit_code == 2 and "only under --oracle" in refused.stderr
+    assert refused.exit_code == 2 and "it needs --oracle" in refused.stderr
     shown = bench(*search, "--oracle", "--out", tmp_path / "oracle")
     assert shown.exit_code == 0 and "ORACLE dmn[views=2], best alpha of each cell" in shown.stdout, shown.output
     published = bench(*DIGITS, "--protocol", "published", "--out", tmp_path / "published")
@@ -216,18 +216,18 @@ def test_of_several_interrupted_processes_the_first_says_so(rank: int, monkeypat
         (["digits", "--target", "mtb"], 'Did you mean "mta"'),
         (["digits", "--prompts", "singel"], 'Did you mean "single"'),
         (["digits", "--template", "no slot"], "no slot"),
-        (["digits", "--limit", "0"], "leaves nothing"),
+        (["digits", "--limit", "0"], "leaves no images"),
         (["digits", "--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
         (["digits", "--workers", "0"], "--workers must be 1 or more, not 0"),
         (["digits", "--seed", "-1"], "--seed must be 0 or more, not -1"),
         (["digits", "--orders", "0"], "--orders 0"),
         (["digits", "--order", "-1"], "--order -1"),
-        (["digits", "--orders", "2", "--method", "zero-shot"], "of zero-shot none does"),
+        (["digits", "--orders", "2", "--method", "zero-shot"], "none of zero-shot does"),
         (["digits", "--protocol", "publishd"], 'Did you mean "published"'),
         (["digits", "--protocol", "published", "--views", "8"], "--views with --protocol published"),
         (["imagenet"], "--root"),
         (["imagenet-c", "--corruption", "clean"], "holds no clean images"),
-        (["digits", "pets", "--source", "hf:a/b"], "--source is for one data set"),
+        (["digits", "pets", "--source", "hf:a/b"], "--source works with one data set"),
         (["digits", "--steps", "0"], "untrained student"),
         (["digits", "--device", "gpu"], 'Unknown device "gpu"'),
     ],
@@ -245,7 +245,7 @@ def test_fresh_is_refused_on_many_machines(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     result = bench("digits", "--fresh")
     assert result.exit_code == 2
-    assert "--fresh is for one machine" in result.stderr
+    assert "--fresh works with one process only" in result.stderr
 
 
 def test_fresh_does_not_start_over_in_a_restarted_process(monkeypatch: pytest.MonkeyPatch) -> None:

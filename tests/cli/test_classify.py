@@ -40,7 +40,7 @@ def classify(*arguments: str | Path, stdin: str | bytes | None = None, labels: t
 
 def records(result: Result) -> list[dict[str, Any]]:
     lines = [
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         for line in result.stdout.splitlines()
     ]
     for line in lines:
@@ -123,7 +123,7 @@ def test_order_and_sources_of_paths(picture: Path, tmp_path: Path) -> None:
 def test_nothing_on_stdin() -> None:
     result = classify("-", stdin="\n")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "No path came in on stdin" in result.stderr
+    assert "Stdin held no path" in result.stderr
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_undecodable_name(tmp_path: Path) -> None:
         (("--labels", "cat,dog", "--label-set", "imagenet"), "--labels and --label-set exclude each other"),
         (("--labels", "a,b", "--labels-file", "f"), "--labels and --labels-file"),
         (("--labels", ""), "no name"),
-        (("--labels", "cat"), "one name only"),
+        (("--labels", "cat"), "only one name"),
         (("--labels", "cat,dog,cat"), "more than once"),
         (("--labels-file", "{tmp}/missing.txt"), "missing.txt"),
         (("--labels-file", "{tmp}/latin1.txt"), "not UTF-8"),
@@ -469,10 +469,10 @@ def test_wrong_distil_is_refused(picture: Path) -> None:
         (("--loss", "soft", "--distil", "grid"), 'use distil="both"'),
         (("--temperature", "2"), "add loss=soft"),
         (("--queries", "257"), "queries must not exceed the 256 locations"),
-        (("--queries", "some"), 'queries is "some"; it must be a number from 1 on, all, or auto'),
+        (("--queries", "some"), 'queries is "some"; it must be a number of 1 or more, all, or auto'),
         (("--queries", "0"), 'queries is "0"'),
         (("--target", "mat"), 'Unknown target "mat". Did you mean "mta"'),
-        (("--target", "mta", "--distil", "grid"), "has no loss for it"),
+        (("--target", "mta", "--distil", "grid"), "uses no token"),
         (("--min-probability", "2"), "must lie between 0 and 1"),
     ):
         result = classify(*arguments, picture)

@@ -104,9 +104,9 @@ def test_wrong_usage_is_one_line_and_leaves_nothing(trained: Path, tmp_path: Pat
     drawn(1).save(photograph)
     coloured = checkpoint(tmp_path / "coloured.safetensors", grey_input=False)
     for student, arguments, words in (
-        (coloured, (), "saw colours in its training; `apm pretrain --grey-input` trains one"),
+        (coloured, (), "was trained on colours; `apm pretrain --grey-input` trains one"),
         (tmp_path / "no.safetensors", (), "no such checkpoint"),
-        (photograph, (), "is no safetensors file"),
+        (photograph, (), "is not a safetensors file"),
         (trained, ("--places", "0"), "must be from 1 to 1024, not 0"),
     ):
         result = run(student, out, photograph, *arguments)

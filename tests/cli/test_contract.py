@@ -215,7 +215,10 @@ def test_closed_pipe_is_silent(picture: Path, form: str) -> None:
 
 @pytest.mark.slow
 def test_closed_streams_are_no_crash(picture: Path) -> None:
-    for redirected, code, said in ((">&-", 0, ""), ("<&-", 2, "error: Paths were to come on stdin, and it is closed.")):
+    for redirected, code, said in (
+        (">&-", 0, ""),
+        ("<&-", 2, "error: Paths were to be read from stdin, but it is closed."),
+    ):
         command = fake_classify("--quiet", "--steps", "1", "-" if code else picture)
         done = subprocess.run(
             ["bash", "-c", f'"$@" {redirected}', "bash", *command],

@@ -93,7 +93,7 @@ def test_what_the_maps_need_is_filled_in_and_said(
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--distil", "cls"], "--distil both, or grid"), (["--explain-size", "0"], "--explain-size is 0")],
+    [(["--distil", "cls"], "--distil both or grid"), (["--explain-size", "0"], "--explain-size is 0")],
 )
 def test_wrong_usage(arguments: list[str], told: str, picture: Path, tmp_path: Path) -> None:
     result = explain(tmp_path / "out", *arguments, picture)

@@ -27,8 +27,8 @@ def test_trains_on_parquet_and_is_done_with_it(tmp_path: Path) -> None:
     command = ("train", table, "--out", out, *FAST, "--radius", "2.5", "--hidden", "0.25")
     code, said, told = run(*command)
     assert code == 0
-    assert said.startswith(f"{out}: 2 steps on 7 images; held out on 1: mean squared error of hidden places ")
-    assert "train: step 2 of 2: hidden places held out " in told and "; contrast held out " in told
+    assert said.startswith(f"{out}: 2 steps on 7 images; held out on 1: mean squared error of hidden locations ")
+    assert "train: step 2 of 2: hidden locations held out " in told and "; contrast held out " in told
     rows = [json.loads(line) for line in out.with_name(out.name + ".log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2]
     assert {"denoising", "contrast", "norm", "lr", "held_out_denoising", "held_out_contrast"} < rows[1].keys()
@@ -64,7 +64,7 @@ def test_wrong_use_is_told_before_anything_is_read(tmp_path: Path) -> None:
         ((folder, *out, "--patch-size", "7"), "Patches of 7 pixels do not tile an image of 64 pixels"),
         ((folder, *out, "--consensus", "al"), 'Did you mean "all"'),
         ((folder, *out, "--read-level", "5"), "read_level must be below 5"),
-        ((folder, *out, "--hidden", "1"), "hidden is a share of the places"),
+        ((folder, *out, "--hidden", "1"), "hidden is a share of the locations"),
         ((folder, *out, "--evaluate-every", "0"), "--evaluate-every must be 1 or more"),
         ((folder, *out, "--device", "cdua"), "cdua"),
         ((folder, *out, "--precision", "fp8"), 'Unknown precision "fp8"'),

@@ -144,10 +144,10 @@ def test_layers_of_a_fixed_model(picture: Path, tmp_path: Path) -> None:
     [
         ("mvit:3@random", ["--steps", "150", "--grid-lr", "0.1"], "--steps, --grid-lr would have no effect"),
         ("mvit:3@random", ["--snapshots", "0"], "--snapshots would have no effect"),
-        ("mvit:3@random", ["--teacher", "x"], "has no teacher, but --teacher is given"),
+        ("mvit:3@random", ["--teacher", "x"], "uses no teacher, but --teacher is given"),
         ("mvit:3@random", ["--frames", "9"], "--frames is 9"),
-        ("vit:test_vit:1@random", ["--frames", "8"], "is of mvit alone"),
-        ("teacher:1", ["--teacher", "x"], "layers of a teacher of open_clip"),
+        ("vit:test_vit:1@random", ["--frames", "8"], "applies only to mvit"),
+        ("teacher:1", ["--teacher", "x"], "needs a teacher of open_clip"),
         ("movie:3", [], 'Unknown source "movie"'),
         ("vit:test_resnet:4@random", ["--grid-size", "64", "--no-controls"], "too few for 12 parts"),
     ],
@@ -207,7 +207,7 @@ def test_an_empty_stdin_and_a_file_in_place_of_the_folder_are_told(
 ) -> None:
     fast = ["islands", "--device", "cpu", "--steps", "1"] if not source else ["islands", "--device", "cpu", *source]
     empty = CliRunner().invoke(app, [*fast, "--out", str(tmp_path / "out"), "-"])
-    assert empty.exit_code == 2 and empty.stderr == "error: No path came in on stdin.\n"
+    assert empty.exit_code == 2 and empty.stderr == "error: Stdin held no path.\n"
     listed = CliRunner().invoke(app, [*fast, "--out", str(tmp_path / "out"), "-"], input="gone.png\n")
     assert listed.exit_code == 1 and listed.stderr == "error: gone.png: no such file\n"
     (tmp_path / "file").write_text("not a folder")

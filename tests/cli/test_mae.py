@@ -157,14 +157,14 @@ def test_wrong_use_is_told_before_anything_is_read(base: Path, tmp_path: Path) -
         (("train", folder, *out, "--patch-size", "7"), "Patches of 7 pixels do not tile"),
         (("train", folder, *out, "--masked", "1"), "masked is a share of the patches"),
         (("train", folder, *out, "--base", tmp_path / "none"), "none: no such file; name a checkpoint, or timm:NAME"),
-        (("train", folder, *out, "--base", tmp_path / "code.pth"), "could run code, so it is refused"),
+        (("train", folder, *out, "--base", tmp_path / "code.pth"), "could run code; it is refused"),
         (("train", folder, *out, "--base", "timm:vit_smal_patch16_224"), "timm has no model vit_smal_patch16_224"),
         (("probe", folder, *out, "--base", base, "--head-width", "10"), "head_width must be a multiple of 4"),
         (("probe", tmp_path / "none", *out, "--base", base), "no such folder or file"),
         (("probe", make_folder(tmp_path / "val", 5), *out, "--base", base), '"val": what is trained on its labels'),
         (
             ("probe", make_parquet(tmp_path / "t.parquet"), *out, "--base", base),
-            "does not say the names of its classes",
+            "does not name its classes",
         ),
         (("fine", folder, *out), 'Unknown command "fine"'),
     ):
@@ -189,4 +189,4 @@ def test_a_checkpoint_of_another_network_is_told(base: Path, tmp_path: Path) -> 
     code, _, told = run("probe", folder, "--base", base, "--out", base, *HEAD, *FAST)
     assert code == 2 and "was made with other settings" in told and "classes: 0 there, 2 here" in told
     glom = CliRunner().invoke(app, ["glom", "train", str(folder), "--out", str(base)])
-    assert glom.exit_code == 2 and "is no checkpoint of `apm glom train`, but of another network" in glom.stderr
+    assert glom.exit_code == 2 and "is not a checkpoint of `apm glom train` but of another network" in glom.stderr

@@ -40,17 +40,17 @@ def test_wrong_layers_are_told_before_anything_is_computed(tmp_path: Path, monke
     monkeypatch.setattr("apm.teachers.load_grid_teacher", lambda spec, device: teachers[spec])
     named, last = ("--teacher-grid", "vit"), Layers(teachers["vit"]).count  # type: ignore[arg-type]
     for arguments, message in (
-        (("--target-layer", "2"), "--teacher-grid NAME is missing: whose layers are to be stood in for?"),
+        (("--target-layer", "2"), "--teacher-grid NAME is missing: it names the teacher whose layers are replaced"),
         ((*named, "--target-layer", "0"), "--target-layer must be 1 or more, not 0"),
         ((*named, "--target-layer", f"{last + 1}"), f"has layers 1 to {last}; there is no {last + 1}"),
-        ((*named, "--target-layer", "2", "--from-layer", "2"), "does not lie behind --from-layer 2"),
-        ((*named, "--from-layer", "2"), "--target-layer is missing"),
-        ((*named, "--local"), "--target-layer is missing"),
-        ((*named, "--target-layer", "2", "--grid-size", "64"), "do not go with --target-layer"),
-        ((*named, "--target-layer", "2", "--patch-size", "7"), "do not go with --target-layer"),
-        ((*named, "--target-layer", "2", "--grey-input"), "do not go with --target-layer"),
-        ((*named, "--target-layer", "2", "--rgb-weight", "2"), "do not go with --target-layer"),
-        (("--teacher-grid", "grids", "--target-layer", "2"), '"fake" has no layers that can be counted'),
+        ((*named, "--target-layer", "2", "--from-layer", "2"), "does not lie after --from-layer 2"),
+        ((*named, "--from-layer", "2"), "need --target-layer, which is missing"),
+        ((*named, "--local"), "need --target-layer, which is missing"),
+        ((*named, "--target-layer", "2", "--grid-size", "64"), "cannot be combined with --target-layer"),
+        ((*named, "--target-layer", "2", "--patch-size", "7"), "cannot be combined with --target-layer"),
+        ((*named, "--target-layer", "2", "--grey-input"), "cannot be combined with --target-layer"),
+        ((*named, "--target-layer", "2", "--rgb-weight", "2"), "cannot be combined with --target-layer"),
+        (("--teacher-grid", "grids", "--target-layer", "2"), '"fake" has no numbered layers'),
     ):
         code, said, told = run(folder, "--out", out, *arguments, *FAST)
         assert said == "" and message in " ".join(told.split()), (arguments, told)

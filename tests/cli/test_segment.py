@@ -97,7 +97,7 @@ def test_records_of_files_that_are_not_there_keep_to_the_schema(tmp_path: Path) 
     [
         (("--distil", "cls", "--grid-views", "1"), "not cls"),
         (("--background", "cat"), "more than once"),
-        (("--background", " ,"), "holds no name"),
+        (("--background", " ,"), "contains no name"),
         (("--min-area", "2"), "below 1, not 2.0"),
         (("--min-probability", "-1"), "between 0 and 1"),
         (("--places", "0"), "at least 1"),

@@ -263,9 +263,9 @@ def test_a_finished_checkpoint_is_loaded_and_other_kinds_are_told(cache: GridCac
     images = cache.inputs(np.arange(2))
     with torch.no_grad():
         assert torch.equal(model(images), mine.model(images))
-    with pytest.raises(UsageError, match="is no checkpoint of `apm pretrain`, but of another network"):
+    with pytest.raises(UsageError, match="is not a checkpoint of `apm pretrain` but of another network"):
         Student.load(path)
-    with pytest.raises(UsageError, match="is no checkpoint of `apm pretrain`, but of another network"):
+    with pytest.raises(UsageError, match="is not a checkpoint of `apm pretrain` but of another network"):
         read_checkpoint(path)
     with pytest.raises(UsageError, match="no such checkpoint; `apm glom train` makes one"):
         load_glom(tmp_path / "none.safetensors")

@@ -226,7 +226,7 @@ def test_how_many_patches_are_kept() -> None:
         (lambda: MAEConfig(width=194), "width must be a multiple of 4 and of its 3 attention heads, not 194"),
         (lambda: HeadConfig(head_width=10, head_heads=5), "head_width must be a multiple of 4"),
         (lambda: MAETraining(masked=1.0), "masked is a share of the patches"),
-        (lambda: HeadTraining(smoothing=1.0), "smoothing lies from 0 to below 1"),
+        (lambda: HeadTraining(smoothing=1.0), "smoothing must be 0 or more and below 1"),
         (lambda: HeadTraining(kind="prob"), 'Did you mean "probe"'),
     ],
 )
@@ -358,8 +358,8 @@ def test_files_that_are_none_or_could_run_code_are_refused(tmp_path: Path, capsy
     (tmp_path / "cut.pth").write_bytes(saved("whole.pth", {"model": state}).read_bytes()[:-300])
     for path, message in (
         (tmp_path / "none.pth", "no such file"),
-        (saved("code.pth", {"model": state, "args": Harmful()}), "could run code, so it is refused"),
-        (tmp_path / "plain.pth", "could run code, so it is refused"),
+        (saved("code.pth", {"model": state, "args": Harmful()}), "could run code; it is refused"),
+        (tmp_path / "plain.pth", "could run code; it is refused"),
         (tmp_path / "cut.pth", "damaged"),
         (saved("words.pth", {"model": {"a": "b"}}), "holds no weights"),
         (saved("other.pth", {"weight": torch.ones(2)}), "holds no vision transformer"),

@@ -136,7 +136,7 @@ def test_with_random_crops_too_an_image_is_by_itself(model: MaskedAutoencoder) -
         assert torch.equal(alone[0], together[number])
     copies = TestTimeAdapter(model, TestTimeSettings(steps=2, masks=3, lr=0.05)).adapt(pictures).logits
     assert (together - copies).abs().max() > 1e-3
-    with pytest.raises(UsageError, match="cut out of the whole images"):
+    with pytest.raises(UsageError, match="cut from the whole images"):
         adapter.adapt(pictures)
 
 

@@ -287,7 +287,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained_or_continued_is_refused(cache: GridCache, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
-    with pytest.raises(UsageError, match="probe needs a masked autoencoder to begin with"):
+    with pytest.raises(UsageError, match="probe needs a masked autoencoder to start from"):
         head_trainer(path, cache, "probe", start=None)
     trainer(path, cache).save()
     with pytest.raises(UsageError, match=r"masked: 0\.75 there, 0\.5 here"):

@@ -80,7 +80,7 @@ def test_the_whole_of_a_wide_photograph_is_seen_and_none_of_its_colours() -> Non
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"saw colours in its training; `apm pretrain --grey-input` trains one"):
+    with pytest.raises(UsageError, match=r"was trained on colours; `apm pretrain --grey-input` trains one"):
         colourise(grey_student(grey_input=False), picture(1))
     for places in (0, 1025):
         with pytest.raises(UsageError, match=f"must be from 1 to 1024, not {places}"):

@@ -149,14 +149,14 @@ def test_a_cache_that_others_may_change_is_refused(tmp_path: Path, name: str) ->
     assert [path.stat().st_mode & 0o777 for path in where.iterdir()] == [0o600] * 3
     build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
     (where / name).chmod(0o606)
-    with pytest.raises(ApmError, match=rf"{name} is of another user, or may be changed by one"):
+    with pytest.raises(ApmError, match=rf"{name} belongs to another user, or can be changed by one"):
         build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), 1e6])
 def test_grids_that_float16_cannot_hold_are_refused(tmp_path: Path, scale: float) -> None:
     source = open_images(make_folder(tmp_path / "images", 3))
-    with pytest.raises(ApmError, match=r"a/00\.png: the teacher's grid holds numbers that are not finite, or beyond"):
+    with pytest.raises(ApmError, match=r"a/00\.png: the teacher's grid holds values that are not finite, or beyond"):
         build_cache(source, GridTeacher(scale), tmp_path / "cache", size=16)
 
 

@@ -98,7 +98,7 @@ def test_a_coarser_layer_is_given_all_that_lies_in_its_places() -> None:
     with_class = at_their_places(torch.cat((torch.tensor([[[9.0]]]), tokens), dim=1), 4, 2, 1)
     assert with_class[0, 0].tolist() == [9, 0, 0, 0] and torch.equal(with_class[:, 1:], found)
     assert at_their_places(tokens, 4, 2, 1)[0, 0].tolist() == [0, 0, 0, 0]
-    with pytest.raises(UsageError, match=r"3 places a side do not tile 4\. Leave out --local"):
+    with pytest.raises(UsageError, match=r"3 locations per side do not tile 4\. Leave out --local"):
         StandInSizes(side=4, patch_size=1, places=3, local=True)
 
 
@@ -145,7 +145,7 @@ def test_learns_goes_on_exactly_and_stands_in(layers: Layers, tmp_path: Path, fi
         ShortTower.load(whole.path, other)
     with pytest.raises(
         UsageError,
-        match="is no checkpoint of `apm pretrain`, but of another network, made by `apm pretrain --target-layer`",
+        match="is not a checkpoint of `apm pretrain` but of another network, made by `apm pretrain --target-layer`",
     ):
         Student.load(whole.path)
     with pytest.raises(UsageError, match="target_layer: 2 there, 1 here"):

@@ -174,7 +174,7 @@ def test_wrong_use_is_told(files: list[str], tmp_path: Path) -> None:
         (("field", files[0], *to, "--order", "randm"), 2, 'Unknown order "randm". Did you mean "random"?'),
         (("field", files[0], *to, "--chunk", "0"), 2, "--chunk must be 1 or more"),
         (("field", tmp_path / "no.png", *to), 1, "no.png: no such file"),
-        (("field", files[0], "--checkpoint", files[0], "--out", tmp_path), 2, "is no safetensors file"),
+        (("field", files[0], "--checkpoint", files[0], "--out", tmp_path), 2, "is not a safetensors file"),
         (("interpolate", *files, *to, "--frames", "1"), 2, "--frames must be from 2"),
         (("interpolate", *files, *to, "--size", "0"), 2, "--size must be from 1 to 1024"),
         (("interpolate", files[0], tmp_path, *to), 1, "a folder"),

@@ -272,10 +272,10 @@ def test_what_is_no_checkpoint_is_told(cache: GridCache, tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"/dev/null cannot be read: .*\."):
         read_checkpoint("/dev/null")
     path.write_bytes(b"hello")
-    with pytest.raises(UsageError, match="no safetensors file, or a damaged one"):
+    with pytest.raises(UsageError, match="not a safetensors file, or is damaged"):
         read_checkpoint(path)
     save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(UsageError, match="it does not say how it was made"):
+    with pytest.raises(UsageError, match="it has no record of how it was made"):
         read_checkpoint(path)
     trainer(path.with_name("d.safetensors"), cache).run()
     data = path.with_name("d.safetensors").read_bytes()
@@ -343,7 +343,7 @@ def test_settings_that_cannot_work_are_refused(values: dict[str, float]) -> None
 
 
 def test_a_teacher_of_another_width_is_refused(cache: GridCache, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="grid is 4 wide and the student's dim 8"):
+    with pytest.raises(UsageError, match="grid has width 4, but the student's dim is 8"):
         Pretrainer(tmp_path / "c", cache, replace(STUDENT, dim=8), TRAINING, data=DATA)
 
 

@@ -145,7 +145,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     assert IslandOptions(agree=0.5).student() == StudentOptions(
         **{name: getattr(IslandOptions, name) for name in ("preset", "steps", "lr", "seed")}, queries="all", agree=0.5
     )
-    with pytest.raises(UsageError, match=r"agree=0\.5 is of places and those next to them, and queries=9 reads a few"):
+    with pytest.raises(UsageError, match=r"agree=0\.5 needs all locations, but queries=9 reads only some"):
         TestTimeTrainer(MODEL, dataclasses.replace(ADAPT, agree=0.5, queries=9))
     with pytest.raises(UsageError, match="agree must be 0 or a positive number, not nan"):
         AdaptConfig(agree=math.nan)

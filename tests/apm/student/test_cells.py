@@ -196,7 +196,7 @@ def test_a_field_that_is_fitted_to_parts_knows_more_than_one_fitted_to_the_whole
     [
         ({}, Cells(torch.zeros(1, 2, 5), torch.zeros(1, 2, MODEL.dim)), "shares \\(1, R, 64\\)"),
         ({}, Cells(torch.zeros(1, 0, 64), torch.zeros(1, 0, MODEL.dim)), "R, 64"),
-        ({"queries": 4}, Cells(torch.zeros(1, 2, 64), torch.zeros(1, 2, MODEL.dim)), "leave queries out"),
+        ({"queries": 4}, Cells(torch.zeros(1, 2, 64), torch.zeros(1, 2, MODEL.dim)), "leave out queries"),
         ({"distil": "cls"}, Cells(torch.zeros(1, 2, 64), torch.zeros(1, 2, MODEL.dim)), 'it is "cls"'),
     ],
 )

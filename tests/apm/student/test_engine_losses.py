@@ -322,9 +322,9 @@ def test_attention_is_that_of_torchs_own_module() -> None:
 def test_what_does_not_go_together_is_refused() -> None:
     images, targets, grids = batch(2)
     mean = dataclasses.replace(MODEL, readout="mean")
-    with pytest.raises(UsageError, match='nothing trains the object query: choose readout="mean"'):
+    with pytest.raises(UsageError, match='the object query is not trained: choose readout="mean"'):
         TestTimeTrainer(MODEL, AdaptConfig(distil="grid"))
-    with pytest.raises(UsageError, match='loss="cosine" is of the token'):
+    with pytest.raises(UsageError, match='loss="cosine" is a loss of the token'):
         AdaptConfig(distil="grid", loss="cosine")
     with pytest.raises(UsageError, match=r'Unknown distil "grids"\. Did you mean "grid"'):
         AdaptConfig(distil="grids")  # type: ignore[arg-type]

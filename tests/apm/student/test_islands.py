@@ -128,7 +128,7 @@ def test_one_superpixel_alone_is_refused() -> None:
     image = Image.new("RGB", (64, 64), "white")
     for column in range(8, 64, 16):  # strips thinner than any superpixel
         image.paste("black", (column, 0, column + 8, 64))
-    with pytest.raises(ImageError, match="of 4 superpixels 16 × 16 places show one alone"):
+    with pytest.raises(ImageError, match="of 4 superpixels only one is seen at 16 × 16 locations"):
         islands.superpixels(image, 16, 4)
 
 

@@ -81,8 +81,8 @@ def test_wrong_layers_are_told_in_one_line() -> None:
         (0, last + 1, f'The teacher "timm:tiny" has layers 1 to {last}; there is no {last + 1}.'),
         (-1, 1, "there is no -1"),
         (0, 0, "there is no 0"),
-        (2, 2, "Layer 2 does not lie behind layer 2."),
-        (2, 1, "Layer 1 does not lie behind layer 2."),
+        (2, 2, "Layer 2 does not come after layer 2."),
+        (2, 1, "Layer 1 does not come after layer 2."),
     ):
         with pytest.raises(UsageError) as error:
             layers.check(first, behind)
@@ -90,7 +90,7 @@ def test_wrong_layers_are_told_in_one_line() -> None:
 
 
 def test_towers_without_layers_are_refused() -> None:
-    with pytest.raises(TeacherError, match=r'"fake" has no layers that can be counted: its image tower is a FakeTeach'):
+    with pytest.raises(TeacherError, match=r'"fake" has no numbered layers: its image tower is a FakeTeach'):
         Layers(FakeTeacher())
     teacher = tiny_timm()
     teacher.model.forward = lambda x: x.flatten(1)  # type: ignore[method-assign]

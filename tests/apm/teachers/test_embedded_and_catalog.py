@@ -55,7 +55,7 @@ def test_the_embedded_teacher_has_labels_and_a_vocabulary(packaged: Path) -> Non
 
 def test_a_vocabulary_larger_than_the_text_tower_is_refused(packaged: Path) -> None:
     (packaged / "bpe_vocab.txt.gz").unlink()
-    with pytest.raises(TeacherError, match="49408 tokens and its text tower knows 1514"):
+    with pytest.raises(TeacherError, match="49408 tokens, but its text tower only 1514"):
         load_teacher("embedded")
 
 

@@ -196,7 +196,7 @@ def test_what_cannot_be_a_teacher_is_refused_in_one_line(folder: Path, name: str
 @pytest.mark.parametrize("name", ["a tower of timm that is large", "image size and patches for a large grid"])
 def test_a_model_much_larger_than_its_weights_is_refused_before_it_takes_memory(folder: Path, name: str) -> None:
     REFUSED[name](folder)
-    with pytest.raises(TeacherError, match=r"its configuration is of a model of [\d,]+ numbers"):
+    with pytest.raises(TeacherError, match=r"its configuration describes [\d,]+ parameters"):
         load_teacher(f"local-dir:{folder}")
 
 

@@ -210,24 +210,24 @@ def test_what_cannot_be_loaded_says_why(video: None, tmp_path: Path) -> None:
 
     refused(f"mvit:2@{tmp_path}/none.pth", "there is no file")
     (tmp_path / "text.safetensors").write_text("no weights")
-    refused(f"mvit:2@{tmp_path}/text.safetensors", "damaged or no safetensors file")
+    refused(f"mvit:2@{tmp_path}/text.safetensors", "damaged or not a safetensors file")
     (tmp_path / "text.png").write_text("hello")
-    refused(f"mvit:2@{tmp_path}/text.png", "holds no weights: it is neither safetensors nor a file of torch")
+    refused(f"mvit:2@{tmp_path}/text.png", "holds no weights: it is neither a safetensors nor a torch file")
     torch.save({"model": model}, tmp_path / "code.pth")
     refused(f"mvit:2@{tmp_path}/code.pth", "could run code")
     file = saved(timm.create_model("test_resnet"), tmp_path / "other.safetensors")
     refused(f"mvit:2@{file}", r"does not fit the model \(ValueError: lacks \d+, first .*unknown \d+, first")
     refused(f"vit:test_vit:1@{file}", "does not fit the model .*lacks")
     broken = saved(model, tmp_path / "nan.safetensors", **{"conv_proj.bias": torch.full((8,), torch.nan)})
-    refused(f"mvit:2@{broken}", "not finite, first in conv_proj.bias. Fetch the file again")
+    refused(f"mvit:2@{broken}", "not finite, first in conv_proj.bias. Download the file again")
     refused("mvit:4@random", r'no layer "4": they are called from 1 to 3 \(blocks.0 … blocks.2\)')
     refused("mvit:blocks.1.atn@random", 'Did you mean "blocks.1.attn')
     refused("vit:test_vitt:1", 'neither timm nor torchvision has a model test_vitt.*"test_vit"')
-    refused("teacher:1", "layers of a teacher of open_clip")
+    refused("teacher:1", "needs a teacher of open_clip")
 
 
 def test_what_gives_no_grid_says_so(image: Image.Image) -> None:
-    with pytest.raises(TeacherError, match=r"global_pool gives 1 × .* is no grid of places"):
+    with pytest.raises(TeacherError, match=r"global_pool gives 1 × .* is not a grid"):
         load("vit:test_resnet:global_pool@random").encode(image)
 
 

@@ -132,11 +132,11 @@ def test_what_cannot_be_loaded_says_why(model: nn.Module, file: Path, tmp_path: 
         with pytest.raises(TeacherError, match=why):
             load_grid_teacher(spec)
 
-    refused("timm:", "names nothing")
-    refused(f"timm:{NAME}@", "names nothing")
+    refused("timm:", "is incomplete")
+    refused(f"timm:{NAME}@", "is incomplete")
     refused(f"timm:{NAME}@{tmp_path}/none.safetensors", "there is no file")
     refused(f"timm:vit_tiny_patch16_244@{file}", 'Did you mean "vit_tiny_patch16_224"')
-    refused(f"timm:test_resnet@{file}", "is no vision transformer")
+    refused(f"timm:test_resnet@{file}", "is not a vision transformer")
     refused(f"timm:test_vit@{file}", "does not fit the model test_vit")
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
     refused(f"timm:test_vit@{tmp_path}/resnet.safetensors", r"does not fit .*lacks \d+ of the model's weights")
@@ -146,7 +146,7 @@ def test_what_cannot_be_loaded_says_why(model: nn.Module, file: Path, tmp_path: 
         f"timm:{NAME}@{tmp_path}/part.safetensors", "lacks 4 of the model's weights, first blocks.1.attn.qkv.weight"
     )
     (tmp_path / "text.safetensors").write_text("not weights")
-    refused(f"timm:{NAME}@{tmp_path}/text.safetensors", "damaged or no safetensors file")
+    refused(f"timm:{NAME}@{tmp_path}/text.safetensors", "damaged or not a safetensors file")
     torch.save({"state": model}, tmp_path / "code.pth")
     refused(f"timm:{NAME}@{tmp_path}/code.pth", "could run code")
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -157,5 +157,5 @@ def test_what_cannot_be_loaded_says_why(model: nn.Module, file: Path, tmp_path: 
 
 def test_other_names_are_those_of_teachers_with_texts() -> None:
     assert load_grid_teacher("embedded").identity == load_teacher("embedded").identity
-    with pytest.raises(TeacherError, match="has a grid but knows no texts"):
+    with pytest.raises(TeacherError, match="has a grid but no text tower"):
         load_teacher(f"timm:{NAME}")

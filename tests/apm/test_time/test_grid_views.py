@@ -98,7 +98,7 @@ def test_number_of_views() -> None:
     assert parse_grid_views("16") == 16 and number_of(16) == (16, False)
     assert number_of(parse_grid_views("tokens")) == (64, True) and number_of(parse_grid_views("tokens:3")) == (3, True)
     for wrong in ("0", "tokens:0", "tokens:", "token", "-1", "2.5", "tokens:x"):
-        with pytest.raises(UsageError, match="a number from 1 on, tokens, or tokens:N"):
+        with pytest.raises(UsageError, match="a number of 1 or more, tokens, or tokens:N"):
             parse_grid_views(wrong)
     check_grid_views("", "tokens:7")
 

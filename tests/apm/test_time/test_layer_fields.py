@@ -63,7 +63,7 @@ def test_controls_are_left_out_where_they_are_not_wanted(
 
 
 def test_too_few_places_are_told(source: LayerSource, images: tuple[Image.Image, Image.Image]) -> None:
-    with pytest.raises(UsageError, match=r"Layer 2 of .* has 8 × 8 places, too few for 40 parts"):
+    with pytest.raises(UsageError, match=r"Layer 2 of .* has 8 × 8 locations, too few for 40 parts"):
         observe_layers(*images, source, None, parts=40, controls=False)
 
 

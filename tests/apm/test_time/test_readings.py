@@ -59,5 +59,5 @@ def test_as_a_method_of_a_run() -> None:
     method = create_method("apm:distil=both,grid_views=16,readout=mode", MethodOptions())
     assert method.name == "apm[both,grid_views=16,readout=mode]"
     assert method.settings["readout"] == "mode"
-    with pytest.raises(UsageError, match="record no steps"):
+    with pytest.raises(UsageError, match="do not record steps"):
         create_method("apm:distil=both,readout=mode", MethodOptions(record_steps=True))

@@ -92,10 +92,10 @@ def test_softened_targets_are_of_the_labels_of_each_call() -> None:
     for labels in (head(5), head(5, seed=1), head(40)):
         found = used.adapt(images, targets, head=labels)
         same(found, TestTimeTrainer(MODEL, config, batch_size=2).adapt(images, targets, head=labels))
-    with pytest.raises(UsageError, match="none are given: give adapt a head"):
+    with pytest.raises(UsageError, match="there are no labels: give adapt a head"):
         used.adapt(images, targets)
     narrow = ZeroShotHead(("a", "b"), torch.eye(2), 1.0)
-    with pytest.raises(UsageError, match="have 2 numbers and the targets 24"):
+    with pytest.raises(UsageError, match="have width 2, the targets 24"):
         used.adapt(images, targets, head=narrow)
     targets[0, 3] = torch.nan
     assert used.adapt(images, targets, head=head(5)).finite.tolist() == [False, True]

@@ -125,6 +125,6 @@ def test_impossible_views_are_refused(image: Image.Image, count: int, area: floa
 def test_a_teacher_whose_input_is_not_square_has_no_views(image: Image.Image) -> None:
     teacher = FakeTeacher()
     teacher.input_shape = (32, 48)  # type: ignore[attr-defined]
-    with pytest.raises(UsageError, match=r"fake looks at images of 48×32 pixels.*square input"):
+    with pytest.raises(UsageError, match=r"fake takes images of 48×32 pixels.*square input"):
         views(image, 2, teacher, seed=0, sample_id="a")
     assert len(views(image, 1, teacher, seed=0, sample_id="a")) == 1  # the image itself

@@ -149,7 +149,7 @@ def test_a_learned_prompt_goes_with_its_method_and_its_teacher(tmp_path: Path) -
     with pytest.raises(UsageError, match="apm prompts convert"):
         create_method(f"coop:file={path}")
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(UsageError, match="no learned prompt"):
+    with pytest.raises(UsageError, match="not a learned prompt"):
         create_method(f"tpt+coop:file={path}")
     write_learned_prompt(path, LearnedPrompt(context=torch.zeros(4, 16), origin={"teacher": "another"}))
     with pytest.raises(UsageError, match="learned by CoOp: use it with coop"):
@@ -159,7 +159,7 @@ def test_a_learned_prompt_goes_with_its_method_and_its_teacher(tmp_path: Path) -
     with pytest.raises(UsageError, match="its own words"):
         create_method(f"tpt+coop:file={path},prompt=a {{}}")
     teacher = OpenTeacher()
-    with pytest.raises(UsageError, match="learned was learned with another, and the teacher is open CLIP"):
+    with pytest.raises(UsageError, match="learned was learned with another, but the teacher is open CLIP"):
         create_method(f"coop:file={path}").predict(make_batch(1, teacher))
     write_learned_prompt(other, LearnedPrompt(context=torch.zeros(4, 512)))
     with pytest.raises(UsageError, match="4 word vectors of 512 numbers, and teacher open takes 4 of 16"):

@@ -176,11 +176,11 @@ def test_a_learned_prompt_is_for_its_teacher_and_its_classes(
         assert answer.check(name, batch).logits.isfinite().all()
     other = OpenTeacher()
     other.identity = "another"
-    with pytest.raises(UsageError, match="was learned with open CLIP, and the teacher is another"):
+    with pytest.raises(UsageError, match="was learned with open CLIP, but the teacher is another"):
         create_method(f"coop:file={path}").predict(make_batch(2, other))
     strange: Any = make_batch(2, teacher)
     strange.head = replace(strange.head, labels=(*strange.head.labels[:-1], "zebra"))
-    with pytest.raises(UsageError, match=r"learned for 7 class names.*1 of the 7 at hand.*\"zebra\".*transfer=true"):
+    with pytest.raises(UsageError, match=r"learned for 7 class names.*1 of the 7 given.*\"zebra\".*transfer=true"):
         create_method(f"coop:file={path}").predict(strange)
     assert create_method(f"coop:file={path},transfer=true").predict(strange).logits.isfinite().all()
     fewer: Any = make_batch(2, teacher)
@@ -214,7 +214,7 @@ def test_a_table_gives_so_many_of_each_class_and_its_names(tmp_path: Path) -> No
     assert open_training(str(path), shots=2, seed=1).fingerprint != two.fingerprint
     wnids = table(tmp_path / "w.parquet", wnid=["n01440764"] * 3 + ["n01443537"] * 5, class_name=names)
     assert open_training(str(wnids), shots=1, seed=0).class_names == ("tench", "goldfish")
-    with pytest.raises(UsageError, match="does not say the names of its classes"):
+    with pytest.raises(UsageError, match="does not name its classes"):
         open_training(str(table(tmp_path / "none.parquet")), shots=1, seed=0)
 
 
@@ -225,7 +225,7 @@ def test_what_is_for_testing_is_refused_unless_asked_for(tmp_path: Path, folder:
         table(place, class_name=["a"] * 3 + ["b"] * 5)
     else:
         place.symlink_to(folder)
-    with pytest.raises(UsageError, match="is for testing, by its name"):
+    with pytest.raises(UsageError, match="is test data, going by its name"):
         open_training(str(place), shots=1, seed=0)
     assert open_training(str(place), shots=1, seed=0, allow_test=True).samples
 

@@ -122,7 +122,7 @@ def test_wrong_arguments(source: Path, tmp_path: Path) -> None:
         TreeSettings(resize=100)
     with pytest.raises(UsageError, match="format"):
         TreeSettings(format="gif")
-    with pytest.raises(UsageError, match="0 processes"):
+    with pytest.raises(UsageError, match="--jobs must be 1 or more, not 0"):
         write(source, tmp_path / "c", jobs=0)
     with pytest.raises(UsageError, match="no pictures in class folders"):
         write(source.parent, tmp_path.parent / "elsewhere")
@@ -177,7 +177,7 @@ def test_command_names_bad_images_and_does_the_rest(source: Path, tmp_path: Path
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert "n01440764/0.png" in result.stderr and "not an image" in result.stderr
-    assert "3 pictures written, 0 were there, 1 images unreadable" in result.stdout
+    assert "3 pictures written, 0 existed already, 1 images unreadable" in result.stdout
     assert len(files(tmp_path / "c" / "fog" / "2")) == 3
     (source / "n01440764" / "0.png").unlink()
     again = CliRunner().invoke(app, [*arguments, "--quiet"])

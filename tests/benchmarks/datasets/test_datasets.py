@@ -254,7 +254,7 @@ def test_json_without_all_classes_is_renumbered_and_said(tmp_path: Path) -> None
         ('{"test": [["a.jpg", 0, "a"], ["a.jpg", 0, "a"]]}', "twice"),
         ('{"test": [["a.jpg", 0, "a"], ["b.jpg", 0, "b"]]}', "is called both"),
         ('{"test": []}', "empty"),
-        ('{"test": [["a.jpg", 0, "a"]], "train": 3}', "train is no list"),
+        ('{"test": [["a.jpg", 0, "a"]], "train": 3}', "train is not a list"),
         ('{"test": [["a.jpg", 0, " "]]}', "is no"),
         (r'{"test": [["a.jpg", 0, "a"], ["\ud800.jpg", 1, "b"]]}', "is no"),
         (r'{"test": [["a.jpg", 0, "a"], ["\u0000.jpg", 1, "b"]]}', "is no"),
@@ -334,7 +334,7 @@ def test_limit_is_said(tmp_path: Path) -> None:
     whole = open_dataset("folder", tmp_path, limit=10)
     assert whole.limit is None and not any("Subset" in note for note in whole.notes)
     assert whole.fingerprint != data.fingerprint
-    with pytest.raises(UsageError, match="limit of 0"):
+    with pytest.raises(UsageError, match="--limit 0"):
         open_dataset("folder", tmp_path, limit=0)
 
 

@@ -190,7 +190,7 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
         open_dataset("folder", source="s3:bucket")
     with pytest.raises(UsageError, match="no such folder"):
         open_dataset("folder", source="hf:/absent/folder")
-    with pytest.raises(UsageError, match="no --source"):
+    with pytest.raises(UsageError, match="cannot be streamed with --source"):
         open_dataset("digits", source=f"hf:{tmp_path}")
     write_parquet(tmp_path / "x", ["a", "b"], column="colour")
     with pytest.raises(UsageError, match="none of the columns wnid, label"):

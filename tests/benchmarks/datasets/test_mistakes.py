@@ -49,8 +49,8 @@ def test_folder_with_images_folder_in_each_class_as_tiny_imagenet(tmp_path: Path
     ("classes", "words"),
     [
         ([WNIDS[0], "cat"], "mixes wnids"),
-        ([WNIDS[0], "n99999999"], "no wnids of ImageNet-1k: n99999999"),
-        (["one"], "one class only"),
+        ([WNIDS[0], "n99999999"], "not wnids of ImageNet-1k: n99999999"),
+        (["one"], "only one class"),
     ],
 )
 def test_folder_mistakes(classes: list[str], words: str, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_folder_mistakes(classes: list[str], words: str, tmp_path: Path) -> None
 def test_a_folder_whose_pictures_are_all_in_one_class_is_a_wrong_parent(tmp_path: Path) -> None:
     tree(tmp_path / "pets", ["images"])
     tree(tmp_path / "textures", ["banded", "dotted"])
-    with pytest.raises(UsageError, match=r"only pets holds pictures.*wrong parent"):
+    with pytest.raises(UsageError, match=r"only pets contains pictures.*wrong parent"):
         open_dataset("folder", tmp_path)
 
 
@@ -162,7 +162,7 @@ def nothing(root: Path) -> None:
     [
         ("imagenet", "", flat, "without class folders"),
         ("imagenet", "imagenet/val", flat, "without class folders"),
-        ("imagenet", "", plain, "no wnids: cats, dogs"),
+        ("imagenet", "", plain, "not wnids: cats, dogs"),
         ("imagenet", "", too_high, "Did you mean .*x/y"),
         ("imagenet", "", doubled, "Did you mean .*imagenet/val/val"),
         ("imagenet", "", integers, "imagenet-v2"),
@@ -176,7 +176,7 @@ def nothing(root: Path) -> None:
         ("imagenet", "ImageNet-C", fog, "is a part of ImageNet-C: name the data set imagenet-c"),
         ("imagenet", "ImageNet-C/fog", fog, "is a part of ImageNet-C: name the data set imagenet-c"),
         ("imagenet-v2", "ImageNet-C/fog", fog, "is a part of ImageNet-C: name the data set imagenet-c"),
-        ("imagenet-a", "ImageNet-C/fog/5", fog, "class folders .* are none of its 200"),
+        ("imagenet-a", "ImageNet-C/fog/5", fog, "class folders .* are not among its 200"),
         ("imagenet", "", loop, "nothing that fits"),
         ("imagenet", "", archives, "archives that are not unpacked: ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_val"),
         ("imagenet", "", unmounted, "imagenet is a link to what is not there"),

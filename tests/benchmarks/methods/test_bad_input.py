@@ -116,7 +116,7 @@ def test_small_sizes_are_answered(name: str, images: int, views: int, classes: i
     batch = GivenFeatures(features(images, views), classes, stream_length=images)
     options = MethodOptions(student=StudentOptions(preset="small", steps=2, precision="fp32"), views=views)
     refusals = {
-        ("rtpt", 1, 7): "neighbours of 1 views",
+        ("rtpt", 1, 7): "of 1 views",
         ("rlcf", 4, 1): "at least two labels",
         ("watt", 4, 1): "two labels",
     }
@@ -164,7 +164,9 @@ def _kept_numbers(method: Any) -> int:
 
 
 def test_covariances_beyond_the_limit_are_refused_with_their_size() -> None:
-    with pytest.raises(UsageError, match=r"DOTA needs 9\.8 GiB for the covariances of 10000 classes, and may use 4"):
+    with pytest.raises(
+        UsageError, match=r"DOTA needs 9\.8 GiB for the covariances of 10000 classes, but its limit is 4"
+    ):
         ClassGaussians(torch.empty(10_000, 512), DOTASettings())
 
 

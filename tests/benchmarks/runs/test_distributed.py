@@ -216,7 +216,7 @@ def test_a_process_stops_when_the_first_is_refused_or_sees_other_data(tmp_path: 
     record = make_run(tmp_path / "other").run
     for answer, message in (
         ((UsageError("in use"), None), "in use"),
-        ((None, {**record, "config": {**record["config"], "seed": 5}}), "does not see what process 0 sees. seed: 5"),
+        ((None, {**record, "config": {**record["config"], "seed": 5}}), "does not see the same as process 0. seed: 5"),
     ):
         group = Second(1, 2)
         object.__setattr__(group, "answer", answer)

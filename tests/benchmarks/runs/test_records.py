@@ -162,7 +162,7 @@ def test_a_new_session_fences_off_the_writers_of_earlier_ones(tmp_path: Path) ->
     orphan.append("digits", rows())
     partner.join(heir.begin())
     for write in (lambda: orphan.append("digits", rows(3)), lambda: orphan.write_run(minimal_run(wall_seconds=2.0))):
-        with pytest.raises(ApmError, match=r"Another session has taken over .*: this one stops"):
+        with pytest.raises(ApmError, match=r"Another process has taken over .*: this one stops"):
             write()
     heir.append("digits", rows(3))
     partner.append("digits", rows(6))

@@ -311,7 +311,7 @@ def test_a_run_whose_folder_is_removed_says_so_and_can_be_run_again(tmp_path: Pa
                 shutil.rmtree(tmp_path / "run" / ("shards" if remove == "shards" else ""))
             return super().predict(batch)
 
-    message = "was removed or moved" if remove == "folder" else r"rows were removed .* of digits \(\d of 12\)"
+    message = "was removed or moved" if remove == "folder" else r"rows of digits \(\d of 12\) were removed"
     with pytest.raises(ApmError, match=message):
         make_run(tmp_path / "run", [Removing()], flush_seconds=0.0)
     make_run(tmp_path / "run")
@@ -444,7 +444,7 @@ def test_several_cells_go_into_one_folder(tmp_path: Path) -> None:
 
 
 def test_cells_and_methods_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="digits is asked for twice"):
+    with pytest.raises(UsageError, match="digits is requested twice"):
         make_run(tmp_path, dataset=[make_dataset(), make_dataset(5)])
     with pytest.raises(UsageError, match="same name: plain, plain"):
         make_run(tmp_path, [Plain(), Plain(turn=1.0)])

@@ -150,7 +150,7 @@ def test_methods_that_look_at_images_get_them_and_are_named(tmp_path: Path) -> N
     fill(tmp_path / "store", dataset)
     methods = [Plain(), Looking("looking")]
     _, teacher = answer(tmp_path / "run", methods, dataset, tmp_path / "store", on_note=notes.append)
-    assert notes == ["looking looks at the images themselves: they are decoded too."]
+    assert notes == ["looking needs the images themselves: they are decoded too."]
     assert teacher.image_calls == 0
     assert len(rows_of(tmp_path / "run", "looking")) == 12
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -194,7 +194,7 @@ def test_what_adapts_sees_no_label_and_no_id(tmp_path: Path) -> None:
         ({"seed": 3}, "seed: 0 in the store, 3 asked for"),
         (
             {"methods": ["mta:views=9"]},
-            rf"mta\[views=9\] looks at 9 views of each image, and .* holds {VIEWS}: run with",
+            rf"mta\[views=9\] needs 9 views of each image, but .* holds {VIEWS}: run with",
         ),
         (
             {"methods": ["zero:views=4,min_area=0.5"]},
@@ -409,7 +409,7 @@ class Loud(FakeTeacher):
 
 
 def test_numbers_beyond_float16_are_refused_and_kept_in_float32(tmp_path: Path) -> None:
-    with pytest.raises(ApmError, match=r"000.png: the teacher's numbers are beyond float16.*--precision fp32"):
+    with pytest.raises(ApmError, match=r"000.png: the teacher's values exceed float16.*--precision fp32"):
         fill(tmp_path / "store", make_dataset(2), Loud())
     fill(tmp_path / "wide", make_dataset(2), Loud(), precision="fp32")
 
@@ -429,7 +429,7 @@ def test_features_that_are_not_finite_are_no_answers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"views": 0}, "0 views"), ({"min_area": 0.0}, "A crop of at least 0.0"), ({"precision": "bf16"}, "fp16 or fp32")],
+    [({"views": 0}, "0 views"), ({"min_area": 0.0}, "min_area is 0.0"), ({"precision": "bf16"}, "fp16 or fp32")],
 )
 def test_what_no_store_can_be(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -449,5 +449,5 @@ def test_damaged_tables_are_told(tmp_path: Path, name: str) -> None:
     fill(tmp_path, make_dataset(3))
     file = CellFolder.of(tmp_path, "digits").path / name
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(UsageError, match=rf"{name} .*, and encode again"):
+    with pytest.raises(UsageError, match=rf"{name} .* and encode again"):
         check(tmp_path, make_dataset(3))

@@ -65,7 +65,7 @@ def test_wrong_pairs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(UsageError, match="--root, the images, and --work"):
         layer_skipping.STUDY.main([])
     table = make_parquet(tmp_path / "t.parquet", 4)
-    for pair, message in (("0:5", "has layers 1 to 4; there is no 5"), ("3:2", "does not lie behind")):
+    for pair, message in (("0:5", "has layers 1 to 4; there is no 5"), ("3:2", "does not come after")):
         with pytest.raises(UsageError, match=message):
             layer_skipping.STUDY.main(["--root", str(table), "--work", str(tmp_path), "--pairs", pair])
     with pytest.raises(SystemExit):

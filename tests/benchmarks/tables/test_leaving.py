@@ -59,7 +59,7 @@ def test_csv_and_parquet_hold_the_same_figures(tmp_path: Path) -> None:
     ("options", "said"),
     [
         (["--format", "parquet"], "--out"),
-        (["--rows", "--format", "markdown"], "--rows is for the formats csv and parquet"),
+        (["--rows", "--format", "markdown"], "--rows works with the formats csv and parquet"),
         (["--trust", "--rows"], "--trust"),
         (["--trust", "--format", "eval-results"], "--trust"),
         (["--out", "x"], "--format"),
@@ -124,5 +124,5 @@ def test_what_was_read_from_the_hub_is_called_by_its_repository(tmp_path: Path) 
 def test_two_teachers_have_two_model_cards(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a", {"digits": {}}, {"zero-shot": TEACHER})]
     runs.append(write_run(tmp_path / "b", {"digits": {}}, {"zero-shot": TEACHER}, name="ViT-B-16/openai"))
-    with pytest.raises(UsageError, match="these runs are of ViT-B-16/openai, embedded"):
+    with pytest.raises(UsageError, match="these runs used ViT-B-16/openai, embedded"):
         eval_results(make_tables([Records.open(run) for run in runs]))

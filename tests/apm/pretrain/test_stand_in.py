@@ -141,7 +141,7 @@ def test_learns_goes_on_exactly_and_stands_in(layers: Layers, tmp_path: Path, fi
 
     other = Layers(tiny_timm(global_pool="avg"))
     other.teacher.identity = "timm:other@0"
-    with pytest.raises(UsageError, match=r"stands in for layers of timm:tiny@\w+, not of timm:other@0"):
+    with pytest.raises(UsageError, match=r"replaces layers of timm:tiny@\w+, not of timm:other@0"):
         ShortTower.load(whole.path, other)
     with pytest.raises(
         UsageError,

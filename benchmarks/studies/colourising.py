@@ -39,9 +39,9 @@ Floats = NDArray[np.float32]
 NAMES = {
     "grey": "grey",
     "constant": "mean colour",
-    "place": "mean at each place",
+    "place": "mean at each location",
     "linear": "linear map",
-    "other": "student, another's grey",
+    "other": "student, another image's grey",
     "student": "**student**",
 }
 BASELINES = ("grey", "constant", "place", "linear")
@@ -205,16 +205,16 @@ def table(record: Record) -> str:
         more.append((one["name"], *(f"{one['rms'][name]:.2f}" for name in NAMES), *colours))
     settings, step = record["checkpoint"]["settings"], record["checkpoint"]["step"]
     note = (
-        f"± standard error over images; the last column is paired by image. {record['train_images']:,} images trained "
-        f"on, {step:,} steps of {settings['batch_size']} images at {settings['locations'] or 'all'} places, "
+        f"± standard error over images; the last column is paired by image. {record['train_images']:,} training "
+        f"images, {step:,} steps of {settings['batch_size']} images at {settings['locations'] or 'all'} locations, "
         f"{record['parameters'] / 1e6:.1f} million weights, seed {settings['seed']}; baselines fitted on "
-        f"{record['fitted_images']:,} of these images. Images larger than {record['side']} pixels are reduced to that. "
+        f"{record['fitted_images']:,} of these images. Larger images are reduced to {record['side']} pixels. "
         f"The mean colour is a = {record['mean_colour'][0]:.1f}, b = {record['mean_colour'][1]:.1f}. The training took "
         f"{record['curves'][-1]['seconds'] / 60:.0f} minutes on {record['environment']['threads']} thread of "
         f"{record['environment']['processor']}, shared with other work."
     )
-    distance = "Root of the mean squared distance in (a, b), and mean chroma √(a² + b²):"
-    names = ("images", *NAMES.values(), "chroma of the originals", "of the student's")
+    distance = "Root mean squared distance in (a, b), and mean chroma √(a² + b²):"
+    names = ("images", *NAMES.values(), "chroma, originals", "chroma, student")
     return "\n\n".join((markdown(titles, rows), note, distance, markdown(names, more)))
 
 
@@ -230,16 +230,16 @@ def draw(student: Student, images: Sequence[Path], path: Path) -> None:
             axis.set(xticks=[], yticks=[])
             if not column:
                 axis.set_ylabel(title, fontsize=8)
-    figures.save(figure, path, settings=f"{student.describe()}; none of these photographs was trained on")
+    figures.save(figure, path, settings=f"{student.describe()}; none of these photographs is in the training set")
 
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?")
-    parser.add_argument("--other", type=Path, nargs="+", default=[], help="other sets, each with a row of its own")
-    parser.add_argument("--limit", type=int, default=1000, help="images of each set (default: %(default)s)")
+    parser.add_argument("--other", type=Path, nargs="+", default=[], help="other data sets, one row each")
+    parser.add_argument("--limit", type=int, default=1000, help="images per set (default: %(default)s)")
     parser.add_argument("--fit", type=int, default=5000, help="training images for baselines (default: %(default)s)")
     parser.add_argument("--side", type=int, default=128, help="pixels of the longer side (default: %(default)s)")
-    parser.add_argument("--pictures", type=Path, help="draw --images there, instead of measuring")
+    parser.add_argument("--pictures", type=Path, help="draw --images into this file instead of measuring")
     parser.add_argument("--images", type=Path, nargs="+", default=[])
 
 

@@ -217,7 +217,7 @@ def table(record: Record) -> str:
     if "cells" in record:
         parts += [_cells(record), _together(record), _steps(record), _cost(record)]
     if left := [name.replace("_", " ") for name in record["unfinished"]]:
-        parts.append(f"Not finished, and left out: {', '.join(left)}.")
+        parts.append(f"Unfinished and left out: {', '.join(left)}.")
     return "\n\n".join([*parts, f"The runs:\n\n{made_by(record['runs'])}"])
 
 
@@ -226,7 +226,7 @@ def _of_clean(clean: Mapping[str, Any] | None) -> str:
         return ""
     error = standard_error(clean["accuracy"], clean["images"])
     share = plus_minus((100 * clean["accuracy"], 100 * error), 1)
-    return f" On {clean['images']:,} clean images that were not trained on: {share} %."
+    return f" On {clean['images']:,} clean images outside the training set: {share} %."
 
 
 def _cells(record: Record) -> str:
@@ -258,9 +258,9 @@ def _together(record: Record) -> str:
     one = record["together"]
     return (
         f"Together: {100 * one['difference']:+.2f} points for TTT-MAE, 95 % interval {100 * one['low']:+.2f} to "
-        f"{100 * one['high']:+.2f}; {one['lost']} answers lost and {one['won']} won, p = {one['p']:.2g} (McNemar's, "
-        f"exact, the corruptions of one photograph flipping together: {one['answers']:,} answers to {one['images']:,} "
-        "photographs; the interval is over photographs too)."
+        f"{100 * one['high']:+.2f}; {one['lost']} answers lost and {one['won']} won, p = {one['p']:.2g} (exact "
+        f"McNemar test in which all corruptions of a photograph flip together: {one['answers']:,} answers to "
+        f"{one['images']:,} photographs; the interval is over photographs too)."
     )
 
 
@@ -272,8 +272,8 @@ def _steps(record: Record) -> str:
     ]
     oracle = found["oracle"]
     return (
-        f"{markdown(('steps made', 'accuracy, %', 'reconstruction error'), rows, text=0)}\n\n"
-        "Means over the corruptions; each error is of masks of its own step. ORACLE, steps chosen by the labels: the "
+        f"{markdown(('steps', 'accuracy, %', 'reconstruction error'), rows, text=0)}\n\n"
+        "Means over the corruptions; each step's error is for its own masks. ORACLE, steps chosen with the labels: the "
         f"best step for all ({oracle['step']}) {100 * oracle['accuracy']:.2f} %, for each corruption "
         f"{100 * oracle['each corruption']:.2f} %, for each image {100 * oracle['each image']:.2f} %."
     )
@@ -282,16 +282,21 @@ def _steps(record: Record) -> str:
 def _cost(record: Record) -> str:
     own, settings = record["seconds"], record["settings"]
     return (
-        f"An image takes {own[PROBE] * 1000:.1f} ms by the probe and {own[ADAPTED]:.2f} s by TTT-MAE "
+        f"An image takes {own[PROBE] * 1000:.1f} ms with the probe and {own[ADAPTED]:.2f} s with TTT-MAE "
         f"({settings['steps']} steps of {settings['masks']} masks, lr {settings['lr']:g}, momentum "
-        f"{settings['momentum']:g}), answers and errors of all steps included; other work ran beside it."
+        f"{settings['momentum']:g}), answers and errors of all steps included; the machine did other work at the same "
+        "time."
     )
 
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs")
-    parser.add_argument("--checkpoint", type=Path, metavar="PROBE", help="of apm mae probe, with its log beside it")
-    parser.add_argument("--base", type=Path, metavar="MAE", help="of apm mae train, on which it stands, likewise")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="PROBE", help="checkpoint of apm mae probe, with its log beside it"
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="MAE", help="the checkpoint of apm mae train that it started from, with its log"
+    )
 
 
 STUDY = Study(

@@ -28,7 +28,7 @@ TEACHER = "zero-shot"
 KEPT = ("accuracy", "low", "high", "gain", "p", "right_to_wrong", "wrong_to_right", "ece", "nll")
 TITLES = (
     *("method", "n", "top-1 %", "95 %", "right→wrong", "wrong→right", "p", "ECE", "NLL"),
-    *("answers as the teacher %", "NLL apart, mean size", "cosine, median"),
+    *("agreement with the teacher %", "mean absolute NLL difference", "median cosine"),
 )
 
 
@@ -88,9 +88,8 @@ def table(record: Record) -> str:
         for group in record["groups"]
     ]
     notes = (
-        "95 %, and p of the flips beside the teacher's own answers, corrected for the number of methods: as "
-        "`apm table --trust` has them. NLL apart: how far the negative log-likelihood of the right label is from the "
-        "teacher's, in nats."
+        "95 % intervals, and p of the flips against the teacher's own answers, corrected for the number of methods, "
+        "are as in `apm table --trust`. NLL difference: of the true label, against the teacher's, in nats."
     )
     return "\n\n".join([*parts, notes, made_by(record["runs"])])
 

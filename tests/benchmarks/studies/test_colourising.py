@@ -106,7 +106,7 @@ def test_it_measures_held_out_images_and_other_sets(
     grey = [np.linalg.norm(rgb2lab(np.asarray(image))[..., 1:], axis=-1).mean() for image in images]
     assert sets["held out"]["delta_e"]["grey"][0] == pytest.approx(np.mean(grey), rel=0.05)
     text = colourising.table(record)
-    assert text in capsys.readouterr().out and "| birds | 4 |" in text and "9 images trained on" in text
+    assert text in capsys.readouterr().out and "| birds | 4 |" in text and "9 training images" in text
 
 
 def test_what_cannot_be_measured_is_told(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_the_page_says_training_flips_steps_and_cost(
     assert "apm mae train DATA --out mae.safetensors --precision fp32 --image-size 16 --patch-size 4 --width 8" in said
     assert "--depth 2 --heads 1" in said and "--steps 7 --lr 0.002\n" in said
     assert "apm mae probe DATA --base mae.safetensors --out probe.safetensors" in said and "--held-out 0.2\n" in said
-    assert "held-out accuracy 25.00 % of 3 classes" in said and "On 15 clean images that were not trained on: " in said
+    assert "held-out accuracy 25.00 % of 3 classes" in said and "On 15 clean images outside the training set: " in said
     assert "32 images with 8 held out" in said and "9 of 9 steps of 128 images" in said
     assert said.count("\n| fog | 9 |") == said.count("\n| clean | 9 |") == said.count("\n| 2 corruptions | 18 |") == 1
     assert "| 3 | " in said and "ORACLE" in said and "(3 steps of 2 masks, lr 1, momentum 0.9)" in said
@@ -172,7 +172,7 @@ def test_what_is_not_finished_is_left_out_and_named(files: dict[str, Path], tmp_
     record = record_of(files, runs=[half]) | environment
     assert record["unfinished"] == ["clean", "snow"] and record["clean"] is None
     assert set(record["cells"]) == {"fog"} and record["together"] == record["cells"]["fog"]
-    assert "Not finished, and left out: clean, snow." in mae_bench.table(record)
+    assert "Unfinished and left out: clean, snow." in mae_bench.table(record)
     alone = record_of(files, "clean") | environment
     assert "cells" not in alone and "held-out accuracy 25.00 %" in mae_bench.table(alone)
     shutil.rmtree(folder.shard_folder("digits/fog/5"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -43,35 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _do(name: str, rest: list[str]) -> None:
-    from .gpu_report import GPU
     from .kinds import KINDS
-    from .pipeline import PROCESSES, work_as_one_of_many
-
-    kinds = {**KINDS, GPU.name: GPU}
-
-    if name == "report":
-        _report(rest)
-    elif name == "worker":
-        seconds = work_as_one_of_many(PROCESSES.read(rest))
-        if seconds is not None:
-            print(json.dumps({"seconds": seconds}))
-    elif name in kinds:
-        kinds[name].main(rest)
-    elif name in ("-h", "--help"):
-        print(HELP.format(kinds="\n".join(f"  {one.name:10} {one.question}" for one in kinds.values())), end="")
-    else:
-        raise unknown("kind", name, (*kinds, "report"))
-
-
-def _report(rest: list[str]) -> None:
     from .report import write_report
 
-    parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.speed report")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
-    given = parser.parse_args(rest)
-    for path in write_report(given.out, given.docs):
-        print(path, file=sys.stderr)
+    if name == "report":
+        parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.speed report")
+        parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+        parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
+        given = parser.parse_args(rest)
+        for path in write_report(given.out, given.docs):
+            print(path, file=sys.stderr)
+    elif name in KINDS:
+        KINDS[name].main(rest)
+    elif name in ("-h", "--help"):
+        print(HELP.format(kinds="\n".join(f"  {one.name:10} {one.question}" for one in KINDS.values())), end="")
+    else:
+        raise unknown("kind", name, (*KINDS, "report"))
 
 
 if __name__ == "__main__":

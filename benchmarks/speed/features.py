@@ -13,7 +13,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,9 @@ from ..store.reader import FeatureStore, StoredCell
 from ..store.shards import write_shard
 from .children import many, must_run
 from .kind import Kind
-from .options import Options
+from .options import Options, Record
 from .published_methods import SCALE, PublishedTDA, published_mta, published_zero
-from .tables import Columns, digits, table
+from .tables import Table, shown
 from .timing import spread
 
 METHODS = ("zero-shot", "mta", "zero", "tda", "onzeta", "dota", "dmn", "oga", "boostadapter")
@@ -135,20 +135,15 @@ def synthetic_store(path: Path, sizes: Sizes) -> None:
         write_shard(folder.path, folder.digest(key), rows, views[:, 0], views[:, 1:], {})
 
 
-def measure_features(
-    options: Options, *, sizes: Sizes | None = None, processes: int | None = None, alone: int | None = None
-) -> dict[str, Any]:
+def measure_features(options: Options) -> Record:
     """Record a run of all methods on a store, and each method alone beside the published loop where there is one.
 
-    Args:
-        options: with ``quick`` tiny sizes, in this process.
-        sizes: of the data.
-        processes: of the run, a thread each; None: as many as there are cores, four at most.
-        alone: images on which methods and loops are timed one by one, with one thread; None: 1,000.
+    The run has as many processes of one thread as there are cores, four at most; methods and loops are timed one by
+    one on 1,000 images, with one thread. With ``quick`` all sizes are tiny, and all is in this process.
     """
-    sizes = sizes or (Sizes(images=40, views=4, dim=16, classes=10) if options.quick else Sizes())
-    processes = processes or (1 if options.quick else min(4, os.cpu_count() or 1))
-    alone = min(alone or (10 if options.quick else 1000), sizes.images)
+    sizes = Sizes(images=40, views=4, dim=16, classes=10) if options.quick else Sizes(images=options.limit)
+    processes = 1 if options.quick else min(4, os.cpu_count() or 1)
+    alone = min(10 if options.quick else 1000, sizes.images)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         synthetic_store(folder / "store", sizes)
@@ -160,7 +155,13 @@ def measure_features(
         rows = _alone(folder / "store", sizes, alone)
     for row in rows:
         row["seconds_in_run"] = shares.get(row["name"])
-    summary = {"seconds": seconds, "peak_bytes": peaks, "store_bytes": stored, "sum_of_methods": sum(shares.values())}
+    summary = {
+        "seconds": seconds,
+        "peak_bytes": peaks,
+        "peak": max(peaks),
+        "store_bytes": stored,
+        "sum_of_methods": sum(shares.values()),
+    }
     settings = {**asdict(sizes), "processes": processes, "alone": alone}
     return options.found(rows, summary, model=f"{sizes.images:,} images", **settings)
 
@@ -272,39 +273,30 @@ def _no_image() -> Image.Image:
     raise AssertionError("a run from a store decoded an image")
 
 
-def _table(record: dict[str, Any]) -> str:
-    settings, summary = record["settings"], record["summary"]
-
-    def milliseconds(key: str) -> Callable[[Mapping[str, Any]], str]:
-        return lambda row: "–" if row.get(key) is None else f"{digits(1e3 * row[key])} ms"
-
-    columns: Columns = {
-        "an image by": "name",
-        "in the run": milliseconds("seconds_in_run"),
-        "alone": "seconds",
-        "alone, second half": milliseconds("last"),
-        "published loop": "published_seconds",
-        "same answers": lambda row: f"{row['same_answers']:.1%}" if "same_answers" in row else "–",
-    }
-    return (
-        f"{table(columns, record['rows'])}\n"
-        f"The run: {settings['images']:,} images × {settings['views']} views × {settings['dim']} numbers, "
-        f"{settings['classes']:,} classes, from a store of {summary['store_bytes'] / 1e6:,.0f} MB in float16, all "
-        f"methods that have a number in the second column: {summary['seconds']:,.0f} s with {settings['processes']} "
-        "processes of one thread, start, checks of the store and records included. Most memory of a process, pages of "
-        f"the store that the system may drop among it: {max(summary['peak_bytes']) / 1e6:,.0f} MB. *Alone*: on the "
-        f"first {settings['alone']:,} images, one thread, as the published loops, which take the images one by one. "
-        "ECALP's time for an image grows with the images before, so it is not in the run.\n"
-    )
-
-
 FEATURES = Kind(
     name="features",
     question="all training-free methods on 50,000 images of a feature store, beside the published loops",
     title="Features from a store",
     shared={"limit": Sizes.images},
-    measure=lambda given: measure_features(Options.of(given), sizes=None if given.quick else Sizes(images=given.limit)),
-    table=_table,
+    measure=measure_features,
+    table=shown(
+        Table(
+            {
+                "an image by": "{name}",
+                "in the run": "{seconds_in_run:m3} ms",
+                "alone": "{seconds}",
+                "alone, second half": "{last:m3} ms",
+                "published loop": "{published_seconds}",
+                "same answers": "{same_answers:.1%}",
+            }
+        ),
+        "The run: {images} images × {views} views × {dim} numbers, {classes} classes, from a store of "
+        "{store_bytes:M,.0f} MB in float16, all methods that have a number in the second column: {seconds:,.0f} s with "
+        "{processes} processes of one thread, start, checks of the store and records included. Most memory of a "
+        "process, pages of the store that the system may drop among it: {peak:M,.0f} MB. *Alone*: on the first "
+        "{alone} images, one thread, as the published loops, which take the images one by one. ECALP's time for an "
+        "image grows with the images before, so it is not in the run.",
+    ),
     on_cpu=True,
 )
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +168,7 @@ def _speed(options: Options) -> Iterator[Row]:
     for places in queries:
         yield _timed(options, middle, usual, places, bound(precision, places), sweep="queries")
     other: Literal["fp32", "bf16"] = "fp32" if precision == "bf16" else "bf16"
-    yield _timed(replace(options, precision=other), middle, usual, None, bound(other), sweep="precision")
+    yield _timed(options.but(precision=other), middle, usual, None, bound(other), sweep="precision")
     yield _through_the_trainer(options, min(largest, 32), usual)
 
 

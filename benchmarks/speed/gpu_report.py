@@ -14,10 +14,10 @@ from apm.images.files import write_atomically
 from ..runs.environment import describe
 from ..studies.study import ROOT, read_record
 from .gpu import failures, measure_gpu
-from .kind import Given, Kind
-from .options import Options
+from .kind import Kind, read_all
+from .options import Options, Record
 from .startup import photograph_argument, photograph_of
-from .tables import Columns, provenance, ratio_text, table, time_text
+from .tables import provenance, table, time_text
 
 Row = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ Adam's traffic (28 bytes a parameter) at the bandwidth it reached in scaling an 
 class GPUKind(Kind):
     """`make gpu`: its records are named after the GPU, and have a page of their own."""
 
-    def read(self, arguments: Sequence[str] | None = None) -> Given:
+    def read(self, arguments: Sequence[str] | None = None) -> Options:
         """Read the command line; refuse to measure where there is nothing to be measured."""
         given = super().read(arguments)
         if given.device.type != "cuda" and not given.quick:
@@ -44,10 +44,10 @@ class GPUKind(Kind):
                 "There is no CUDA GPU here, and nothing to measure without one. (On a CPU: --quick, as a test.)"
             )
         words = re.findall(r"[a-z0-9]+", describe(given.device)["device_name"].lower())
-        given.record = given.out / ("-".join(["gpu", "tiny" if given.quick else given.preset, *words]) + ".json")
+        given.record = given.out / ("-".join(["gpu", given.shown_preset, *words]) + ".json")
         return given
 
-    def run(self, options: Given) -> None:
+    def run(self, options: argparse.Namespace) -> None:
         """Measure, write record and page, print one screen.
 
         Raises:
@@ -57,7 +57,7 @@ class GPUKind(Kind):
         if options.table is not None:
             return
         options.docs.mkdir(parents=True, exist_ok=True)
-        found = [{**read_record(one), "file": one.name} for one in options.out.glob("gpu-*.json")]
+        found = read_all(options.out, self.results)
         write_atomically(options.docs / "speed-gpu.md", page(found).encode())
         if missed := failures(read_record(options.record)):
             raise ApmError(f"{len(missed)} parts or checks failed; see {options.docs / 'speed-gpu.md'}.")
@@ -92,31 +92,30 @@ def screen(record: Row) -> str:
 
 def _sections(record: Row) -> Iterator[str]:
     rows = record["rows"]
-    checks: Columns = {
-        "check": "name",
-        "first hidden layer": "hidden",
-        "products in": "precision",
-        "distance": lambda row: "–" if row["distance"] is None else f"{row['distance']:.1e}",
-        "limit": lambda row: "–" if row["limit"] is None else f"{row['limit']:.0e}",
-        "holds": lambda row: "yes" if row["held"] else f"**no** {row['error'] or ''}",
+    checks = {
+        "check": "{name}",
+        "first hidden layer": "{hidden}",
+        "products in": "{precision}",
+        "distance": "{distance:.1e}",
+        "limit": "{limit:.0e}",
+        "holds": "{verdict}",
     }
-    yield table(checks, [row for row in rows if row["part"] == "check" and "held" in row])
-    speed: Columns = {
-        "students side by side": "batch",
-        "steps": "steps",
-        "locations": "queries",
-        "products in": "precision",
-        "one step of one student": "step_seconds",
-        "floor: compute / memory": (
-            lambda row: f"{row['floor']['compute'] * 1e6:,.0f} / {row['floor']['memory'] * 1e6:,.0f} µs"
-        ),
-        "× the larger": lambda row: ratio_text(row["ratio"]),
-        "images/s": lambda row: f"{row['images_per_second']['median']:,.1f}",
-        "peak memory": lambda row: "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB",
+    made = [row for row in rows if row["part"] == "check" and "held" in row]
+    yield table(checks, [{**row, "verdict": "yes" if row["held"] else f"**no** {row['error'] or ''}"} for row in made])
+    speed = {
+        "students side by side": "{batch}",
+        "steps": "{steps}",
+        "locations": "{queries}",
+        "products in": "{precision}",
+        "one step of one student": "{step_seconds}",
+        "floor: compute / memory": "{floor[compute]:u,.0f} / {floor[memory]:u,.0f} µs",
+        "× the larger": "{ratio:x}",
+        "images/s": "{images_per_second:,.1f}",
+        "peak memory": "{peak_bytes:G.1f} GB",
     }
     yield table(speed, [row for row in rows if row.get("sweep")])
     others = [row for row in rows if row["part"] != "check" and not row.get("sweep")]
-    yield table({"what": "name", "result": _said}, others)
+    yield table({"what": "{name}", "result": "{said}"}, [{**row, "said": _said(row)} for row in others])
     yield "Images a second are those of whole adaptations: reset, loading, steps, the last readout.\n"
     if missed := failures(record):
         yield "Did not hold or did not run:\n\n" + "\n".join(f"- {line.splitlines()[0]}" for line in missed) + "\n"
@@ -143,9 +142,9 @@ def _said(row: Row) -> str:
     return str(row.get("said", "–"))
 
 
-def _measure(given: Given) -> dict[str, Any]:
-    clone = ROOT if (ROOT / "tests").is_dir() and not given.quick else None
-    return measure_gpu(Options.of(given), photograph_of(given), clone=clone)
+def _measure(options: Options) -> Record:
+    clone = ROOT if (ROOT / "tests").is_dir() and not options.quick else None
+    return measure_gpu(options, photograph_of(options), clone=clone)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,8 @@
-"""What all measurements of speed share: a study's command line and record, with the machine's load in it."""
+"""One kind of measurement: a study's command line and record, with the machine's load in it, and how it is shown."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -16,13 +15,10 @@ from typing import Any
 from apm.devices import pick_device
 from apm.errors import UsageError
 
-from ..studies.study import SHARED, Study
+from ..studies.study import SHARED, Study, read_record
+from .options import Options, Record
 
-SCHEMA = 1
 RESULTS = Path("benchmarks/results")
-
-Given = argparse.Namespace
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +33,7 @@ class Kind(Study):
     """
 
     title: str
+    measure: Callable[[Any], Record]
     shared: Mapping[str, Any] = field(default_factory=dict)
     plot: Callable[[Any, Record], None] | None = None
     rounds: int = 9
@@ -51,18 +48,17 @@ class Kind(Study):
         """What ``python -m`` is given."""
         return f"{__package__} {self.name}"
 
-    def read(self, arguments: Sequence[str] | None = None) -> Given:
+    def read(self, arguments: Sequence[str] | None = None) -> Options:
         """Read the command line, and settle what depends on the device."""
-        given = super().read(arguments)
-        for name in ("rounds", "batch", "dim", "steps", "limit"):
-            value = getattr(given, name, None)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name if name != 'limit' else 'images'} must be 1 or more, not {value}.")
-        given.device = pick_device("cpu" if self.on_cpu else given.device)
-        given.rounds = given.rounds or (2 if given.quick else self.rounds)
-        given.batch = given.batch or (16 if given.device.type == "cuda" and not given.quick else 1)
-        given.record = given.out / file_name(self.name, "tiny" if given.quick else given.preset, given.device.type)
-        return given
+        options = Options(**vars(super().read(arguments)))
+        for name, flag in {"images": "limit", **{name: name for name in ("rounds", "batch", "dim", "steps")}}.items():
+            if (value := vars(options).get(flag)) is not None and value < 1:
+                raise UsageError(f"--{name} must be 1 or more, not {value}.")
+        options.device = pick_device("cpu" if self.on_cpu else str(options.device))
+        options.rounds = options.rounds or (2 if options.quick else self.rounds)
+        options.batch = options.batch or (16 if options.device.type == "cuda" and not options.quick else 1)
+        options.record = options.out / file_name(self.name, options.shown_preset, options.device.type)
+        return options
 
     def outputs(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments of all kinds: the student's sizes, device, repetitions, folder of the records."""
@@ -76,19 +72,19 @@ class Kind(Study):
         parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; times mean nothing")
         parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
 
-    def run(self, options: Given) -> None:
+    def run(self, options: argparse.Namespace) -> None:
         """Measure and write the record, or read one; print its table."""
         super().run(options)
         if options.table is None:
             print(options.record, file=sys.stderr)
 
-    def measured(self, options: Given) -> Record:
+    def measured(self, options: argparse.Namespace) -> Record:
         """Measure, and put beside it command, time, commit, machine and its load."""
         begun, clock, before = datetime.now(timezone.utc), time.perf_counter(), load_average()
         record = super().measured(options)
         record["environment"]["load_average"] = {"before": before, "after": load_average()}
         about = {"date": begun.isoformat(timespec="seconds"), "wall_seconds": time.perf_counter() - clock}
-        return {"schema": SCHEMA, "kind": self.name, **record, **about}
+        return {"kind": self.name, **record, **about}
 
 
 def file_name(kind: str, preset: str, device: str) -> str:
@@ -96,23 +92,13 @@ def file_name(kind: str, preset: str, device: str) -> str:
     return f"speed-{kind}-{preset}-{device}.json"
 
 
-def some(given: Given, values: Sequence[int]) -> Sequence[int]:
-    """Points of a sweep: all of them, or two if it is to be quick."""
-    return values[:2] if given.quick else values
-
-
-def read_all(folder: Path) -> list[Record]:
-    """All speed records of a folder, in the order of their names.
+def read_all(folder: Path, pattern: str = "speed-*.json") -> list[Record]:
+    """All speed records of a folder, in the order of their names; ``file`` says these.
 
     Raises:
-        UsageError: there are none, or one is of another schema.
+        UsageError: there are none.
     """
-    records = []
-    for path in sorted(folder.glob("speed-*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("schema") != SCHEMA:
-            raise UsageError(f"{path} has schema {record.get('schema')}, not {SCHEMA}: measure it again.")
-        records.append({**record, "file": path.name})
+    records = [{**read_record(path), "file": path.name} for path in sorted(folder.glob(pattern))]
     if not records:
         raise UsageError(
             f"There are no records in {folder}: run `python -m apm.benchmarks.speed --out {folder}` first."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import features, fewer_queries, pipeline, scaling, segments, startup, step, tuning
+from . import features, fewer_queries, gpu_report, pipeline, scaling, segments, startup, step, tuning
 from .kind import Kind
 
 KINDS: dict[str, Kind] = {
@@ -21,5 +21,6 @@ KINDS: dict[str, Kind] = {
         startup.STARTUP,
         tuning.TUNING,
         features.FEATURES,
+        gpu_report.GPU,
     )
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,13 +22,10 @@ def rate_probe(config: APMConfig, precision: str, batch: int, device: torch.devi
     Returns:
         What to time, and its number of floating-point operations.
     """
+    numbers = partial(_random, batch, DTYPES[precision], device)
     (h1, h2, h3), n = config.hidden, config.cells
-
-    def numbers(rows: int, cols: int) -> Tensor:
-        return _random(batch, rows, cols, DTYPES[precision], device)
-
     jobs = [(numbers(n, i), numbers(i, o), numbers(n, o)) for i, o in ((h1, h2), (h2, h3))]
-    return _products(jobs), batch * 2 * n * (h1 * h2 + h2 * h3)
+    return _products(jobs), batch * middle_flops(config) // 3
 
 
 def six_products(
@@ -38,25 +36,27 @@ def six_products(
     Forward, weight gradient and input gradient of layers 2 and 3, at so many locations (None: all); weights are stored
     (outputs, inputs).
     """
-    (h1, h2, h3), dtype, n = config.hidden, DTYPES[precision], queries or config.cells
+    numbers = partial(_random, batch, DTYPES[precision], device)
+    (h1, h2, h3), n = config.hidden, queries or config.cells
     jobs = []
     for inputs, outputs in ((h1, h2), (h2, h3)):
-        x, d = _random(batch, n, inputs, dtype, device), _random(batch, n, outputs, dtype, device)
-        weight = _random(batch, outputs, inputs, dtype, device)
-        jobs += [
-            (x, weight.mT, torch.empty_like(d)),
-            (d.mT, x, torch.empty_like(weight)),
-            (d, weight, torch.empty_like(x)),
-        ]
+        x, d, weight = numbers(n, inputs), numbers(n, outputs), numbers(outputs, inputs)
+        jobs += [(x, weight.mT, d.clone()), (d.mT, x, weight.clone()), (d, weight, x.clone())]
     return _products(jobs)
 
 
-def _products(jobs: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
+def _products(jobs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
     def run() -> None:
         for a, b, out in jobs:
             product(a, b, out=out)
 
     return run
+
+
+def _random(batch: int, dtype: torch.dtype, device: torch.device, rows: int, cols: int) -> Tensor:
+    """Numbers as products of real layers meet them: neither zero nor denormal."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    return torch.randn(batch, rows, cols, generator=generator, device=device).to(dtype)
 
 
 def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[Callable[[], object], int]:
@@ -86,9 +86,3 @@ def floor(config: APMConfig, *, rate: float, bandwidth: float, queries: int | No
     """
     compute, memory = middle_flops(config, queries) / rate, ADAM_BYTES * trained_parameters(config) / bandwidth
     return {"compute": compute, "memory": memory, "seconds": max(compute, memory)}
-
-
-def _random(batch: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as products of real layers meet them: neither zero nor denormal."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    return torch.randn(batch, rows, cols, generator=generator, device=device).to(dtype)

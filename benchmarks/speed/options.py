@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,19 +22,28 @@ TINY = APMConfig(
 )
 """The student of ``--quick``: large enough to run every line, too small for any number to mean something."""
 
+Record = dict[str, Any]
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Sizes and device; ``quick`` takes the tiny student and few repetitions, to see that everything runs."""
+
+class Options(Namespace):
+    """Sizes, device and repetitions, which all measurements are told; beside them a kind's own arguments."""
 
     preset: str = "paper"
     dim: int = 512
     readout: Literal["query", "mean"] = "query"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = torch.device("cpu")
     rounds: int = 9
     batch: int = 1
     quick: bool = False
+
+    def but(self, **changes: Any) -> Options:
+        """The same with other values."""
+        return Options(**{**vars(self), **changes})
+
+    def some(self, values: Sequence[int]) -> Sequence[int]:
+        """Points of a sweep: all of them, or two if it is to be quick."""
+        return values[:2] if self.quick else values
 
     @property
     def config(self) -> APMConfig:
@@ -53,22 +62,14 @@ class Options:
             return (self.precision,)
         return ("fp32", "bf16") if self.chosen_precision == "bf16" else ("fp32",)
 
-    @classmethod
-    def of(cls, given: Namespace) -> Options:
-        """Those of a command line."""
-        return cls(**{one.name: getattr(given, one.name) for one in fields(cls)})
+    @property
+    def shown_preset(self) -> str:
+        return "tiny" if self.quick else self.preset
 
-    def found(
-        self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None = None, **more: Any
-    ) -> dict[str, Any]:
+    def found(self, rows: Sequence[Record], summary: Mapping[str, Any] | None = None, **more: Any) -> Record:
         """What was measured under which settings (``more`` among them), as a record has it."""
-        config = self.config
-        settings = {
-            "preset": "tiny" if self.quick else self.preset,
-            "student": {**asdict(config), "hidden": list(config.hidden)},
-            "rounds": self.rounds,
-            **more,
-        }
+        student = {**asdict(self.config), "hidden": list(self.config.hidden)}
+        settings = {"preset": self.shown_preset, "student": student, "rounds": self.rounds, **more}
         return {"settings": settings, "summary": dict(summary or {}), "rows": list(rows)}
 
 

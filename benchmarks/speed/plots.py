@@ -1,79 +1,78 @@
-"""What the plots of records are drawn with."""
+"""The plots of records: curves over sizes, in one panel or several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
-Draw = Callable[[Any, Row], None]
-"""Draws a record into a figure of matplotlib."""
 
 
-def curves(x: str, lines: Mapping[str, str], **how: Any) -> Draw:
-    """A plot of one pair of axes: see `draw_curves`."""
-    return lambda figure, record: draw_curves(figure.subplots(), record["rows"], x, lines, **how)
+@dataclass(frozen=True)
+class Panel:
+    """Curves of what was measured over sizes, which are on a logarithmic axis.
 
-
-def draw_curves(
-    axes: Any,
-    rows: Sequence[Row],
-    x: str,
-    lines: Mapping[str, str],
-    *,
-    xlabel: str,
-    ylabel: str = "seconds",
-    log: bool = False,
-) -> None:
-    """Draw what was measured over sizes: medians with a band between the quartiles, or single values, dashed.
-
-    Args:
-        axes: to draw into.
-        rows: of a record.
+    Attributes:
         x: key of the sizes.
-        lines: key of the measurements → label.
-        xlabel: what the sizes are.
+        lines: key of the measurements → label; rows without one are left out of its curve.
+        xlabel: what the sizes are; "": as their key says.
         ylabel: what was measured.
+        unit: what it is divided by.
         log: a logarithmic scale with a legend; otherwise one that begins at 0.
+        rows: of a record.
     """
-    for y, label in lines.items():
-        if isinstance(rows[0][y], Mapping):
-            band(axes, rows, x, y, label)
+
+    x: str
+    lines: Mapping[str, str]
+    xlabel: str = ""
+    ylabel: str = "seconds"
+    unit: float = 1.0
+    log: bool = False
+    rows: Callable[[Row], Iterable[Row]] = lambda record: record["rows"]
+
+    def draw(self, axes: Any, record: Row) -> None:
+        """Draw medians with a band between the quartiles; single values dashed."""
+        rows = list(self.rows(record))
+        for y, label in self.lines.items():
+            known = [row for row in rows if row.get(y) is not None]
+            where, values = column(known, self.x), column(known, y)
+            if isinstance(values[0], Mapping):
+                median, q1, q3 = ([value[name] / self.unit for value in values] for name in ("median", "q1", "q3"))
+                axes.plot(where, median, "o-", label=label)
+                axes.fill_between(where, q1, q3, alpha=0.25)
+            else:
+                axes.plot(where, [value / self.unit for value in values], "s--", label=label)
+        axes.set(xlabel=self.xlabel or self.x, ylabel=self.ylabel, yscale="log" if self.log else "linear")
+        if self.log:
+            axes.legend()
         else:
-            axes.plot(column(rows, x), column(rows, y), "s--", label=label)
-    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-    at_sizes(axes, column(rows, x))
-    if log:
-        axes.legend()
-    else:
-        from_zero(axes.yaxis)
+            axes.set_ylim(0, 1.1 * axes.yaxis.get_data_interval()[1])  # no curve lies on the frame
+        at_sizes(axes, column(rows, self.x))
 
 
-def band(axes: Any, rows: Sequence[Row], x: str, y: str, label: str) -> None:
-    """Medians of ``y`` over ``x``, with a band between the quartiles."""
-    where = column(rows, x)
-    axes.plot(where, [row[y]["median"] for row in rows], "o-", label=label)
-    axes.fill_between(where, [row[y]["q1"] for row in rows], [row[y]["q3"] for row in rows], alpha=0.25)
+def side_by_side(*panels: Panel) -> Callable[[Any, Row], None]:
+    """A plot of such panels: draws a record into a figure of matplotlib."""
+
+    def draw(figure: Any, record: Row) -> None:
+        for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+            panel.draw(axes, record)
+
+    return draw
 
 
 def at_sizes(axes: Any, values: Sequence[float]) -> None:
     """Make x logarithmic, with a tick at each of the values that was measured; where two are close, at the first."""
+    apart = max(1.5, (max(values) / min(values)) ** (1 / 6))  # a label needs about a sixth of an axis
     ticks: list[float] = []
     for value in sorted(set(values)):
-        if not ticks or value >= 1.5 * ticks[-1]:
+        if not ticks or value >= apart * ticks[-1]:
             ticks.append(value)
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
 
 
-def from_zero(*which: Any) -> None:
-    """Let axes begin at 0 and end above the largest value, so that no curve lies on the frame."""
-    for axis in which:
-        _, high = axis.get_data_interval()
-        axis.axes.set(**{f"{axis.axis_name}lim": (0, 1.1 * high)})
-
-
-def column(rows: Sequence[Row], key: str) -> list[float]:
+def column(rows: Sequence[Row], key: str) -> list[Any]:
     """A value of every row."""
     return [row[key] for row in rows]

@@ -8,7 +8,7 @@ from typing import Any
 
 from apm.images.files import write_atomically
 
-from .kind import Kind, read_all
+from .kind import read_all
 from .kinds import KINDS
 from .tables import provenance
 
@@ -53,16 +53,18 @@ def write_report(records: Path, docs: Path) -> list[Path]:
 
 def page_of(records: Sequence[Record]) -> str:
     """The whole page, as markdown."""
-    order = {kind: place for place, kind in enumerate(KINDS)}
     parts = [HEADER]
-    for record in sorted(records, key=lambda one: (order[one["kind"]], one["file"])):
-        kind = KINDS[record["kind"]]
-        title = _title(kind, record)
-        parts.append(f"## {title}\n\n{kind.table(record)}")
-        if kind.plot is not None:
-            parts.append(f"![{title}]({plot_name(record)})\n")
-        parts.append(provenance(record))
-    if not any(record["environment"]["device"].startswith("cuda") for record in records):
+    on_gpu = {record["file"]: record["environment"]["device"].startswith("cuda") for record in records}
+    for name, kind in KINDS.items():
+        for record in (one for one in records if one["kind"] == name):
+            settings = record["settings"]
+            what = settings["model"] if "model" in settings else f"{settings['preset']} student"
+            title = f"{kind.title} ({what}, {'GPU' if on_gpu[record['file']] else 'CPU'})"
+            parts.append(f"## {title}\n\n{kind.table(record)}")
+            if kind.plot is not None:
+                parts.append(f"![{title}]({plot_name(record)})\n")
+            parts.append(provenance(record))
+    if not any(on_gpu.values()):
         parts.append(NO_GPU)
     return "\n".join(parts).rstrip() + "\n"
 
@@ -72,9 +74,8 @@ def plot(record: Record, folder: Path) -> Path:
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "apm", "svg.fonttype": "none", "font.size": 9}):  # text stays text
-        figure = drawn(record)
         path = folder / plot_name(record)
-        figure.savefig(path, metadata={"Date": None})
+        drawn(record).savefig(path, metadata={"Date": None})
     return path
 
 
@@ -94,10 +95,3 @@ def drawn(record: Record) -> Any:
 def plot_name(record: Record) -> str:
     """The plot lies beside the page, named as its record."""
     return str(Path(record["file"]).with_suffix(".svg"))
-
-
-def _title(kind: Kind, record: Record) -> str:
-    device = "GPU" if record["environment"]["device"].startswith("cuda") else "CPU"
-    settings = record["settings"]
-    what = settings["model"] if "model" in settings else f"{settings['preset']} student"
-    return f"{kind.title} ({what}, {device})"

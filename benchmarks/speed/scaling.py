@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -13,18 +11,19 @@ from apm.student.field import SavedField
 from apm.student.position import dense_locations, grid_locations
 
 from ..studies.study import numbers
-from .kind import Kind, some
-from .options import Options, loaded_engine, plain_step
-from .plots import at_sizes, band, column, curves, from_zero
+from .kind import Kind
+from .options import Options, Record, loaded_engine, plain_step
+from .plots import Panel, Row, side_by_side
 from .profile import step_flops
-from .tables import shown
+from .tables import Table, shown
 from .timing import Work, interleaved, repeated, spread
 
 WHAT = {"step": "a step of a student with this grid", "features": "features read at so many points"}
 OF_PATCHES = {"engine": "step, engine", "plain": "step, plain form", "features": "features, one pass"}
+NOTE = "Products in {precision}."
 
 
-def sweep_steps(options: Options, steps: Sequence[int]) -> dict[str, Any]:
+def sweep_steps(options: Options) -> Record:
     """Seconds of one image against the number of steps: reset, K steps, the last readout."""
     engine = loaded_engine(options.config, options.chosen_precision, options.device)
 
@@ -33,40 +32,44 @@ def sweep_steps(options: Options, steps: Sequence[int]) -> dict[str, Any]:
         engine.run(count)
 
     engine.run(1)
-    works = {str(count): partial(adapt, count) for count in steps}
+    works = {count: partial(adapt, count) for count in options.some((1, 2, 5, 10, 25, 50))}
     times = interleaved(works, options.device, options.rounds, warmup=0)
     rows = [
         {"steps": count, "seconds": spread(found), "per_step": spread([value / count for value in found])}
-        for count, found in zip(steps, times.values(), strict=True)
+        for count, found in times.items()
     ]
     return options.found(rows, precision=options.chosen_precision)
 
 
-def sweep_grid(options: Options, grids: Sequence[int], readouts: Sequence[int]) -> dict[str, Any]:
+def sweep_grid(options: Options) -> Record:
     """Seconds against the side of a grid: of a step of a student with that grid; of reading features at its points.
 
     A student's image has as many patches as its grid has cells, so its column and first layer grow as well. Features
     are read from one adapted student of the usual grid, at side × side points between and on its cells.
     """
     config, precision = options.config, options.chosen_precision
-    rows: list[dict[str, Any]] = []
-    for side in grids:
+
+    def row(what: str, side: int, times: list[float], **more: int) -> Record:
+        return {"what": what, "side": side, "locations": side**2, "seconds": spread(times), **more}
+
+    rows = []
+    for side in options.some((7, 14, 16, 28, 32, 56)):
         other = replace(config, image_size=side * config.patch_size)
         engine = loaded_engine(other, precision, options.device)
-        times = spread(repeated(engine.advance, options.device, options.rounds))
-        rows.append({"what": "step", "side": side, "locations": side**2, "seconds": times, "flops": step_flops(other)})
+        times = repeated(engine.advance, options.device, options.rounds)
+        rows.append(row("step", side, times, flops=step_flops(other)))
         del engine
     field = _field(options)
-    works = {str(side): partial(field.features, *dense_locations(config.grid, side)) for side in readouts}
-    times_of = interleaved(works, options.device, options.rounds, warmup=0)
-    rows += [
-        {"what": "features", "side": side, "locations": side**2, "seconds": spread(times_of[str(side)])}
-        for side in readouts
-    ]
+    works = {
+        side: partial(field.features, *dense_locations(config.grid, side))
+        for side in options.some((7, 14, 28, 56, 112, 224))
+    }
+    found = interleaved(works, options.device, options.rounds, warmup=0)
+    rows += [row("features", side, times) for side, times in found.items()]
     return options.found(rows, precision=precision)
 
 
-def sweep_patches(options: Options) -> dict[str, Any]:
+def sweep_patches(options: Options) -> Record:
     """Seconds against the number of patches that are queried: a step that reads only so many, and features of them.
 
     Beside the engine the plain form with autograd, which reads the same locations.
@@ -90,20 +93,15 @@ def sweep_patches(options: Options) -> dict[str, Any]:
     return options.found(rows, precision=options.chosen_precision)
 
 
-def sweep_batch(options: Options, batches: Sequence[int]) -> dict[str, Any]:
+def sweep_batch(options: Options) -> Record:
     """Seconds of a step and images a second (20 steps) against the number of students side by side."""
     rows = []
-    for batch in batches:
+    for batch in options.some(options.batches):
         engine = loaded_engine(options.config, options.chosen_precision, options.device, batch=batch)
         times = repeated(engine.advance, options.device, options.rounds)
-        rows.append(
-            {
-                "batch": batch,
-                "seconds": spread(times),
-                "per_student": spread([value / batch for value in times]),
-                "images_per_second_20_steps": spread([batch / (20 * value) for value in times]),
-            }
-        )
+        each, rate = [value / batch for value in times], [batch / (20 * value) for value in times]
+        row = {"batch": batch, "seconds": spread(times), "per_student": spread(each)}
+        rows.append({**row, "images_per_second_20_steps": spread(rate)})
         del engine
     return options.found(rows, precision=options.chosen_precision)
 
@@ -114,75 +112,63 @@ def _field(options: Options) -> SavedField:
     return engine.fold(1)
 
 
-def _plot_steps(figure: Any, record: Mapping[str, Any]) -> None:
-    axes = figure.subplots()
-    band(axes, record["rows"], "steps", "seconds", "one image")
-    axes.set(xlabel="steps", ylabel="seconds")
-    from_zero(axes.xaxis, axes.yaxis)
-
-
-def _plot_grid(figure: Any, record: Mapping[str, Any]) -> None:
-    axes = figure.subplots()
-    for what, label in (("step", "one step"), ("features", "features, one pass")):
-        band(axes, [row for row in record["rows"] if row["what"] == what], "side", "seconds", label)
-    axes.set(xlabel="side of the grid", ylabel="seconds", yscale="log")
-    at_sizes(axes, column(record["rows"], "side"))
-    axes.legend()
+def _of_grid(record: Row) -> list[Record]:
+    """What was timed in words, and its seconds under a name of their own."""
+    return [{**row, "of": WHAT[row["what"]], row["what"]: row["seconds"]} for row in record["rows"]]
 
 
 STEPS = Kind(
     name="steps",
     question="against the number of steps",
     title="Time against steps",
-    measure=lambda given: sweep_steps(Options.of(given), some(given, (1, 2, 5, 10, 25, 50))),
-    table=shown({"steps": "steps", "one image": "seconds", "per step": "per_step"}, "Products in {precision}."),
-    plot=_plot_steps,
+    measure=sweep_steps,
+    table=shown(Table({"steps": "{steps}", "one image": "{seconds}", "per step": "{per_step}"}), NOTE),
+    plot=side_by_side(Panel("steps", {"seconds": "one image", "per_step": "per step"}, log=True)),
     rounds=3,
 )
 GRID = Kind(
     name="grid",
     question="against the side of the grid, trained and read",
     title="Time against the side of the grid",
-    measure=lambda given: sweep_grid(
-        Options.of(given), some(given, (7, 14, 16, 28, 32, 56)), some(given, (7, 14, 28, 56, 112, 224))
-    ),
+    measure=sweep_grid,
     table=shown(
-        {
-            "what": lambda row: WHAT[row["what"]],
-            "grid": lambda row: f"{row['side']} × {row['side']}",
-            "locations": "locations",
-            "time": "seconds",
-        },
-        "Products in {precision}. Features are read in fp32.",
+        Table({"what": "{of}", "grid": "{side} × {side}", "locations": "{locations}", "time": "{seconds}"}, _of_grid),
+        f"{NOTE} Features are read in fp32.",
     ),
-    plot=_plot_grid,
+    plot=side_by_side(
+        Panel(
+            "side", {"step": "one step", "features": "features, one pass"}, "side of the grid", log=True, rows=_of_grid
+        )
+    ),
     rounds=3,
 )
 PATCHES = Kind(
     name="patches",
     question="against the number of patches queried",
     title="Time against the number of patches",
-    measure=lambda given: sweep_patches(Options.of(given)),
+    measure=sweep_patches,
     table=shown(
-        {"patches queried": "patches", **{label: key for key, label in OF_PATCHES.items()}},
-        "Products in {precision}. The plain form and the features are fp32.",
+        Table({"patches queried": "{patches}", **{label: f"{{{key}}}" for key, label in OF_PATCHES.items()}}),
+        f"{NOTE} The plain form and the features are fp32.",
     ),
-    plot=curves("patches", OF_PATCHES, xlabel="patches queried", log=True),
+    plot=side_by_side(Panel("patches", OF_PATCHES, "patches queried", log=True)),
 )
 BATCH = Kind(
     name="batch",
     question="against the students side by side",
     title="Time against students side by side",
     arguments=lambda parser: parser.add_argument("--batches", type=numbers, default=[1, 2, 4, 8], help="1,2,4"),
-    measure=lambda given: sweep_batch(Options.of(given), some(given, given.batches)),
+    measure=sweep_batch,
     table=shown(
-        {
-            "students side by side": "batch",
-            "a step of all": "seconds",
-            "per student": "per_student",
-            "images/s at 20 steps": lambda row: f"{row['images_per_second_20_steps']['median']:.2f}",
-        },
-        "Products in {precision}.",
+        Table(
+            {
+                "students side by side": "{batch}",
+                "a step of all": "{seconds}",
+                "per student": "{per_student}",
+                "images/s at 20 steps": "{images_per_second_20_steps:.2f}",
+            }
+        ),
+        NOTE,
     ),
-    plot=curves("batch", {"per_student": "one step"}, xlabel="students side by side", ylabel="seconds per student"),
+    plot=side_by_side(Panel("batch", {"per_student": "one step"}, "students side by side", "seconds per student")),
 )

@@ -22,24 +22,24 @@ from apm.test_time.options import StudentOptions
 
 from ..studies.study import numbers
 from .children import peak_bytes
-from .kind import Given, Kind, some
-from .options import Options
-from .plots import draw_curves
+from .kind import Kind
+from .options import Options, Record
+from .plots import Panel, Row, side_by_side
 from .startup import photograph_argument, photograph_of
-from .tables import shown
+from .tables import Table, shown
 from .timing import Work, interleaved, spread
 
 LABELS = ("cat", "dog", "wall", "sofa", "carpet", "grass", "sky", "tree", "person", "car")
 
 
-def sweep_segment(
-    options: Options, teacher: Teacher, photograph: Path, views: Sequence[int], places: Sequence[int], *, steps: int
-) -> dict[str, Any]:
+def sweep_segment(options: Options) -> Record:
     """Seconds of one photograph and memory of the command, against views at the usual places, and the reverse.
 
     Views are looks of the teacher at each tile. Memory is the most that `apm segment` holds, all that it loads
     included, in a process of its own for each row.
     """
+    teacher, photograph = load_teacher("embedded", device=options.device), photograph_of(options)
+    views, places = options.some(options.views), options.some(options.places)
     points = [(count, PLACES) for count in views] + [(VIEWS, count) for count in places if count != PLACES]
     if VIEWS not in views:
         points.append((VIEWS, PLACES))
@@ -47,7 +47,7 @@ def sweep_segment(
     tiles = [image.crop((x, y, x + side, y + side)) for x, y, side in tiles_of(*image.size)]
     works: dict[str, Work] = {}
     for count, fine in points:
-        student = _student(options, count, steps)
+        student = _student(options, count)
         classifier = Classifier(teacher, labels=LABELS, student=student, device=str(options.device))
         works[f"{count},{fine}"] = partial(classifier.segment, photograph, places=fine)
         works[f"{count}"] = partial(_look, teacher, tiles, count)
@@ -55,17 +55,19 @@ def sweep_segment(
     rows = []
     for count, fine in points:
         with tempfile.TemporaryDirectory() as out:
-            command = _command(options, photograph, Path(out), views=count, places=fine, steps=steps)
+            command = _command(options, photograph, Path(out), views=count, places=fine)
             held = peak_bytes(command)
         taken, looking = spread(times[f"{count},{fine}"]), spread(times[f"{count}"])
         rows.append({"views": count, "places": fine, "seconds": taken, "looking": looking, "peak_bytes": held})
-    return options.found(rows, teacher=teacher.identity, steps=steps, size=list(image.size), tiles=len(tiles))
+    return options.found(rows, teacher=teacher.identity, steps=options.steps, size=list(image.size), tiles=len(tiles))
 
 
-def _student(options: Options, views: int, steps: int) -> StudentOptions:
+def _student(options: Options, views: int) -> StudentOptions:
     preset = "small" if options.quick else options.preset
     precision = "fp32" if options.precision == "auto" else options.precision  # as `apm segment` has it
-    return StudentOptions(preset=preset, steps=steps, lr=LR, distil="grid", grid_views=views, precision=precision)
+    return StudentOptions(
+        preset=preset, steps=options.steps, lr=LR, distil="grid", grid_views=views, precision=precision
+    )
 
 
 def _look(teacher: Teacher, tiles: Sequence[Any], views: int) -> None:
@@ -73,54 +75,29 @@ def _look(teacher: Teacher, tiles: Sequence[Any], views: int) -> None:
         looks(tile, teacher, views, seed=0, sample_id="tile")
 
 
-def _command(options: Options, photograph: Path, out: Path, *, views: int, places: int, steps: int) -> list[str]:
-    student = _student(options, views, steps)
+def _command(options: Options, photograph: Path, out: Path, *, views: int, places: int) -> list[str]:
+    student = _student(options, views)
     told = {
         "labels": ",".join(LABELS),
         "teacher": "embedded",
-        "device": str(options.device),
+        "device": options.device,
         "preset": student.preset,
         "precision": student.precision,
-        "steps": steps,
+        "steps": student.steps,
         "grid-views": views,
         "places": places,
         "out": out,
     }
-    return [
-        sys.executable,
-        "-m",
-        "apm",
-        "segment",
-        str(photograph),
-        *(f"--{name}={value}" for name, value in told.items()),
-    ]
+    words = [f"--{name}={value}" for name, value in told.items()]
+    return [sys.executable, "-m", "apm", "segment", str(photograph), *words]
 
 
-def _plot(figure: Any, record: Any) -> None:
-    left, right = figure.subplots(1, 2)
-    rows = record["rows"]
-    draw_curves(
-        left, _along(rows, "views"), "views", {"seconds": "whole", "looking": "views"}, xlabel="views of a tile"
-    )
-    draw_curves(right, _along(rows, "places"), "places", {"seconds": "whole"}, xlabel="places along the shorter side")
+def _along_views(record: Row) -> list[Row]:
+    return sorted((row for row in record["rows"] if row["places"] == PLACES), key=lambda row: row["views"])
 
 
-def _along(rows: Sequence[Any], key: str) -> list[Any]:
-    """The rows in which only this differs, by size."""
-    fixed, usual = ("places", PLACES) if key == "views" else ("views", VIEWS)
-    return sorted((row for row in rows if row[fixed] == usual), key=lambda row: row[key])
-
-
-def _measure(given: Given) -> dict[str, Any]:
-    teacher = load_teacher("embedded", device=given.device)
-    return sweep_segment(
-        Options.of(given),
-        teacher,
-        photograph_of(given),
-        some(given, given.views),
-        some(given, given.places),
-        steps=given.steps,
-    )
+def _along_places(record: Row) -> list[Row]:
+    return sorted((row for row in record["rows"] if row["views"] == VIEWS), key=lambda row: row["places"])
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -135,18 +112,23 @@ SEGMENT = Kind(
     title="Segmentation: time and memory against views and places",
     shared={"steps": 150},
     arguments=_arguments,
-    measure=_measure,
+    measure=sweep_segment,
     table=shown(
-        {
-            "views of a tile": "views",
-            "places along the shorter side": "places",
-            "one photograph": "seconds",
-            "of it views": "looking",
-            "memory of the command": lambda row: f"{row['peak_bytes'] / 1e6:,.0f} MB",
-        },
+        Table(
+            {
+                "views of a tile": "{views}",
+                "places along the shorter side": "{places}",
+                "one photograph": "{seconds}",
+                "of it views": "{looking}",
+                "memory of the command": "{peak_bytes:M,.0f} MB",
+            }
+        ),
         "A photograph of {size[0]} × {size[1]} pixels, {tiles} tiles with a student each, {steps} steps; from the file "
         "to the map, without start-up. Memory is the most that `apm segment` held, all that it loads included.",
     ),
-    plot=_plot,
+    plot=side_by_side(
+        Panel("views", {"seconds": "whole", "looking": "views"}, "views of a tile", rows=_along_views),
+        Panel("places", {"seconds": "whole"}, "places along the shorter side", rows=_along_places),
+    ),
     rounds=3,
 )

@@ -6,99 +6,84 @@ import json
 import re
 import sys
 from argparse import ArgumentParser
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .children import must_run
-from .kind import Given, Kind
-from .options import Options
-from .tables import digits, table
+from .kind import Kind
+from .options import Options, Record
+from .tables import Table, shown
 from .timing import repeated, spread
 
 PACKAGES = 10
 """Packages whose imports are listed, those that take longest."""
 
-STAGES = (
-    "import torch",
-    "import apm's own modules",
-    "import open_clip, timm, torchvision",
-    "load the teacher",
-    "text features",
-    "choose the precision",
-    "draw the student",
-    "decode, teacher, readout",
-    "adaptation",
-)
-
 # Run by a bare interpreter; what `apm classify` does, in its order, with a look at the clock in between.
 _CHILD = """
 import json, sys, time
 name, path, preset = sys.argv[1:]
-marks = [time.perf_counter()]
-def mark():
-    marks.append(time.perf_counter())
+spans, last = {}, time.perf_counter()
+def mark(stage):
+    global last
+    now = time.perf_counter()
+    spans[stage], last = now - last, now
 from apm.startup import collector_paused, for_one_command, import_open_clip
 for_one_command()
 with collector_paused():
-    import torch; mark()
-import apm.cli.main, apm.cli.classify, apm.classifier; mark()
+    import torch; mark("import torch")
+import apm.cli.main, apm.cli.classify, apm.classifier; mark("import apm's own modules")
 from apm.labels import label_set, prompt_templates
 from apm.text.zeroshot import ZeroShotHead
 import_open_clip()
-import apm.teachers.openclip; mark()
-teacher = apm.classifier.load_teacher(name); mark()
+import apm.teachers.openclip; mark("import open_clip, timm, torchvision")
+teacher = apm.classifier.load_teacher(name); mark("load the teacher")
 labels = teacher.default_labels or label_set("imagenet")
-ZeroShotHead.build(teacher, labels, teacher.default_templates or prompt_templates("single")); mark()
+ZeroShotHead.build(teacher, labels, teacher.default_templates or prompt_templates("single")); mark("text features")
 from apm.student.matmul import measured_precision
-measured_precision(torch.device("cpu")); mark()
+measured_precision(torch.device("cpu")); mark("choose the precision")
 classifier = apm.classifier.Classifier(teacher, labels=list(dict.fromkeys(labels)), device="cpu",
-                                       student=apm.StudentOptions(preset=preset)); mark()
-answer = classifier(path); mark()
-spans = [b - a for a, b in zip(marks, marks[1:])]
-spans[-1] -= answer.adaptation.seconds
-print(json.dumps([*spans, answer.adaptation.seconds]))
+                                       student=apm.StudentOptions(preset=preset)); mark("draw the student")
+answer = classifier(path); mark("decode, teacher, readout")
+spans["adaptation"] = answer.adaptation.seconds
+spans["decode, teacher, readout"] -= spans["adaptation"]
+print(json.dumps(spans))
 """
 
 
-def measure_startup(options: Options, photograph: Path, *, teacher: str = "embedded") -> dict[str, Any]:
+def measure_startup(options: Options) -> Record:
     """Record the seconds of `apm --help` and of `apm classify PHOTOGRAPH` without any cache of ours, and its stages.
 
     Files are in the system's cache from the second repetition on: what is measured is work, not the disk.
     """
-    cpu = torch.device("cpu")
+    photograph, teacher = str(photograph_of(options)), options.teacher
     preset = "small" if options.quick else options.preset
-    classify = ("classify", str(photograph), "--teacher", teacher, "--preset", preset, "--device", "cpu")
-    commands = {"apm --help": ("--help",), f"apm {classify[0]} (all of it, cold)": classify}
-    rows: list[dict[str, Any]] = []
-    for name, arguments in commands.items():
+    classify = ("classify", photograph, "--teacher", teacher, "--preset", preset, "--device", "cpu")
+    rows = []
+    for name, arguments in {"apm --help": ("--help",), "apm classify (all of it, cold)": classify}.items():
         command = [sys.executable, "-m", "apm", *arguments]
-        times = repeated(lambda command=command: must_run(command), cpu, options.rounds)  # type: ignore[misc]
+        times = repeated(lambda command=command: must_run(command), torch.device("cpu"), options.rounds)  # type: ignore[misc]
         rows.append({"what": name, "stage": False, "seconds": spread(times)})
-    child = [sys.executable, "-c", _CHILD, teacher, str(photograph), preset]
+    child = [sys.executable, "-c", _CHILD, teacher, photograph, preset]
     spans = [json.loads(must_run(child).stdout.splitlines()[-1]) for _ in range(options.rounds)]
-    rows += [
-        {"what": stage, "stage": True, "seconds": spread([span[number] for span in spans])}
-        for number, stage in enumerate(STAGES)
-    ]
+    rows += [{"what": stage, "stage": True, "seconds": spread([span[stage] for span in spans])} for stage in spans[0]]
     listing = must_run([sys.executable, "-X", "importtime", "-m", "apm", *classify, "--steps", "1"]).stderr
-    return options.found(rows, {"imports": dict(by_package(listing)[:PACKAGES])}, teacher=teacher)
+    return options.found(rows, {"imports": dict(by_package(listing).most_common(PACKAGES))}, teacher=teacher)
 
 
-def by_package(listing: str) -> list[tuple[str, float]]:
-    """Sum up what ``-X importtime`` printed, in microseconds for each module, by top-level package."""
-    seconds: dict[str, float] = defaultdict(float)
+def by_package(listing: str) -> Counter[str]:
+    """Sum up what ``-X importtime`` printed, in microseconds for each module: seconds by top-level package."""
+    seconds: Counter[str] = Counter()
     for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", listing, flags=re.MULTILINE):
-        seconds[module.partition(".")[0]] += int(own) / 1e6
-    return sorted(seconds.items(), key=lambda one: -one[1])
+        seconds[module.partition(".")[0]] += int(own) / 1e6  # type: ignore[assignment]
+    return seconds
 
 
-def photograph_of(given: Given) -> Path:
+def photograph_of(options: Options) -> Path:
     """The file that was named, or scikit-image's cat."""
-    if given.photograph is not None:
-        return Path(given.photograph)
+    if options.photograph is not None:
+        return Path(options.photograph)
     import skimage
 
     return Path(skimage.__file__).parent / "data" / "chelsea.png"
@@ -109,26 +94,21 @@ def photograph_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--photograph", type=Path, help="the file (default: scikit-image's cat)")
 
 
-def _table(record: dict[str, Any]) -> str:
-    def part(title: str, *, stage: bool) -> str:
-        return table({title: "what", "time": "seconds"}, [row for row in record["rows"] if row["stage"] is stage])
-
-    columns = {
-        "imported (python -X importtime, which is slower)": lambda row: f"`{row[0]}`",
-        "its own modules": lambda row: f"{digits(1e3 * row[1])} ms",
-    }
-    imports = table(columns, record["summary"]["imports"].items())
-    return f"{part('command', stage=False)}\n{part('its stages', stage=True)}\n{imports}"
-
-
 STARTUP = Kind(
     name="startup",
     question="where the seconds of a cold start go",
     title="A cold start",
     shared={"teacher": "embedded"},
     arguments=photograph_argument,
-    measure=lambda given: measure_startup(Options.of(given), photograph_of(given), teacher=given.teacher),
-    table=_table,
+    measure=measure_startup,
+    table=shown(
+        Table({"command": "{what}", "time": "{seconds}"}, lambda record: [r for r in record["rows"] if not r["stage"]]),
+        Table({"its stages": "{what}", "time": "{seconds}"}, lambda record: [r for r in record["rows"] if r["stage"]]),
+        Table(
+            {"imported (python -X importtime, which is slower)": "`{package}`", "its own modules": "{seconds:m3} ms"},
+            lambda record: [{"package": p, "seconds": s} for p, s in record["summary"]["imports"].items()],
+        ),
+    ),
     rounds=3,
     on_cpu=True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ log = logging.getLogger(__name__)
 LONG = 3.0
 """A call that took so many seconds in the warm-up is announced in every round."""
 
+Name = TypeVar("Name")
 Work = Callable[[], object]
 """Something to be timed."""
 
@@ -34,13 +36,13 @@ def seconds(run: Work, device: torch.device) -> float:
 
 
 def interleaved(
-    works: Mapping[str, Work],
+    works: Mapping[Name, Work],
     device: torch.device,
     rounds: int,
     *,
-    fewer: Mapping[str, int] | None = None,
+    fewer: Mapping[Name, int] | None = None,
     warmup: int = 1,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Time all works in turn, round by round, each round starting with another one.
 
     What slows the machine down for a while then slows all of them down, and ratios within a round stay right.
@@ -62,7 +64,7 @@ def interleaved(
             log.info("warm-up: %s", name)
         for _ in range(warmup):
             expected[name] = seconds(works[name], device)
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[Name, list[float]] = {name: [] for name in works}
     for turn in range(rounds):
         log.info("round %d of %d", turn + 1, rounds)
         first = turn % len(names)

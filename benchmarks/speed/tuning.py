@@ -23,8 +23,8 @@ from apm.text.zeroshot import ZeroShotHead
 from ..methods.base import Batch, MethodOptions
 from ..methods.tpt import PAPER_PROMPT, TPT, TPTSettings, marginal_entropy
 from .kind import Kind
-from .options import Options
-from .tables import ratio_text, table
+from .options import Options, Record
+from .tables import Table, shown
 from .timing import interleaved, spread
 
 MODEL = "ViT-B-16"
@@ -62,15 +62,13 @@ class PublishedTuning:
         return (scale * image @ self.prompt.features(context).T)[0]
 
 
-def measure_tuning(options: Options, *, labels: int | None = None) -> dict[str, Any]:
+def measure_tuning(options: Options) -> Record:
     """Record the seconds that TPT takes for one image: ours, the published loop, and the views that both encode.
 
-    Args:
-        options: device and rounds; with ``quick`` a tiny model and ten class names.
-        labels: how many of ImageNet's class names; None: all 1,000.
+    Of ImageNet's class names; with ``quick`` a tiny model and ten of them.
     """
     teacher = _random_teacher(options)
-    names = label_set("imagenet")[: labels or (10 if options.quick else 1000)]
+    names = label_set("imagenet")[: 10 if options.quick else None]
     settings = TPTSettings(views=8 if options.quick else 64)
     head = ZeroShotHead.build(teacher, names, (PAPER_PROMPT,), cache=False)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
@@ -123,23 +121,17 @@ def _random_teacher(options: Options) -> OpenClipTeacher:
     return OpenClipTeacher(model.to(options.device), tokenizer, source=source, device=options.device)
 
 
-def _table(record: dict[str, Any]) -> str:
-    settings, summary = record["settings"], record["summary"]
-    return (
-        f"{table({'one image': 'name', 'time': 'seconds'}, record['rows'])}\n"
-        f"Test-time prompt tuning with {settings['labels']:,} class names, {settings['views']} views, 1 step. Published"
-        f" loop ÷ apm: {ratio_text(summary['published_over_apm'])}; without the views that both encode:"
-        f" {ratio_text(summary['published_over_apm_without_views'])}. Their logits differ by"
-        f" {summary['largest_difference_of_logits']:.1e} at most, where tuning moved them by"
-        f" {summary['largest_change_by_tuning']:.1e}.\n"
-    )
-
-
 TUNING = Kind(
     name="tuning",
     question="test-time prompt tuning with 1,000 class names, beside the published loop",
     title="Test-time prompt tuning",
-    measure=lambda given: measure_tuning(Options.of(given)),
-    table=_table,
+    measure=measure_tuning,
+    table=shown(
+        Table({"one image": "{name}", "time": "{seconds}"}),
+        "Test-time prompt tuning with {labels} class names, {views} views, 1 step. Published loop ÷ apm: "
+        "{published_over_apm:x}; without the views that both encode: {published_over_apm_without_views:x}. Their "
+        "logits differ by {largest_difference_of_logits:.1e} at most, where tuning moved them by "
+        "{largest_change_by_tuning:.1e}.",
+    ),
     rounds=3,
 )

@@ -43,7 +43,9 @@ def test_the_synthetic_store_is_seeded_and_neither_easy_nor_hopeless(tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_and_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_runs_and_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert command.main(["features", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "speed-features-tiny-cpu.json").read_text())
     names = [row["name"] for row in record["rows"]]
@@ -55,5 +57,8 @@ def test_the_benchmark_runs_and_is_reported(tmp_path: Path, capsys: pytest.Captu
     }
     assert record["summary"]["seconds"] > 0 and len(record["summary"]["peak_bytes"]) == 1
     assert measured.FEATURES.table(record) in capsys.readouterr().out
-    many = measured.measure_features(Options(quick=True), processes=2)
+    monkeypatch.setattr(measured, "_work", None)
+    monkeypatch.setattr(measured.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(measured, "Sizes", lambda **_: Sizes(images=40, views=4, dim=16, classes=10))
+    many = measured.measure_features(Options(limit=40))
     assert len(many["summary"]["peak_bytes"]) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,8 +29,8 @@ def test_views_and_places_are_varied_one_at_a_time(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(segments, "peak_bytes", peak)
     monkeypatch.setattr(segments, "PLACES", 12)
     monkeypatch.setattr(segments, "VIEWS", 4)
-    given = replace(QUICK, rounds=1)
-    made = segments.sweep_segment(given, FakeTeacher(), path, (1, 4), (10, 12), steps=1)
+    monkeypatch.setattr(segments, "load_teacher", lambda *_, **__: FakeTeacher())
+    made = segments.sweep_segment(QUICK.but(rounds=1, photograph=path, views=[1, 4], places=[10, 12], steps=1))
     rows = check(made, "segment")
     assert [(row["views"], row["places"]) for row in rows] == [(1, 12), (4, 12), (4, 10)]
     assert all(row["seconds"]["median"] > row["looking"]["median"] > 0 for row in rows)
@@ -48,7 +47,7 @@ def test_views_and_places_are_varied_one_at_a_time(tmp_path: Path, monkeypatch: 
 def test_the_command_that_is_measured_runs(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 40), (90, 20, 20)).save(path)
-    found = children.peak_bytes(segments._command(QUICK, path, tmp_path / "out", views=1, places=8, steps=1))
+    found = children.peak_bytes(segments._command(QUICK.but(steps=1), path, tmp_path / "out", views=1, places=8))
     assert 100e6 < found < 4e9
 
 
@@ -62,7 +61,7 @@ def test_memory_is_that_of_one_child() -> None:
 def test_its_options_are_those_of_the_command() -> None:
     given = KINDS["segment"].read(["--quick", "--device", "cpu", "--views", "2,3"])
     assert given.views == [2, 3] and given.places == [28, 56, 112, 224] and given.steps == 150
-    student = segments._student(replace(QUICK, precision="auto", quick=False, preset="small"), 16, 150)
+    student = segments._student(given.but(precision="auto", quick=False, preset="small"), 16)
     assert json.loads(json.dumps([student.preset, student.lr, student.distil, student.precision])) == [
         "small",
         1e-3,

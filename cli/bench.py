@@ -18,7 +18,7 @@ from apm.settings import setting, settings_of
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 
-from .data import answer, fill_store, load_shared_teacher, say_notes, shared_precision
+from .data import answer, fill_store, load_chosen_teacher, say_notes, shared_precision
 from .options import Debug, options_of, student_options
 from .render import failure, notice, notice_if_slow, say, say_json, told_when_interrupted
 from .run_options import (
@@ -217,7 +217,7 @@ def _run(
     from apm.benchmarks.runs.run_record import RunOptions
     from apm.processes import restarted
 
-    teacher = load_shared_teacher(methods.teacher, work.device, group)
+    teacher = load_chosen_teacher(methods.teacher, work.device)
     say_notes(teacher, group, quiet=quiet)
     precision = student.get("precision", "auto")
     if group.first:

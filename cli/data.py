@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from .progress import counted
 from .render import failure, notice, progress_line, progress_on_terminal, warning
 
 if TYPE_CHECKING:
+    import torch
+
     from apm.benchmarks.datasets import Dataset
     from apm.benchmarks.methods import Method
     from apm.benchmarks.runs.progress import Progress
@@ -28,18 +31,24 @@ if TYPE_CHECKING:
 _LINE_EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
 
 
-def load_shared_teacher(name: str | None, device: str, group: Group) -> Teacher:
-    """The teacher of a run on this process's device; the default one where none is named."""
+def place_of(device: str) -> torch.device:
+    """Where this process computes; under torchrun a GPU for each."""
+    from apm.devices import pick_device
     from apm.processes import local_rank
+
+    place = pick_device(device)
+    if place.type == "cuda" and place.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return pick_device(f"cuda:{local_rank()}")
+    return place
+
+
+def load_chosen_teacher(name: str | None, device: str) -> Teacher:
+    """The teacher on this process's device; the default one where none is named."""
     from apm.teachers import check_teacher, load_default_teacher, load_teacher
 
     if name is not None:
         check_teacher(name)
-    from apm.devices import pick_device
-
-    place = pick_device(device)
-    if place.type == "cuda" and place.index is None and group.world > 1:
-        place = pick_device(f"cuda:{local_rank()}")
+    place = place_of(device)
     return load_default_teacher(device=place) if name is None else load_teacher(name, device=place)
 
 

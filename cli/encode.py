@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .data import fill_store, load_shared_teacher, say_notes
+from .data import fill_store, load_chosen_teacher, say_notes
 from .options import Debug, options_of
 from .render import failure, notice, told_when_interrupted
 from .run_options import DATA, RUN, TEACHER_HELP, Cells, DataSets, Quiet, Work
@@ -54,7 +54,7 @@ def encode(
     from apm.processes import join
 
     with join() as group:
-        loaded = load_shared_teacher(teacher, work.device, group)
+        loaded = load_chosen_teacher(teacher, work.device)
         say_notes(loaded, group, quiet=quiet)
         options = EncodeOptions(
             views=views,

@@ -13,6 +13,7 @@ from apm.errors import ImageError, UsageError
 from apm.images.paths import expand_paths, file_problem, printable
 
 from . import render
+from .data import load_chosen_teacher
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,15 +44,7 @@ def files_of(paths: Sequence[str]) -> tuple[list[Path], int]:
 
 def load_named(name: str | None, device: str) -> Teacher:
     """Load it, and say what is to be known of it."""
-    if name is not None:
-        from apm.teachers import check_teacher
-
-        check_teacher(name)
-    from apm.devices import pick_device
-    from apm.teachers import load_default_teacher, load_teacher
-
-    where = pick_device(device)
-    source = load_teacher(name, device=where) if name else load_default_teacher(device=where)
+    source = load_chosen_teacher(name, device)
     for note in source.notes:
         render.notice(note)
     return source

@@ -12,10 +12,11 @@ from apm.errors import UsageError, unknown
 from apm.pretrain.config import PretrainConfig
 from apm.student.config import PRESETS, APMConfig
 
+from .data import place_of
 from .early import check_data
 from .options import Debug, options_of
 from .pretrain_layers import LayerOptions, pretrain_layers
-from .training import TRAINING, Out, Session, check_checkpoint, place_of, session_options, train_network
+from .training import TRAINING, Out, Session, check_checkpoint, session_options, train_network
 
 if TYPE_CHECKING:
     from apm.pretrain.images import ImageSource

@@ -11,8 +11,9 @@ from apm.errors import UsageError
 from apm.pretrain.config import PretrainConfig
 from apm.settings import at_least, check_values, setting
 
+from .data import place_of
 from .options import flag
-from .training import Session, place_of, train_network
+from .training import Session, train_network
 
 if TYPE_CHECKING:
     from apm.pretrain.images import ImageSource

@@ -13,7 +13,7 @@ import typer
 from apm.errors import unknown
 from apm.settings import at_least, check_values, setting
 
-from .data import load_shared_teacher
+from .data import load_chosen_teacher
 from .groups import command_group
 from .options import Debug, flag, options_of
 from .render import notice, say, say_json, told_when_interrupted
@@ -111,7 +111,6 @@ def _learner(method: str, dataset: str, learning: Learning, files: Files, *, qui
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     from apm.benchmarks.datasets.training import open_training
-    from apm.processes import ALONE
 
     seed = learning.seed
     config = LearningConfig(
@@ -125,7 +124,7 @@ def _learner(method: str, dataset: str, learning: Learning, files: Files, *, qui
     )
     images = open_training(dataset, root=files.root, shots=learning.shots, seed=seed, allow_test=files.allow_test)
     path = files.out or Path(f"{method}-{images.name.replace('/', '-')}-{learning.shots}shots-seed{seed}.safetensors")
-    teacher = load_shared_teacher(learning.teacher, files.device, ALONE)
+    teacher = load_chosen_teacher(learning.teacher, files.device)
     for note in () if quiet else (*teacher.notes, *images.notes):
         notice(note)
     data = {"data": images.name, "fingerprint": images.fingerprint}

@@ -18,7 +18,7 @@ from apm.settings import setting
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 
-from .data import answer, load_shared_teacher, shared_precision
+from .data import answer, load_chosen_teacher, shared_precision
 from .options import Debug, options_of, student_options
 from .render import failure, notice, told_when_interrupted
 from .reproduced import differs, in_words, left_out, missing, print_beside, print_plan
@@ -220,7 +220,7 @@ class _Running:
         from apm.teachers import hub
 
         with nullcontext() if self.rows.download else hub.no_network():
-            return load_shared_teacher(job.teacher, self.work.device, group)
+            return load_chosen_teacher(job.teacher, self.work.device)
 
     def _create(self, job: Job, teacher: Teacher, group: Group) -> list[Method]:
         from apm.benchmarks.methods import MethodOptions, create_method, parse_method

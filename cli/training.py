@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import typing
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from apm.images.paths import printable
 from apm.settings import at_least, check_values, setting
 from apm.student.config import Precision
 
+from .data import place_of
 from .options import flag, options_of
 from .render import (
     failure,
@@ -31,8 +31,6 @@ from .render import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from apm.pretrain.cache import GridCache
     from apm.pretrain.checkpoint import Network
     from apm.pretrain.images import ImageSource
@@ -91,17 +89,6 @@ def check_checkpoint(out: Path) -> None:
         )
     if out.suffix != ".safetensors":
         raise UsageError(f"{printable(out)}: a checkpoint's name ends in .safetensors.")
-
-
-def place_of(device: str) -> torch.device:
-    """Where to train; under torchrun a GPU for each process."""
-    from apm.devices import pick_device
-    from apm.processes import local_rank
-
-    place = pick_device(device)
-    if place.type == "cuda" and place.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return pick_device(f"cuda:{local_rank()}")
-    return place
 
 
 def train_network(

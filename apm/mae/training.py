@@ -62,15 +62,14 @@ class _Masked(Trainer):
         if self.start is not None:
             self.model.load_state_dict(self.start.weights, strict=False)
 
-    def drawn(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor, Tensor]:
-        """This process's part of the batch of this step: numbers (b,), crops (b, 3, S, S), orders of patches (b, N)."""
-        mine, sizes, config = slice(self.processes.rank, None, self.processes.world), self.model.config, self.config
-        maps = crop_maps(len(numbers), sizes.image_size, min_area=config.min_area, draw=(config.seed, 7, self.step))[
-            mine
-        ]
-        orders = config.orders(len(numbers), sizes.places, draw=(0, self.step))[mine]
-        images = crop(self.cache.inputs(numbers[mine]).to(self.device), maps)
-        return numbers[mine], images, torch.from_numpy(orders).to(self.device)
+    def drawn(self, part: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Of this process's part of the batch of this step: crops (b, 3, S, S), orders of patches (b, N)."""
+        sizes, config = self.model.config, self.config
+        count = len(config.batch(self.train, self.step))
+        maps = crop_maps(count, sizes.image_size, min_area=config.min_area, draw=(config.seed, 7, self.step))
+        orders = config.orders(count, sizes.places, draw=(0, self.step))[self.mine]
+        images = crop(self.cache.inputs(part).to(self.device), maps[self.mine])
+        return images, torch.from_numpy(orders).to(self.device)
 
     def fixed(self, number: int, part: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Held-out images (b, 3, S, S) whole, and orders of their patches (b, N), always the same."""
@@ -88,17 +87,13 @@ class MAETrainer(_Masked):
     config: MAETraining
 
     def gradients(self) -> dict[str, float]:
-        """Of this process's part of the batch, summed over the processes; see `Trainer`."""
-        numbers = self.config.batch(self.train, self.step)
-        mine, images, orders = self.drawn(numbers)
-        sums = torch.zeros(1, device=self.device)
-        if len(mine):
+        """Of the batch; see `Trainer`."""
+
+        def errors(part: NDArray[np.int64]) -> dict[str, Tensor]:
             with self.low():
-                errors = self.model(images, orders, self._kept)
-            (errors.sum() / len(numbers)).backward()
-            sums = errors.detach().sum()[None]
-        self.add_up(sums)
-        return {"reconstruction": sums.item() / len(numbers)}
+                return {"reconstruction": self.model(*self.drawn(part), self._kept)}
+
+        return self.share({"reconstruction": 1.0}, errors)
 
     @torch.no_grad()
     def held_out_losses(self) -> dict[str, float]:
@@ -160,21 +155,17 @@ class HeadTrainer(_Masked):
         return found
 
     def gradients(self) -> dict[str, float]:
-        """Of this process's part of the batch, summed over the processes; see `Trainer`."""
-        numbers = self.config.batch(self.train, self.step)
-        mine, images, orders = self.drawn(numbers)
-        names = ("cross_entropy", "accuracy", *(("reconstruction",) if self.config.kind == "joint" else ()))
-        sums = torch.zeros(len(names), device=self.device)
-        if len(mine):
+        """Of the batch; see `Trainer`."""
+        weights = {"cross_entropy": 1.0, "accuracy": 0.0}
+        if self.config.kind == "joint":
+            weights["reconstruction"] = self.config.mask_weight
+
+        def errors(part: NDArray[np.int64]) -> dict[str, Tensor]:
+            images, orders = self.drawn(part)
             with self.low():
-                found = self.losses(images, self.labels[mine].to(self.device), orders)
-            loss = found["cross_entropy"].sum()
-            if "reconstruction" in found:
-                loss = loss + self.config.mask_weight * found["reconstruction"].sum()
-            (loss / len(numbers)).backward()
-            sums = torch.stack([found[name].detach().sum() for name in names])
-        self.add_up(sums)
-        return dict(zip(names, (sums / len(numbers)).tolist(), strict=True))
+                return self.losses(images, self.labels[part].to(self.device), orders)
+
+        return self.share(weights, errors)
 
     @torch.no_grad()
     def held_out_losses(self) -> dict[str, float]:

@@ -37,9 +37,6 @@ _MADE_BY = {
 }
 """Names of all networks → what makes their checkpoints."""
 _MOST_STEPS = 10**9
-_BEFORE = {"grey_input": False}
-"""What a setting was in checkpoints that are older than it."""
-
 
 Sizes = TypeVar("Sizes")
 
@@ -163,7 +160,7 @@ def check_settings(
         UsageError: they differ; every difference is named.
     """
     mine = {**asdict(student), **settings}  # type: ignore[call-overload]
-    theirs = {**_BEFORE, **asdict(checkpoint.student), **checkpoint.settings}  # type: ignore[call-overload]
+    theirs = {**asdict(checkpoint.student), **checkpoint.settings}  # type: ignore[call-overload]
     refuse_other(path, differences(theirs, mine))
 
 

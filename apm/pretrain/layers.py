@@ -120,17 +120,9 @@ class LayerTrainer(Trainer):
         return {"layer": torch.cat([self.losses(part) for part in parts(self.held_out, 32)]).mean().item()}
 
     def gradients(self) -> dict[str, float]:
-        """Of this process's part of the batch, summed over the processes; see `Trainer`."""
-        numbers = self.config.batch(self.train, self.step)
-        mine = numbers[self.processes.rank :: self.processes.world]
-        total = torch.zeros(1, device=self.device)
-        if len(mine):
-            some = self.config.places(self.model.config.tokens, self.step)
-            loss = self.losses(mine, some, precision=self.precision).sum()
-            (loss / len(numbers)).backward()
-            total = loss.detach()[None]
-        self.add_up(total)
-        return {"layer": total.item() / len(numbers)}
+        """Of the batch; see `Trainer`."""
+        some = self.config.places(self.model.config.tokens, self.step)
+        return self.share({"layer": 1.0}, lambda part: {"layer": self.losses(part, some, precision=self.precision)})
 
     def begin(self) -> None:
         """Let the answers begin about the training images' mean token."""

@@ -138,6 +138,35 @@ class Trainer(ABC):
     def held_out_losses(self) -> dict[str, float]:
         """Measure the held-out images, in float32: the same losses."""
 
+    @property
+    def mine(self) -> slice:
+        """This process's part of a batch."""
+        return slice(self.processes.rank, None, self.processes.world)
+
+    def share(
+        self, weights: Mapping[str, float], losses: Callable[[NDArray[np.int64]], Mapping[str, Tensor]]
+    ) -> dict[str, float]:
+        """Set the gradients of the weighed sum of some losses' means over the batch, which the processes share.
+
+        Args:
+            weights: of the losses; 0 of what is only told.
+            losses: numbers of images in the cache (b,) → each image's losses (b,), by name.
+
+        Returns:
+            The losses' means over the whole batch.
+        """
+        numbers = self.config.batch(self.train, self.step)
+        sums = torch.zeros(len(weights), device=self.device)
+        if len(part := numbers[self.mine]):
+            found = losses(part)
+            each = [found[name].sum() for name in weights]
+            total = torch.stack([weight * one for weight, one in zip(weights.values(), each, strict=True)]).sum()
+            # each process's part of the mean over the whole batch: the sum of gradients is the whole batch's gradient
+            (total / len(numbers)).backward()
+            sums = torch.stack(each).detach()
+        self.add_up(sums)
+        return dict(zip(weights, (sums / len(numbers)).tolist(), strict=True))
+
     def add_up(self, sums: Tensor) -> None:
         """Sum the numbers in `sums` (n,) and the gradients over the processes, in one exchange."""
         if self.processes.world == 1:

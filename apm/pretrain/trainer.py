@@ -79,19 +79,13 @@ class Pretrainer(Trainer):
         return dict(zip(self._weights, means, strict=True))
 
     def gradients(self) -> dict[str, float]:
-        """Of this process's part of the batch, summed over the processes; see `Trainer`."""
-        numbers = self.config.batch(self.train, self.step)
-        mine = numbers[self.processes.rank :: self.processes.world]
-        sums = torch.zeros(len(self._weights), device=self.device)
-        if len(mine):
-            places = self.config.places(self.model.config.cells, self.step)
-            errors = [one.sum() for one in self.losses(mine, places, precision=self.precision)]
-            total = torch.stack([w * error for w, error in zip(self._weights.values(), errors, strict=True)]).sum()
-            # each process's part of the mean over the whole batch: the sum of gradients is the whole batch's gradient
-            (total / len(numbers)).backward()
-            sums = torch.stack(errors).detach()
-        self.add_up(sums)
-        return dict(zip(self._weights, (sums / len(numbers)).tolist(), strict=True))
+        """Of the batch; see `Trainer`."""
+        places = self.config.places(self.model.config.cells, self.step)
+
+        def errors(part: NDArray[np.int64]) -> dict[str, Tensor]:
+            return dict(zip(self._weights, self.losses(part, places, precision=self.precision), strict=True))
+
+        return self.share(self._weights, errors)
 
     def begin(self) -> None:
         """Let the outputs begin at the training images' mean feature and colour.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from apm.errors import TeacherError, UsageError
 from apm.images.load import central_square, normalised
+from apm.teachers.layers import numbered
 
 if TYPE_CHECKING:
     from apm.teachers.base import GridTeacher
@@ -43,9 +45,14 @@ class Shape:
 @dataclass(frozen=True)
 class _Cut:
     stem: Callable[[Tensor], Tensor]
-    blocks: Sequence[nn.Module]
+    tower: nn.Module
     head: Callable[[Tensor], Tensor]
     prefix: int | None  # None: it holds maps (B, C, h, w), and no tokens (B, T, C)
+
+    @cached_property
+    def blocks(self) -> Sequence[nn.Module]:
+        """What is between stem and head."""
+        return [self.tower.get_submodule(name) for name in numbered(self.tower)]
 
 
 class Layers:
@@ -173,7 +180,7 @@ def _cut(teacher: GridTeacher) -> _Cut:
 def _transformer(trunk: Any, head: Any) -> _Cut:
     return _Cut(
         lambda pixels: trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(pixels)))),
-        list(trunk.blocks),
+        trunk,
         lambda x: head(trunk.forward_head(trunk.norm(x))),
         trunk.num_prefix_tokens,
     )
@@ -182,7 +189,7 @@ def _transformer(trunk: Any, head: Any) -> _Cut:
 def _resnet(trunk: Any, head: Any) -> _Cut:
     return _Cut(
         lambda pixels: trunk.maxpool(trunk.act1(trunk.bn1(trunk.conv1(pixels)))),
-        [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4],
+        trunk,
         lambda x: head(trunk.forward_head(x)),
         None,
     )
@@ -197,7 +204,7 @@ def _open_clip(visual: Any) -> _Cut:
         answer: Tensor = pooled if visual.proj is None else pooled @ visual.proj
         return answer
 
-    return _Cut(visual._embeds, list(visual.transformer.resblocks), head, 1)
+    return _Cut(visual._embeds, visual, head, 1)
 
 
 def _uncountable(teacher: GridTeacher, reason: str) -> TeacherError:

@@ -77,23 +77,18 @@ def of_library(source: SourceName, size: int | None) -> Weights:
         with quiet(), hub.no_network():
             return timm.create_model(name, num_classes=0)
 
-    model, words = _loaded(
+    def made_for(model: Any) -> tuple[int, Sequence[float], Sequence[float]]:
+        settings = model.pretrained_cfg
+        return int(settings["input_size"][-1]), settings["mean"], settings["std"]
+
+    return _loaded(
         source,
+        size,
         untrained=untrained,
         trained=lambda path: with_weights(name, path),
         published=lambda: published_file(source.text, name),
         published_words="as timm publishes them",
-    )
-    settings: Any = model.pretrained_cfg
-    own = int(settings["input_size"][-1])
-    return Weights(
-        model=model,
-        untrained=untrained,
-        words=words,
-        size=size or own,
-        own_size=own,
-        mean=settings["mean"],
-        std=settings["std"],
+        made_for=made_for,
     )
 
 
@@ -111,36 +106,41 @@ def of_torchvision(source: SourceName, name: str, size: int | None) -> Weights:
         load_but_heads(model, read_state(path))
         return model
 
-    model, words = _loaded(
+    return _loaded(
         source,
+        size,
         untrained=untrained,
         trained=trained,
         published=lambda: fetched(source.text, entry.url),
         published_words=f"as torchvision publishes them ({entry})",
-    )
-    own = int(prepare.crop_size[-1])
-    return Weights(
-        model=model,
-        untrained=untrained,
-        words=words,
-        size=size or own,
-        own_size=own,
-        mean=prepare.mean,
-        std=prepare.std,
+        made_for=lambda model: (int(prepare.crop_size[-1]), prepare.mean, prepare.std),
     )
 
 
 def _loaded(
     source: SourceName,
+    size: int | None,
     *,
     untrained: Callable[[], nn.Module],
     trained: Callable[[Path], nn.Module],
     published: Callable[[], Path],
     published_words: str,
-) -> tuple[nn.Module, str]:
-    """A model with the weights that a source names, and which they are in words."""
+    made_for: Callable[[nn.Module], tuple[int, Sequence[float], Sequence[float]]],
+) -> Weights:
+    """A library's model with the weights that a source names; `made_for` tells its own input: side, mean, deviation."""
     if source.seed is not None:
-        return drawn(untrained, source.seed), random_words(source.seed)
+        model, words = drawn(untrained, source.seed), random_words(source.seed)
+    else:
+        model, path = _with_weights(source, trained, published)
+        words = published_words if source.weights is None else f"of the file {path.name}"
+    own, mean, std = made_for(model)
+    return Weights(model=model, untrained=untrained, words=words, size=size or own, own_size=own, mean=mean, std=std)
+
+
+def _with_weights(
+    source: SourceName, trained: Callable[[Path], nn.Module], published: Callable[[], Path]
+) -> tuple[nn.Module, Path]:
+    """A model with weights of a file, the source's own or the published one, and that file."""
     if source.weights is None:
         try:
             path = published()
@@ -171,7 +171,7 @@ def _loaded(
             f'The source "{source.text}" cannot be used: {path} holds numbers that are not finite, first in'
             f" {broken[0]}. Download the file again, or name another one."
         )
-    return model, published_words if source.weights is None else f"of the file {path.name}"
+    return model, path
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

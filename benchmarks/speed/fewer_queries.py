@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from apm.student.config import APMConfig
@@ -75,32 +77,42 @@ def sweep_queries(options: Options, teacher: Teacher, dataset: Dataset) -> Recor
 
     truth, theirs = np.asarray([sample.label for sample in dataset.samples]), np.asarray(of_teacher)
     with_all = np.asarray([prediction for prediction, _, _ in found[config.cells]]) == truth
-    rows = []
-    for count in counts:
-        answers, cosines, seconds_of = zip(*found[count], strict=True)
-        predictions = np.asarray(answers)
-        correct = predictions == truth
-        accuracy = float(correct.mean())
-        lost, won = int((with_all & ~correct).sum()), int((~with_all & correct).sum())
-        rows.append(
-            {
-                "queries": count,
-                "agreement": float((predictions == theirs).mean()),
-                "accuracy": accuracy,
-                "standard_error": standard_error(accuracy, len(correct)),
-                "lost": lost,  # correct with all locations, wrong with these; won the other way round
-                "won": won,
-                "mcnemar_p": mcnemar(lost, won),
-                "cosine": spread(cosines),
-                "seconds": spread(seconds_of),
-                "flops": step_flops(config, count),
-                "step": parts_of_a_step(options, config, count),
-            }
-        )
+    rows = [
+        {
+            "queries": count,
+            **_scored(found[count], truth, theirs, with_all),
+            "flops": step_flops(config, count),
+            "step": parts_of_a_step(options, config, count),
+        }
+        for count in counts
+    ]
     settings: dict[str, Any] = {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
     settings |= {"images": len(dataset.samples), "classes": len(dataset.class_names), "steps": options.steps}
     settings |= {"precision": options.chosen_precision, "teacher": teacher.identity}
     return options.found(rows, {"teacher_accuracy": float((theirs == truth).mean())}, **settings)
+
+
+def _scored(
+    answers: Sequence[tuple[int, float, float]],
+    truth: NDArray[np.int64],
+    theirs: NDArray[np.int64],
+    with_all: NDArray[np.bool_],
+) -> Record:
+    """Scores of the answers (prediction, cosine, seconds) beside the truth, the teacher and a step of all locations."""
+    predicted, cosines, seconds = zip(*answers, strict=True)
+    correct = np.asarray(predicted) == truth
+    accuracy = float(correct.mean())
+    lost, won = int((with_all & ~correct).sum()), int((~with_all & correct).sum())
+    return {
+        "agreement": float((np.asarray(predicted) == theirs).mean()),
+        "accuracy": accuracy,
+        "standard_error": standard_error(accuracy, len(correct)),
+        "lost": lost,  # correct with all locations, wrong with these; won the other way round
+        "won": won,
+        "mcnemar_p": mcnemar(lost, won),
+        "cosine": spread(cosines),
+        "seconds": spread(seconds),
+    }
 
 
 def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str, dict[str, float | int]]:

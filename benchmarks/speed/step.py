@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .kind import Kind
@@ -53,10 +54,6 @@ def measure_step(options: Options) -> Record:
             settings |= {"published_towers": TOWERS, "published_texts": TEXTS}
     times = interleaved(works, device, options.rounds, fewer={"published fp32": rounds})
 
-    def ratio(above: str, below: str, students: int = 1) -> dict[str, float | int]:
-        """Of the rounds that both took part in; the engine's time is that of all its students."""
-        return spread([students * a / b for a, b in zip(times[above], times[below], strict=False)])
-
     summary: dict[str, Any] = {
         "middle_flops": flops["six products"],
         "adam_bytes": ADAM_BYTES * trained_parameters(config),
@@ -74,11 +71,31 @@ def measure_step(options: Options) -> Record:
         summary[precision] = {
             "rate": spread(rates),
             "floor": {part: spread([one[part] for one in floors]) for part in ("compute", "memory", "seconds")},
-            "optimiser_share": ratio(f"optimiser {precision}", f"engine {precision}"),
-            "plain_over_engine": ratio("plain form fp32", f"engine {precision}", batch),
+            **_ratios(times, precision, batch),
         }
-        if rounds:
-            summary[precision]["published_ratio"] = ratio("published fp32", f"engine {precision}", batch)
+    return options.found(_rows(times, flops, bounds, batch), summary, **settings)
+
+
+def _ratios(times: Mapping[str, list[float]], precision: str, batch: int) -> Record:
+    """What is compared with the engine; its time is that of all its students."""
+
+    def ratio(above: str, below: str, students: int = 1) -> dict[str, float | int]:
+        """Of the rounds that both took part in."""
+        return spread([students * a / b for a, b in zip(times[above], times[below], strict=False)])
+
+    found = {
+        "optimiser_share": ratio(f"optimiser {precision}", f"engine {precision}"),
+        "plain_over_engine": ratio("plain form fp32", f"engine {precision}", batch),
+    }
+    if "published fp32" in times:
+        found["published_ratio"] = ratio("published fp32", f"engine {precision}", batch)
+    return found
+
+
+def _rows(
+    times: Mapping[str, list[float]], flops: Mapping[str, int], bounds: Mapping[str, list[float]], batch: int
+) -> list[Record]:
+    """One row a form and precision, per student."""
     rows = []
     for name, values in times.items():
         form, _, products = name.rpartition(" ")
@@ -89,7 +106,7 @@ def measure_step(options: Options) -> Record:
             if form != "optimiser" and products in bounds:
                 row["ratio_to_floor"] = spread([a / b for a, b in zip(each, bounds[products], strict=False)])
             rows.append(row)
-    return options.found(rows, summary, **settings)
+    return rows
 
 
 def _forms(record: Row) -> list[Record]:

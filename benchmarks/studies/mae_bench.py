@@ -34,7 +34,7 @@ from ..runs.rows import MethodRows
 from ..tables.stats import paired_test, standard_error
 from . import mae_trained
 from .evidence import described, made_by
-from .study import ROOT, Options, Record, Study, markdown, plus_minus, run
+from .study import ROOT, Options, Record, Study, markdown, mean_and_error, plus_minus, run
 
 PROBE, ADAPTED = "vit-probe", "ttt-mae"
 CLEAN = "clean"
@@ -177,10 +177,8 @@ def compared(pairs: Sequence[Pair]) -> dict[str, Any]:
     before, after = np.concatenate([one.before for one in pairs]), np.concatenate([one.after[:, -1] for one in pairs])
     names, image = np.unique(np.concatenate([one.image for one in pairs]), return_inverse=True)
     change = np.bincount(image, weights=after.astype(int) - before.astype(int))
-    each = change / np.bincount(image)
-    error = float(each.std(ddof=1) / math.sqrt(len(names))) if len(names) > 1 else math.nan
-    reach = float(student_t.ppf(0.975, len(names) - 1)) * error if len(names) > 1 else math.nan
-    difference = float(each.mean())
+    difference, *error = mean_and_error(change / np.bincount(image))
+    reach = float(student_t.ppf(0.975, len(names) - 1)) * error[0] if error else math.nan
     return {
         "answers": len(before),
         "images": len(names),

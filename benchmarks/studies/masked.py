@@ -180,8 +180,8 @@ def tallied(each: Sequence[Counts]) -> NDArray[np.float64]:
 
 def mean_iou(tally: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean over the categories that are in the truth, (..., K, 3) → (...), of intersection over union."""
-    right, said, there = np.moveaxis(tally, -1, 0)
-    iou = right / np.maximum(said + there - right, 1)
+    correct, said, there = np.moveaxis(tally, -1, 0)
+    iou = correct / np.maximum(said + there - correct, 1)
     present = there > 0
     scored: NDArray[np.float64] = (iou * present).sum(axis=-1) / present.sum(axis=-1)
     return scored
@@ -209,8 +209,8 @@ def by_category(each: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, dict[s
     """Of every category of the truth: its IoU over all images, and on how many it is."""
     found: dict[str, dict[str, float]] = {}
     for name in sorted({name for one in each for name in one}, key=int):
-        right, said, there = np.array([one.get(name, (0, 0, 0)) for one in each]).sum(axis=0)
+        correct, said, there = np.array([one.get(name, (0, 0, 0)) for one in each]).sum(axis=0)
         if there:
             images = sum(name in one and one[name][2] > 0 for one in each)
-            found[name] = {"iou": float(right / (said + there - right)), "images": images}
+            found[name] = {"iou": float(correct / (said + there - correct)), "images": images}
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from apm.errors import UsageError
 from apm.images.load import IMAGENET_MEAN, IMAGENET_STD, student_input
 from apm.pretrain.cache import GridCache, build_cache
-from apm.pretrain.checkpoint import check_settings, read_checkpoint
+from apm.pretrain.checkpoint import read_checkpoint
 from apm.pretrain.config import PretrainConfig
 from apm.pretrain.images import open_images
 from apm.pretrain.student import Student, grey
@@ -124,17 +124,6 @@ def test_the_checkpoint_says_that_the_input_is_grey(cache: GridCache, tmp_path: 
         torch.testing.assert_close(student.column(image), student.column(pillows_grey(image)), rtol=0, atol=0.02)
     coloured = student.model.column(student_input(picture(2), 16)[None])
     assert (student.column(picture(2)) - coloured).abs().max() > 0.02
-
-
-def test_checkpoints_older_than_grey_input_go_on(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
-    Pretrainer(path, make_cache(tmp_path), STUDENT, TRAINING, data=DATA, precision="fp32").run()
-    old = read_checkpoint(path)
-    del old.settings["grey_input"]
-    check_settings(path, old, STUDENT, {**DATA, **asdict(TRAINING)})
-    with pytest.raises(UsageError, match="grey_input: False there, True here"):
-        check_settings(path, old, STUDENT, {**DATA, **asdict(GREY)})
-    assert not Student(APM(STUDENT), old.record).grey_input
 
 
 def test_grey_input_without_colours_to_learn_is_refused() -> None:

@@ -70,7 +70,7 @@ def _count_note(counts: Mapping[str, int]) -> str:
 
 def details(table: Table) -> list[list[str]]:
     """Under `DETAIL_HEADINGS`, a list of cells for each of our rows, all its cells together."""
-    return [_detail(row.method, row.total) for row in table.rows if row.total is not None]
+    return [_detail(_name(row), row.total) for row in table.rows if row.total is not None]
 
 
 def markdown(tables: Sequence[Table]) -> str:
@@ -118,6 +118,7 @@ LATEX = str.maketrans(
         "‡": r"\ddag{}",
         "§": r"\S{}",
         "¶": r"\P{}",
+        "ᴾ": r"\textsuperscript{P}",
         "…": r"\ldots{}",
         "∘": r"$\circ$",
         "–": "--",

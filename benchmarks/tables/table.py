@@ -22,6 +22,7 @@ MARKS = {
     "own prompt": ("¶", "another prompt than the run's: see the column of prompts"),
     "orders": ("∘", "mean ± standard deviation over seeded orders of the stream; tests and --trust take the first"),
     "near chance": ("!", "within two standard errors of chance"),
+    "training data": ("ᴾ", "trained on labelled images"),
 }
 
 Kind = Literal["ours", "published", "oracle"]

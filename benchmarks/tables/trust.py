@@ -230,7 +230,8 @@ def _trust_row(
     sure, correct = one.probability[kept], one.correct[kept]
     from_store = any("features" in session for column in columns for session in _sessions(one.row.answers[column]))
     told_else = ("failed", "near chance") if len(columns) > 1 else ("failed",)  # chance is a cell's own
-    marks = (mark for column in columns for mark in one.row.cells[column].marks if mark not in told_else)
+    marks = [mark for column in columns for mark in one.row.cells[column].marks if mark not in told_else]
+    marks += ["training data"] * (one.row.uses_training_data == "yes")
     return TrustRow(
         rank=rank,
         method=name,

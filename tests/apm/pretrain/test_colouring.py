@@ -71,7 +71,10 @@ def test_the_whole_of_a_wide_photograph_is_seen_and_none_of_its_colours() -> Non
     mine, wide = grey_student(), photograph(60, 20)
     left = wide.copy()
     left.paste((0, 0, 0), (0, 0, 15, 20))  # outside of the central square
+    right = wide.copy()
+    right.paste((0, 0, 0), (45, 0, 60, 20))
     column = mine.columns(whole(wide, 16)[None])
+    assert (mine.columns(whole(right, 16)[None]) - column).abs().max() > 0.1
     assert (mine.columns(whole(left, 16)[None]) - column).abs().max() > 0.1
     grey = wide.convert("L").convert("RGB")
     torch.testing.assert_close(mine.columns(whole(grey, 16)[None]), column, rtol=0, atol=0.05)

@@ -28,6 +28,11 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 52, 3), dtype=np.uint8))
 
 
+def target(classifier: Classifier, image: Image.Image) -> torch.Tensor:
+    teacher = classifier.teacher
+    return teacher.encode_image(teacher.preprocess(image)[None])[0]
+
+
 def test_the_mode_is_where_most_places_agree_and_not_their_mean() -> None:
     head = ZeroShotHead.build(FakeTeacher(), LABELS, ("{}",))
     generator = torch.Generator().manual_seed(0)
@@ -42,9 +47,11 @@ def test_the_mode_is_where_most_places_agree_and_not_their_mean() -> None:
 def test_the_answer_is_read_from_the_mode_and_depends_on_no_batch() -> None:
     classifier = Classifier(FakeTeacher(), labels=LABELS, student=STUDENT, device="cpu", batch_size=2)
     kept = [classifier.classify_with_field(picture(seed)) for seed in range(3)]
-    for one in kept:
+    for seed, one in enumerate(kept):
         field = one.result.features(*grid_locations(16))[0]
         assert torch.equal(one.result.tokens[0], mode_of(field, classifier.head))
+        cosine = torch.cosine_similarity(one.result.tokens[0], target(classifier, picture(seed)), dim=0).item()
+        assert one.result.final_cosines[0].item() == pytest.approx(cosine, abs=1e-5)
         assert one.answer.top[0].probability == pytest.approx(
             classifier.head.probabilities(one.result.tokens)[0].max().item(), rel=1e-6
         )

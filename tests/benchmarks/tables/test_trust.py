@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from apm.benchmarks.runs.records import Records, RunFolder
 from apm.benchmarks.runs.rows import Row
 from apm.benchmarks.tables.build import make_tables
+from apm.benchmarks.tables.formats import FORMATS as ACCURACIES
 from apm.benchmarks.tables.stats import holm, mcnemar, paired_test
 from apm.benchmarks.tables.trust import TrustRow, TrustTable, make_trust, ranks
 from apm.benchmarks.tables.trust_formats import CSV_COLUMNS, FORMATS, HEADINGS, lines
@@ -48,6 +49,7 @@ def write_run(
     order: int = 0,
     peak: int | None = 3_000_000_000,
     stream: Sequence[str] = ("tda",),
+    trained: Sequence[str] = (),
     ids: str = "image",
     total: int = N,
     **teacher: Any,
@@ -88,7 +90,10 @@ def write_run(
             "schema": 1,
             "config": {
                 "teacher": "embedded@0",
-                "methods": {name: {"stream": name in stream} for name in right},
+                "methods": {
+                    name: {"stream": name in stream, **({"uses_training_data": "yes"} if name in trained else {})}
+                    for name in right
+                },
                 "cells": {key: {**{k: one[k] for k in identity}, "generated": None} for key, one in headers.items()},
                 "seed": 0,
                 "limit": None,
@@ -118,6 +123,21 @@ def row(table: TrustTable, method: str) -> TrustRow:
 
 
 METHODS = {"zero-shot": TEACHER, "mta": flipped(1, 12), "tda": flipped(2, 3), "tpt": flipped(15, 0)}
+
+
+def test_what_was_trained_on_labels_is_marked_in_every_table(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", {"digits": {}}, METHODS, trained=["tpt"])
+    (table,) = trusted(path)
+    assert [one.method for one in table.rows if "training data" in one.marks] == ["tpt"]
+    assert [line[0] for line in lines(table) if "ᴾ" in line[2]] == ["tpt"]
+    assert "ᴾ trained on labelled images" in table.notes and r"\textsuperscript{P}" in FORMATS["latex"]([table])
+    tables = make_tables([Records.open(path)], published=False)
+    for form in ("markdown", "latex"):
+        written = ACCURACIES[form](tables)
+        assert written.count("tpt (with training data)") == 2  # accuracies and details
+        assert written.count("(with training data)") == 2
+    assert [line["method"] for line in csv.DictReader(io.StringIO(ACCURACIES["csv"](tables)))
+            if line["uses_training_data"] == "yes"] == ["tpt"] * 2  # fmt: skip
 
 
 def test_every_figure_by_hand(tmp_path: Path) -> None:

@@ -133,14 +133,14 @@ def paper_table(table: PaperTable) -> str:
         )
         for row in published_rows(table.published)
     ]
-    titles = ("row", "published mean", "here", "measured here", "needs, beside the data")
+    titles = ("row", "published mean", "command", "measured here", "needs, besides the data")
     return "\n\n".join([_data(table), markdown(titles, rows, text=None), _stands_for(table, found), hours(table)])
 
 
 def _data(table: PaperTable) -> str:
     names = ("imagenet-c",) if table.corrupted else table.columns
     origins = "; ".join(f"{DATASETS[name].title} ({DATASETS[name].origin})" for name in names)
-    return f"Data, {images_of(table):,} images a row: {origins}."
+    return f"Data, {images_of(table):,} images per row: {origins}."
 
 
 def _stands_for(table: PaperTable, found: Mapping[str, TableRow]) -> str:
@@ -148,8 +148,8 @@ def _stands_for(table: PaperTable, found: Mapping[str, TableRow]) -> str:
     images = sum(score.n + score.failed for score in first.cells.values())
     return (
         f"Measured here: top-1 in percent over {images:,} images of `benchmarks/results/{MEASURED[table.number][0]}` "
-        f"with the {first.teacher} teacher, which stands for all of the paper's and is far smaller: other images and "
-        f"another teacher, to be compared with one another and not with the published column.{_of_heads(table)}"
+        f"with the {first.teacher} teacher, which stands in for the paper's and is far smaller. Images and teacher "
+        f"differ from the published ones, so compare these numbers only with one another.{_of_heads(table)}"
     )
 
 
@@ -158,7 +158,7 @@ def _of_heads(table: PaperTable) -> str:
     if heads is None or not any(recipe.method in HEADS for recipe in table.recipes):
         return ""
     return (
-        f" †: over {heads['answers']:,} images of `benchmarks/results/{HEADS_RECORD}`, by a small network that was "
+        f" †: over {heads['answers']:,} images of `benchmarks/results/{HEADS_RECORD}`, with a small network "
         "trained on labels of these classes ([masked autoencoders](mae.md))."
     )
 
@@ -169,10 +169,9 @@ def hours(table: PaperTable) -> str:
     machine, second, steps = record["environment"], record["seconds_per_step"], StudentOptions.steps
     total = images_of(table) * steps * second / 3600
     return (
-        f"Hours: a row of APM takes {total:,.0f} h on {machine['threads']} threads of {machine['processor']} for its "
-        f"students alone ({steps} steps of {1000 * second:.0f} ms an image). Of every other row, and of the teacher, "
-        f"`apm reproduce {table.number} --plan` tells them for the machine that it is run on; on a GPU nothing was "
-        "measured."
+        f"Hours: a row of APM takes {total:,.0f} h on {machine['threads']} threads of {machine['processor']} for the "
+        f"students alone ({steps} steps of {1000 * second:.0f} ms per image). For the other rows and the teacher, "
+        f"`apm reproduce {table.number} --plan` estimates them on your machine. Nothing was measured on a GPU."
     )
 
 

@@ -37,7 +37,7 @@ def _layers(record: Record) -> str:
     ami = {name: values["AMI mask"][0] for name, values in record["layers"]["layer3, 14 × 14"].items()}
     return (
         f"not with these weights; in the embedded teacher's third stage: AMI with masks {ami['image']:.2f}, with "
-        f"weights at random {ami['random weights']:.2f} ({record['images']} photographs)"
+        f"random weights {ami['random weights']:.2f} ({record['images']} photographs)"
     )
 
 
@@ -62,7 +62,7 @@ def _colours(record: Record) -> str:
     held_out = record["sets"][0]
     of = {name: found[0] for name, found in held_out["delta_e"].items()}
     return (
-        f"held-out images: ΔE76 student {of['student']:.1f}, mean at each place {of['place']:.1f}, grey "
+        f"held-out images: ΔE76 student {of['student']:.1f}, mean at each location {of['place']:.1f}, grey "
         f"{of['grey']:.1f} ({held_out['images']} images)"
     )
 
@@ -82,7 +82,7 @@ def _skipped(record: Record) -> str:
             f"{pair['from'] or 'image'} → {pair['to']} of {record['layers']}: student {found['column']}, local "
             f"{found['local']}, linear map {found['linear']}"
         )
-    return f"first label as the whole teacher's, {'; '.join(told)} ({record['held_out_images']} images)"
+    return f"same top label as the whole teacher: {'; '.join(told)} ({record['held_out_images']} images)"
 
 
 SYSTEMS = (
@@ -92,7 +92,7 @@ SYSTEMS = (
         "no published figures",
         "glom-reconstruction.json",
         lambda record: (
-            f"hidden places: error {record['errors']['glom'][0]:.3f}, a convolutional autoencoder of the same size "
+            f"hidden locations: error {record['errors']['glom'][0]:.3f}, a convolutional autoencoder of the same size "
             f"{record['errors']['autoencoder'][0]:.3f} ({record['images']} images)"
         ),
         "glom.md",
@@ -106,12 +106,12 @@ SYSTEMS = (
         "glom.md",
     ),
     System(
-        "GLOM as a student of test-time training",
+        "GLOM as a student in test-time training",
         "apm bench folder --root DATA --method glom-ttt",
         "not published",
         "glom-student.json",
         lambda record: (
-            f"answers as the teacher on {100 * record['methods']['glom-ttt']['agreement']:.0f} %, APM on "
+            f"agreement with the teacher {100 * record['methods']['glom-ttt']['agreement']:.0f} %, APM's "
             f"{100 * record['methods']['apm']['agreement']:.0f} % ({record['images']} images)"
         ),
         "glom.md",
@@ -125,7 +125,7 @@ SYSTEMS = (
         "islands.md",
     ),
     System(
-        "Where a label is: maps of the field",
+        "Maps of a label in the field",
         "apm classify IMAGE --explain DIR",
         "CLIP's weights; no published figures",
         "pointing-small.json",
@@ -137,7 +137,7 @@ SYSTEMS = (
         "explain.md",
     ),
     System(
-        "One student of many images, its error map (Figure 5)",
+        "One student for many images, with its error map (Figure 5)",
         "apm pretrain IMAGES --teacher-grid timm:NAME --out CKPT",
         "DINOv2's weights through timm; the paper's images and hours are not stated",
         "pretraining.json",
@@ -159,7 +159,7 @@ SYSTEMS = (
         "pretraining.md",
     ),
     System(
-        "A walk between two images by their trigger columns",
+        "Interpolation between the trigger columns of two images",
         "apm interpolate ONE OTHER --checkpoint CKPT --out DIR",
         "no published figures",
         page="pretraining.md",
@@ -181,9 +181,9 @@ SYSTEMS = (
         "islands.md",
     ),
     System(
-        "Black and white becomes coloured",
+        "Colourisation of black-and-white photographs",
         "apm colourise IMAGE --checkpoint CKPT --out DIR",
-        "a student of `apm pretrain --grey-input`; no published figures",
+        "a student from `apm pretrain --grey-input`; no published figures",
         "colourising.json",
         _colours,
         "colourise.md",
@@ -202,7 +202,7 @@ SYSTEMS = (
         "CLIP's weights; no published figures",
         "patch-tokens.json",
         lambda record: (
-            f"of the variance of the teacher's patches explained: {100 * _explained(record, 'token, mean'):.1f} %, "
+            f"explained variance of the teacher's patches: {100 * _explained(record, 'token, mean'):.1f} %, "
             f"fitted to the grid {100 * _explained(record, 'grid'):.0f} % ({record['photographs']} photographs)"
         ),
         "islands.md",
@@ -219,4 +219,4 @@ def systems() -> str:
         found = one.found(read_record(path)) if one.record and path.is_file() else NOT_MEASURED
         page = f"[{one.page.removesuffix('.md')}]({one.page})" if one.page else ""
         rows.append((one.name, f"`{one.command}`" if one.command else NOT_HERE, found, one.needs, page))
-    return markdown(("system", "here", "measured here", "needs, to be run as shown", "more"), rows, text=None)
+    return markdown(("system", "command", "measured here", "needs, to run as shown", "page"), rows, text=None)

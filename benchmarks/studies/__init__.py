@@ -1,1 +1,1 @@
-"""One question, one file: `python -m apm.benchmarks.studies.NAME`."""
+"""One question per file: `python -m apm.benchmarks.studies.NAME`."""

@@ -1,9 +1,9 @@
-"""What drawing places to their neighbours does to islands: `python -m apm.benchmarks.studies.agreement --root DIR`.
+"""What the agreement loss does to islands: `python -m apm.benchmarks.studies.agreement --root DIR`.
 
-Each image's student is fitted with several weights of `apm.student.agreement` (``--agree``), 0 among them, once to the
-teacher's token and once to its grid. Regions should grow and edges sharpen, if agreement makes islands; superpixels,
-and those of another image, say whether the edges are the image's. ``--rows FILE`` keeps every image's row: the same
-command goes on from there.
+Each image's student is fitted with several weights of `apm.student.agreement` (``--agree``), including 0, once to the
+teacher's token and once to its grid. If agreement makes islands, regions should grow and edges sharpen; superpixels of
+the image, and those of another image, show whether the edges are the image's. ``--rows FILE`` keeps a row per image:
+the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -188,11 +188,9 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", type=float, nargs="+", default=[*WEIGHTS], help="of agreement; the first is compared with"
+        "--weights", type=float, nargs="+", default=[*WEIGHTS], help="weights of the loss; the first is the baseline"
     )
-    parser.add_argument(
-        "--targets", nargs="+", default=[*TARGETS], choices=[*TARGETS], help="what students are fitted to"
-    )
+    parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=[*TARGETS], help="targets of the students")
     parser.add_argument("--grid-lr", type=float, default=LR, help="learning rate of the grid's students")
     parser.add_argument("--grid-size", type=int, help="input size of the teacher's grid in pixels")
 

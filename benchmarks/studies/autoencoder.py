@@ -1,7 +1,7 @@
-"""A plain convolutional autoencoder that fills in hidden places: what GLOM is compared with, of the same size.
+"""A plain convolutional autoencoder that fills in hidden locations: the baseline for GLOM, of the same size.
 
-Three halvings down to a few cells that see nearly the whole image, and back by nearest neighbours and convolutions; no
-path leads around the middle. It learns from the same images in the same order, with the same places hidden.
+Three downsamplings to a few cells that see nearly the whole image, and back with nearest neighbours and convolutions,
+without skip connections. It trains on the same images in the same order, with the same locations hidden.
 """
 
 from __future__ import annotations

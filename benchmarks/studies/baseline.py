@@ -1,9 +1,10 @@
 """The recorded baseline: one small run of every method, kept in the repository, that new code must reproduce.
 
     python -m apm.benchmarks.studies.baseline record     # after a change that moves numbers on purpose
-    python -m apm.benchmarks.studies.baseline check      # run the same again, and compare
+    python -m apm.benchmarks.studies.baseline check      # repeat the run and compare
 
-The folder may be named after it; else it is tests/baseline of this checkout. See regression.md for when to do which.
+The folder may follow as an argument; the default is tests/baseline of this checkout. regression.md says when to do
+which.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How `--target best` is chosen: `python -m apm.benchmarks.studies.choose_target folder --root DIR --label-set NAME`.
 
-Encodes the views of images that no published table of this project uses (those left when the table's own subset is
-taken out), clean and corrupted, and asks how often each candidate target, read out as it is, names the right class. A
-student that has converged answers as its target does, so no student is needed here; the tables then measure the whole
-method, with students, on other images. Labels choose between policies, once, on these images; no target sees one.
+Encodes the views of images that no published table of this project uses (those outside the tables' own subset), clean
+and corrupted, and measures how often each candidate target, read out directly, gives the right class. A converged
+student answers as its target does, so no student is needed here; the tables then measure the whole method, with
+students, on other images. Labels choose between policies, once, on these images; no target sees one.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _cells(row: dict[str, Any], images: dict[str, int]) -> list[str]:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("dataset", nargs="?", default="folder")
-    parser.add_argument("--label-set", help="for the data set folder: its label space")
+    parser.add_argument("--label-set", help="label set for the data set folder")
     parser.add_argument("--held", type=int, default=1000, help="size of the table's own subset, which is left out")
 
 

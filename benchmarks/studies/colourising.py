@@ -1,13 +1,13 @@
-"""How far a student trained on grey images is from photographs' own colours, beside what needs no student.
+"""The error of a student trained on grey images against photographs' own colours, compared with simple baselines.
 
 ``python -m apm.benchmarks.studies.colourising CKPT --root IMAGES --other FOLDER… --record FILE`` measures: IMAGES are
-those of the training, of which the held-out part counts; each FOLDER is a set that the student was not trained on.
-Every predictor's a and b of CIE Lab are laid on the photograph as `apm colourise` does it, and the picture is compared
-with the original: ΔE76, mean over pixels, and the root of the mean squared distance in (a, b).
+the training images, of which the held-out part is used; each FOLDER is a data set that the student was not trained on.
+Every predictor's a and b of CIE Lab are applied to the photograph as in `apm colourise`, and the picture is compared
+with the original: ΔE76, mean over pixels, and the root mean squared distance in (a, b).
 
-Beside the student: grey; the training images' mean a, b, and their mean at each of the student's places; a linear map
-from the lightness at the places to a, b at the places (ridge, on the same training images); and the student itself,
-shown the grey of another photograph of the set. ``--pictures FILE --images IMAGE…`` draws grey, coloured and original.
+Baselines: grey; the training images' mean a, b, overall and at each of the student's locations; a linear map from the
+lightness at the locations to a, b there (ridge, on the same training images); and the student itself given the grey of
+another photograph of the set. ``--pictures FILE --images IMAGE…`` draws grey, coloured and original.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Photographs pasted on others, and the maps of them: what the pointing game is played with."""
+"""Photographs pasted on others, and their maps, for the pointing game."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Whether everyday words hold their own: `python -m apm.benchmarks.studies.everyday --root DIR`.
+"""Whether everyday words are recognised among others: `python -m apm.benchmarks.studies.everyday --root DIR`.
 
-`DIR` has a folder of photographs for each of a few everyday words (dog, house, person). Each photograph is offered
-these words together with imagenette's ten labels. It *falls* when the answer is one of the ten, to which an embedded
-teacher once drew nearly every sharp photograph.
+`DIR` has a folder of photographs for each of a few everyday words (dog, house, person). Each photograph is classified
+among these words and imagenette's ten labels. It *falls* if the answer is one of the ten, to which an earlier embedded
+teacher assigned nearly every sharp photograph.
 """
 
 from __future__ import annotations

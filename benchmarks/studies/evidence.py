@@ -1,7 +1,7 @@
 """What do methods gain and cost on images of one data set, clean and corrupted? From the records of finished runs.
 
-The rows of such runs are too many to keep; the record holds what can be trusted of them (`apm table --trust`), and of
-stream methods the spread over the orders.
+The rows of such runs are too many to keep; the record contains the output of `apm table --trust`, and for stream
+methods the spread over the orders.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How trainings of GLOM come on that differ in a setting or two: held-out errors by step, side by side.
+"""Compares training runs of GLOM that differ in one or two settings: held-out errors by step.
 
-``python -m apm.benchmarks.studies.glom_curves CKPT CKPT… --record FILE`` reads the checkpoints and the logs that their
-trainings wrote beside them, which need not have come to their end. They are of the same images, held out alike.
+``python -m apm.benchmarks.studies.glom_curves CKPT CKPT… --record FILE`` reads the checkpoints and the logs beside
+them; the runs need not be finished. All must use the same images and the same held-out part.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def table(record: Record) -> str:
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoints", type=Path, nargs="*", metavar="CKPT", help="of `apm glom train`")
+    parser.add_argument("checkpoints", type=Path, nargs="*", metavar="CKPT", help="checkpoints of `apm glom train`")
 
 
 STUDY = Study(

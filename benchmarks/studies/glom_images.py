@@ -1,4 +1,4 @@
-"""What studies of a trained GLOM share: its checkpoint, its images, those held out, and their hidden places."""
+"""What studies of a trained GLOM share: its checkpoint, its images, the held-out ones, and their hidden locations."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def read_trained(options: Options) -> Trained:
 
 def arguments(parser: ArgumentParser) -> None:
     """Add what all of them take."""
-    parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CKPT", help="of `apm glom train`")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where its images are kept (default: CKPT.cache)")
+    parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CKPT", help="checkpoint of `apm glom train`")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for its cached images (default: CKPT.cache)")
 
 
 @dataclass(frozen=True)

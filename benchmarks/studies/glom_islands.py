@@ -1,11 +1,11 @@
-"""Whether GLOM's islands follow objects: against masks, beside APM's field and k-means on the teacher's grid.
+"""Whether GLOM's islands follow objects: compared with masks, APM's field and k-means on the teacher's grid.
 
 ``python -m apm.benchmarks.studies.glom_islands CKPT --root COCO --rows FILE --record FILE`` reads ``images/*.jpg`` and
-``masks/*.png`` (category numbers, 0: unlabelled) below COCO, takes central squares, and tells every place by the
-category that most of it belongs to. The same photographs, pasted on one another, give composites, whose truth is the
-pasted square. Every source of features is read at GLOM's own places and cut into parts in two ways, alike for all:
-k-means into ``--parts`` clusters, and islands (connected neighbours above a cosine) at the threshold that gives nearest
-to ``--parts`` of them. Masks only score. ``--rows`` keeps every image's row: the same command goes on after a kill.
+``masks/*.png`` (category numbers, 0: unlabelled) below COCO, takes central squares, and labels every location with the
+category of most of its pixels. The same photographs, pasted on one another, give composites, whose truth is the pasted
+square. All features are read at GLOM's own locations and cut into parts in two ways: k-means into ``--parts`` clusters,
+and islands (connected neighbours above a cosine) at the threshold that gives closest to ``--parts`` of them. Masks are
+used only for scoring. ``--rows`` keeps a row per image: after a kill the same command resumes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What consensus, its radius, the top-down nets and the number of steps do for a trained GLOM: each switched off.
+"""Ablation of a trained GLOM: consensus, its radius, the top-down nets and the number of steps.
 
-``python -m apm.benchmarks.studies.glom_parts CKPT --root TRAINED_ON --record FILE`` measures how well hidden places of
-held-out images are filled in after 1, 2, … steps: by the network as it was trained, and with parts switched off in it.
-A network that learned with a part may need it more than one that never had it: ``--retrain STEPS`` also trains
-networks without each part, and one with all, so many steps each; after a kill the same command goes on.
+``python -m apm.benchmarks.studies.glom_parts CKPT --root TRAINED_ON --record FILE`` measures how well hidden locations
+of held-out images are filled in after 1, 2, … steps: by the network as trained, and with parts switched off. A network
+that learned with a part may depend on it more than one that never had it: ``--retrain STEPS`` also trains networks
+without each part, and one with all, for so many steps each; after a kill the same command resumes.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ def _table(of: Mapping[str, list[list[float]]]) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     arguments(parser)
-    parser.add_argument("--settling", type=int, help="most steps that are looked at (default: two more than trained)")
+    parser.add_argument("--settling", type=int, help="largest number of steps (default: two more than in training)")
     parser.add_argument("--retrain", type=int, metavar="STEPS", help="also train networks without each part")
-    parser.add_argument("--variants", type=Path, metavar="DIR", help="where these are kept (default: CKPT.variants)")
+    parser.add_argument("--variants", type=Path, metavar="DIR", help="folder for these (default: CKPT.variants)")
 
 
 STUDY = Study(

@@ -1,8 +1,8 @@
-"""How much of an image's class a linear classifier reads from each level of a GLOM trained without labels.
+"""How well a linear classifier predicts an image's class from each level of a GLOM trained without labels.
 
 ``python -m apm.benchmarks.studies.glom_probe CKPT --root TABLE.parquet --record FILE``, or `apm glom probe`. The
-inputs: the mean of a level's embeddings over all places, after the columns have settled; the same of a network that is
-drawn, not trained; the pixels. Split, penalties and fit are those of `linear_probe`. Labels are used here only.
+inputs: the mean of a level's embeddings over all locations, after the columns have settled; the same for an untrained
+network; the pixels. Split, penalties and fit are those of `linear_probe`. Labels are used here only.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     arguments(parser)
-    parser.add_argument("--train", type=int, default=8000, help="images to fit on; the others are tested on")
+    parser.add_argument("--train", type=int, default=8000, help="number of training images; the others are for testing")
 
 
 STUDY = Study(

@@ -1,10 +1,10 @@
-"""How well a trained GLOM fills in hidden places, beside a convolutional autoencoder of the same size.
+"""How well a trained GLOM fills in hidden locations, compared with a convolutional autoencoder of the same size.
 
-``python -m apm.benchmarks.studies.glom_reconstruction CKPT --root TRAINED_ON --record FILE`` measures on the images
-that the training held out. The autoencoder (`autoencoder.py`) is trained first, up to the step that the GLOM is at, on
-the same images in the same order with the same places hidden; after a kill the same command goes on. Beside both stand
-fillings that learn nothing: grey, the mean colour of the places that are seen, and their mean colours weighed by 1 /
-distance². Errors are in units of ImageNet's variance.
+``python -m apm.benchmarks.studies.glom_reconstruction CKPT --root TRAINED_ON --record FILE`` measures on the held-out
+images of the training. The autoencoder (`autoencoder.py`) is trained first, for as many steps as the GLOM, on the same
+images in the same order with the same locations hidden; after a kill the same command resumes. Untrained baselines:
+grey, the mean colour of the visible locations, and their colours weighted by 1 / distance². Errors are in units of
+ImageNet's variance.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     arguments(parser)
-    parser.add_argument("--autoencoder", type=Path, metavar="FILE", help="its checkpoint (default: beside CKPT)")
+    parser.add_argument(
+        "--autoencoder", type=Path, metavar="FILE", help="the autoencoder's checkpoint (default: beside CKPT)"
+    )
 
 
 STUDY = Study(

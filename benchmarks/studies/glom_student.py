@@ -1,8 +1,9 @@
-"""What GLOM as a student of test-time training answers and costs, beside APM.
+"""Answers and cost of GLOM as a student in test-time training, compared with APM.
 
 ``python -m apm.benchmarks.studies.glom_student --root FOLDER --record FILE`` adapts both to the same images (class
-folders), by the same steps, to the teacher's token and to token and grid, as `apm bench` does. Labels only score. The
-cost is told in operations, as torch counts them in one step of one image: they depend on no machine.
+folders), with the same number of steps, to the teacher's token and to token and grid, as `apm bench` does. Labels are
+used only for scoring. The cost is given in operations, as torch counts them in one step of one image, which do not
+depend on the machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the islands in a student's field follow: `python -m apm.benchmarks.studies.islands --root DIR`.
 
-Real images, each once with the token as the target and once with the teacher's grid, beside controls in which regions
-could not follow the image.
+Fits students to real images, with the token as target and with the teacher's grid, and to controls in which regions
+cannot follow the image.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Whether wholes break into parts as the loss falls: `python -m apm.benchmarks.studies.islands_loss --root DIR`.
 
-Modi & Rawat 2024 (Figure 3) show it in pictures. Here a student's field is kept whenever its loss has fallen by half a
-decade more, from 1e-1 to ``--until``, read in float64 at the student's own places, and the size of its regions told in
-several ways (``SIZES``): at a fixed cosine, and relative to the field's own spread, because a field that is nearly
-constant is one region at any fixed cosine. Beside the image stand controls in which no region could follow it, other
-learning rates, and the teacher's grid as the target, whose loss is looked at in eighths of a decade below its first.
-``--rows FILE`` keeps every image's row: the same command goes on from there.
+Modi & Rawat 2024 (Figure 3) show it in pictures. Here a student's field is kept whenever its loss has fallen by another
+half decade, from 1e-1 to ``--until``, and evaluated in float64 at the student's own locations. The size of its regions
+is measured in several ways (``SIZES``): at a fixed cosine, and relative to the field's own spread, because a nearly
+constant field is one region at any fixed cosine. Further conditions are controls in which no region can follow the
+image, other learning rates, and the teacher's grid as target, whose loss is sampled in eighths of a decade below its
+first value. ``--rows FILE`` keeps a row per image: the same command resumes from it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Whether regions of a field are objects: `python -m apm.benchmarks.studies.islands_masks --root COCO --rows FILE`.
 
-COCO holds ``images/*.jpg`` and ``masks/*.png`` (numbers of categories, 0: unlabelled). One student an image is fitted
-to each target (``TARGETS``), its field read between its own places at moments of the fit, and cut into parts in four
-ways: k-means into as many clusters as the truth has categories, k-means into ``--parts``, islands, connected
-neighbours whose cosine, the field's mean taken out, reaches ``--threshold``, and islands at the threshold that gives
-nearest to the true number of them. Each is scored by its adjusted mutual
-information (AMI) with the truth and by the F of its boundaries, beside what is no student's field (``REFERENCES``).
-``--scenes composites`` pastes the same photographs on one another: the truth is then the pasted square. Masks score,
-and tell the number of clusters; nothing else sees them. ``--rows`` keeps every image's row: the same command goes on.
+COCO contains ``images/*.jpg`` and ``masks/*.png`` (category numbers, 0: unlabelled). One student per image is fitted to
+each target (``TARGETS``). Its field is read between its own locations at several steps of the fit, and cut into parts
+in four ways: k-means into as many clusters as the truth has categories; k-means into ``--parts``; islands, which are
+connected neighbours whose cosine, after removing the field's mean, reaches ``--threshold``; and islands at the
+threshold that gives closest to the true number of them. Each is scored by adjusted mutual information (AMI) with the
+truth and by boundary F, beside references without a student (``REFERENCES``). With ``--scenes composites`` the same
+photographs are pasted on one another, and the truth is the pasted square. Masks are used only for scoring and for the
+number of clusters. ``--rows`` keeps a row per image: the same command resumes from it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Can a student stand in for layers of its teacher?
+"""Can a student replace layers of its teacher?
 
 ``python -m apm.benchmarks.studies.layer_skipping --root TABLE.parquet --work DIR --record FILE``. For each pair i:j of
-``--pairs`` the teacher's layers behind i, 0 being the image, up to j are left out, and something that was trained on
-other images stands in for them; the teacher's own remaining layers go on from its answers (`apm.pretrain.stand_in`).
-How near is the final token to the whole teacher's, is its first label the same, and how many operations are saved?
+``--pairs`` the teacher's layers after i (0: the image) up to j are left out and replaced by something trained on other
+images; the teacher's remaining layers run on its output (`apm.pretrain.stand_in`). How close is the final token to the
+whole teacher's, is the top label the same, and how many operations are saved?
 
-Stand-ins: the student as in the paper, which knows what it is given by its trigger column alone; the same with what is
-given at its place in each query (``--local`` of ``apm pretrain --target-layer``); a linear map (ridge regression) from
-what is given at each place, the same for all places, added to the mean token of each place over the training images;
-that mean token; and nothing: what is given goes on as it is, pooled and filled up with zeros where layer j is coarser
-and wider (as the shortcuts of He et al. 2015 are). Operations are counted, not estimated. Students are kept in
-``--work``, trainings go on after a kill. No label of an image is used.
+Replacements: the student as in the paper, which knows its input only through the trigger column; the same with the
+input at its location in each query (``--local`` of ``apm pretrain --target-layer``); a linear map (ridge regression)
+from the input at each location, shared by all locations, plus the mean token of each location over the training images;
+that mean token alone; and nothing: the input is passed on, pooled and padded with zeros if layer j is coarser and wider
+(like the shortcuts of He et al. 2015). Operations are counted, not estimated. Students are kept in ``--work``; training
+resumes after a kill. No label of an image is used.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """What islands in a fixed model's layers follow: `python -m apm.benchmarks.studies.layers --root COCO --rows FILE`.
 
-COCO holds ``images/*.jpg`` and ``masks/*.png`` (numbers of categories, 0: unlabelled). Of each photograph's central
-square the layers of ``--source`` (as in `apm islands`) are taken, and measured as there: agreement (AMI) of their
-k-means clusters with superpixels, and contrast at these superpixels' edges. Beside that, read between their places
-bilinearly, they are cut by k-means into as many parts as the mask has categories: AMI with the mask, and the F of the
-boundaries. All of it beside controls: the same network with weights at random, patches in another order, another image,
-plain colours, coordinates. Masks score, and tell the number of clusters; nothing else sees them. ``--rows`` keeps every
-image's row: the same command goes on.
+COCO contains ``images/*.jpg`` and ``masks/*.png`` (category numbers, 0: unlabelled). The layers of ``--source`` (as in
+`apm islands`) are computed for each photograph's central square and measured as there: AMI of their k-means clusters
+with superpixels, and contrast at the superpixels' edges. In addition, upsampled bilinearly, they are cut by k-means
+into as many parts as the mask has categories: AMI with the mask, and boundary F. All of this is compared with controls:
+the same network with random weights, shuffled patches, another image, plain colours, coordinates. Masks are used only
+for scoring and for the number of clusters. ``--rows`` keeps a row per image: the same command resumes from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What needs no network between two layers of a teacher: a linear map, or nothing at all."""
+"""Baselines between two layers of a teacher that need no network: a linear map, or nothing at all."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""How much of an image's class a linear classifier reads from a student trained without labels.
+"""How well a linear classifier predicts an image's class from a student trained without labels.
 
-``python -m apm.benchmarks.studies.linear_probe CKPT --root TABLE.parquet --teacher NAME --record FILE``. The images
-are split by a seed into a part to fit on, of which a fifth chooses the penalty, and a part to test on. Labels are used
-here only.
+``python -m apm.benchmarks.studies.linear_probe CKPT --root TABLE.parquet --teacher NAME --record FILE``. A seed splits
+the images into a training part, of which a fifth chooses the penalty, and a test part. Labels are used here only.
 
-Inputs of the probe, each standardised on the part it is fitted on: the pixels (``pixels``), also pooled to the grid of
-the student (``pooled``); of the student the trigger column (``column``), the mean of its field (``field``) and the mean
-of its last hidden layer over the locations (``hidden``); the mean field of a student that is drawn, not trained
-(``untrained``); the teacher's token as an upper bound (``teacher``).
+Inputs of the probe, each standardised on its training part: the pixels (``pixels``), also pooled to the student's grid
+(``pooled``); of the student the trigger column (``column``), the mean of its field (``field``) and the mean of its last
+hidden layer over the locations (``hidden``); the mean field of an untrained student (``untrained``); the teacher's
+token as an upper bound (``teacher``).
 """
 
 from __future__ import annotations
@@ -198,7 +197,7 @@ def measure(options: Options) -> Record:
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--side", type=int, default=32, help="side of the raw pixels")
-    parser.add_argument("--train", type=int, default=8000, help="images to fit on; the others are tested on")
+    parser.add_argument("--train", type=int, default=8000, help="number of training images; the others are for testing")
 
 
 STUDY = Study(

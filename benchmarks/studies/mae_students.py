@@ -1,8 +1,8 @@
-"""What TTT-MAE gains by adapting several images side by side: `python -m apm.benchmarks.studies.mae_students`.
+"""What TTT-MAE gains by adapting several images in parallel: `python -m apm.benchmarks.studies.mae_students`.
 
-Adapts the same images one at a time and in groups, each image with weights of its own, and says images per second, how
-far the answers are apart, and the memory on a GPU. The network is that of a checkpoint, or is drawn at the default
-sizes of `apm mae` with a head of 200 classes: what a step costs does not depend on the weights. The images are noise.
+Adapts the same images one at a time and in groups, each image with weights of its own, and reports images per second,
+how far the answers differ, and the memory on a GPU. The network comes from a checkpoint, or is random with the default
+sizes of `apm mae` and a head of 200 classes: the cost of a step does not depend on the weights. The images are noise.
 """
 
 from __future__ import annotations
@@ -107,9 +107,15 @@ def table(record: Record) -> str:
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="of apm mae, with a head (default: one that is drawn)")
-    parser.add_argument("--students", type=numbers, default=[2, 4, 8], metavar="N,…", help="side by side, beside 1")
-    parser.add_argument("--masks", type=int, default=128, help="at each step (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="that are counted (default: %(default)s)")
+    parser.add_argument(
+        "--students",
+        type=numbers,
+        default=[2, 4, 8],
+        metavar="N,…",
+        help="numbers of parallel students, compared with 1",
+    )
+    parser.add_argument("--masks", type=int, default=128, help="masks per step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of timed rounds (default: %(default)s)")
 
 
 STUDY = Study(

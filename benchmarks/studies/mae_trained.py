@@ -1,4 +1,4 @@
-"""How a masked autoencoder and the probe on it were trained: from their checkpoints, and what their logs say last."""
+"""How a masked autoencoder and the probe on it were trained: from their checkpoints and the ends of their logs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Cutting fields into parts, and how near the edges of these lie to those of the truth.
+"""Cuts fields into parts, and scores how close their edges lie to those of the truth.
 
-Precision, recall and F are those of Martin et al. 2004. An edge lies between two places, not on one: with S × S places
-edges are cells of a lattice of 2S - 1, so that neither side of a border is preferred. Edges are not matched one to one:
-two found beside one true edge both count as right.
+Precision, recall and F are those of Martin et al. 2004. An edge lies between two locations, not on one: with S × S
+locations, edges are cells of a lattice of 2S - 1, so that neither side of a border is preferred. Edges are not matched
+one to one: two found beside one true edge both count as right.
 """
 
 from __future__ import annotations

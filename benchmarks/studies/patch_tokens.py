@@ -1,11 +1,11 @@
-"""Does a field fitted to the class token alone know the teacher's patch tokens?
+"""Does a field fitted to the class token alone recover the teacher's patch tokens?
 
 ``python -m apm.benchmarks.studies.patch_tokens --root DIR --rows rows.jsonl --record FILE``. A student is overfit to
 the teacher's token of a photograph, and its field is read at the centres of the cells of the teacher's grid, which lies
-in the same space: how near does it come to what the teacher says of these places? Both readouts: the object query, and
-the paper's mean. Beside it are controls that know nothing of the photograph's places, a field that was shown them, and
-the teacher's own patches in disorder. All steps and readings are in float32, the last reading in float64. ``--rows
-FILE`` keeps each photograph's row: the same command goes on from there. No label is used.
+in the same space. How close is it to the grid? Both readouts are tried: the object query, and the paper's mean.
+Controls: fields that know nothing of the photograph's layout, a field fitted to the grid, and the teacher's own
+patches, shuffled. All steps and readings are in float32, the last reading in float64. ``--rows FILE`` keeps a row per
+photograph: the same command resumes from it. No label is used.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whether maps point at the object: `python -m apm.benchmarks.studies.pointing --root DIR`.
 
-The pointing game (Zhang et al. 2016) on images whose object's place is known because it was put there: a photograph of
-one class, made small, pasted at a random place on a photograph of another class. A map scores when its largest value
-lies in the pasted square. The class of the pasted photograph says which label's map is read, and nothing else: nothing
-that adapts sees it. ``--sheet`` and ``--demo`` draw the maps, and where each points.
+The pointing game (Zhang et al. 2016) on images in which the object's position is known: a photograph of one class,
+reduced and pasted at a random position on a photograph of another class. A map scores a hit if its maximum lies in the
+pasted square. The class of the pasted photograph only selects which label's map is read; nothing that adapts sees it.
+``--sheet`` and ``--demo`` draw the maps and their maxima.
 """
 
 from __future__ import annotations

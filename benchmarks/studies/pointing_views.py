@@ -1,10 +1,9 @@
-"""What many looks at an image add to a field: `python -m apm.benchmarks.studies.pointing_views --root DIR --limit 400`.
+"""What many views add to a field: `python -m apm.benchmarks.studies.pointing_views --root DIR --limit 400`.
 
-The pointing game of the study `pointing`, for a student fitted to the grids of many views (``--grid-views``), beside
-what it should beat: one fitted to the teacher's grid alone, that grid itself, the same grid as fine as the views show
-the image and at as many pixels as all of them have together, and the views laid over one another without any student.
-Choose a ``--seed`` that was not looked at while anything was tuned. ``--rows FILE`` keeps each composite's row: the
-same command goes on from there.
+The pointing game of the study `pointing`, for a student fitted to the grids of many views (``--grid-views``).
+Baselines: a student fitted to the teacher's grid alone, that grid itself, finer grids (with the views' resolution, and
+with as many pixels as all views together), and the average of the views without a student. Choose a ``--seed`` that was
+not used while anything was tuned. ``--rows FILE`` keeps a row per composite: the same command resumes from it.
 """
 
 from __future__ import annotations

@@ -300,9 +300,11 @@ def measure(options: Options) -> Record:
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folders", type=Path, nargs="*", help="more photographs, in and below them")
-    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="file of rows; continued when it is there")
-    parser.add_argument("--counts", type=numbers, default=[64], help="locations to compare with all: 64,128")
+    parser.add_argument("folders", type=Path, nargs="*", help="folders with more photographs")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="file of rows; continued if it exists")
+    parser.add_argument(
+        "--counts", type=numbers, default=[64], help="numbers of locations to compare with all, such as 64,128"
+    )
     parser.add_argument("--offset", type=int, default=0, help="first photograph of this part")
 
 

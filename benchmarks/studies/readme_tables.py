@@ -134,7 +134,9 @@ def collect(run: Path, results: Path = RESULTS) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argument_parser("readme_tables", __doc__)
-    parser.add_argument("--collect", type=Path, nargs="+", default=[], metavar="RUN", help="first take these runs in")
+    parser.add_argument(
+        "--collect", type=Path, nargs="+", default=[], metavar="RUN", help="first add these runs to the records"
+    )
     for run_folder in parser.parse_args(arguments).collect:
         collect(run_folder)
     for name, text in parts():

@@ -1,4 +1,4 @@
-"""How large the regions of a field are, told in several ways, and how the field is spread."""
+"""Measures of the size of a field's regions, and of the field's spread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a long study in a file that grows, a JSON line an item, and is continued by the same command."""
+"""Rows of a long study in a growing file, one JSON line per item; the same command resumes from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of label maps in pairs, over resampled photographs, and their tables: of the study `segmentation`."""
+"""Paired scores of label maps over resampled photographs, and their tables, for the study `segmentation`."""
 
 from __future__ import annotations
 

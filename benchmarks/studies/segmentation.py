@@ -1,10 +1,10 @@
 """Whether a field segments better than upsampling: `python -m apm.benchmarks.studies.segmentation --root DIR`.
 
-DIR holds photographs (``images/``), masks of category ids (``masks/``) and ``categories.tsv``, as COCO's. Every map
-sees the same tiles of the whole photograph, is read at the same places and classified with the same texts, among the
-labels that are there and among all; ``--min-area`` holds for all alike. The masks only score, and say which labels are
-there. Clean, with corruptions that move nothing, and with objects pasted along their own outlines on other photographs,
-where the outline is known. ``--rows FILE`` keeps each photograph's row: the same command goes on from there.
+DIR contains photographs (``images/``), masks of category ids (``masks/``) and ``categories.tsv``, as COCO's. All maps
+use the same tiles of the whole photograph, the same locations and the same texts, among the labels present and among
+all; ``--min-area`` applies to all. Masks are used only for scoring and for the labels present. Conditions: clean; with
+corruptions that move nothing; and objects cut out along their outlines, pasted on other photographs, where the outline
+is known. ``--rows FILE`` keeps a row per photograph: the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -244,13 +244,17 @@ def probabilities(grid: Tensor, head: ZeroShotHead) -> Tensor:
 
 def _arguments(parser: ArgumentParser) -> None:
     everything = (CLEAN, COMPOSITES, *STAY)
-    parser.add_argument("--views", type=int, default=VIEWS, help="looks at a tile (default: %(default)s)")
-    parser.add_argument("--places", type=int, default=PLACES, help="along the shorter side (default: %(default)s)")
+    parser.add_argument("--views", type=int, default=VIEWS, help="views of a tile (default: %(default)s)")
+    parser.add_argument(
+        "--places", type=int, default=PLACES, help="locations along the shorter side (default: %(default)s)"
+    )
     parser.add_argument("--min-area", type=float, default=0.001, help="as in apm segment (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=LR)
-    parser.add_argument("--composites", type=int, default=100, help="at most (default: %(default)s)")
-    parser.add_argument("--corrupted", type=int, default=100, help="photographs, of each corruption: at most")
-    parser.add_argument("--level", type=int, default=3, help="of the corruptions (default: %(default)s)")
+    parser.add_argument(
+        "--composites", type=int, default=100, help="largest number of composites (default: %(default)s)"
+    )
+    parser.add_argument("--corrupted", type=int, default=100, help="largest number of photographs per corruption")
+    parser.add_argument("--level", type=int, default=3, help="severity of the corruptions (default: %(default)s)")
     parser.add_argument(
         "--part", choices=("all", "tuning", "report"), default="all", help="every other photograph, or all of them"
     )

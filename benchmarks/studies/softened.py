@@ -1,9 +1,9 @@
-"""What do softened targets change beside the token's own loss? From the records of finished runs.
+"""What do softened targets change compared with the token's own loss? From the records of finished runs.
 
 `python -m apm.benchmarks.studies.softened RUN… --record FILE`. The runs are of `apm bench`, with students of several
-losses and temperatures on the same images; the record holds what `apm table --trust` says of each, without the times,
-and how often each student answers as its teacher does, by how much its probability of the right label differs, and how
-near its token is to the teacher's.
+losses and temperatures on the same images. The record contains the results of `apm table --trust`, without the times,
+and for each student its agreement with the teacher, the difference of the true label's probability, and the cosine
+between the tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How many steps a student needs: `python -m apm.benchmarks.studies.steps folder --root DIR`.
 
-Measures, on real images and without their labels, how near the student's token is to its target after each step and how
-often student and teacher give the same answer. The default number of steps of `apm.StudentOptions` is chosen from this.
+Measures, on real images and without their labels, how close the student's token is to its target after each step, and
+how often student and teacher give the same answer. The default number of steps of `apm.StudentOptions` was chosen from
+this.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What all studies share: arguments, the record's header, progress, markdown tables, their places in documents.
+"""What all studies share: arguments, record headers, progress, markdown tables, and their blocks in documents.
 
 A study is one question: a module with `measure`, `table` and the `STUDY` that holds them. `python -m
 apm.benchmarks.studies.NAME --root DIR --record FILE` measures, writes the record and prints its table; without
-``--record`` the record goes to standard output. ``--table FILE…`` prints records measured before. ``--document``, in a
-clone, writes the record and its table where the study's page has them; with ``--table`` it measures nothing anew.
+``--record`` the record goes to standard output. ``--table FILE…`` prints existing records. ``--document``, in a
+clone, writes the record and fills its table into the study's page; with ``--table`` nothing is measured again.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "root": (("--root", "--data"), {"type": Path, "help": "the images (default: as in apm bench)"}),
     "teacher": (("--teacher", "--teacher-grid"), {"help": "as in apm classify (default: %(default)s)"}),
     "preset": (("--preset",), {"choices": PRESETS, "help": "size of the student (default: %(default)s)"}),
-    "steps": (("--steps",), {"type": int, "help": "of a student, for each image (default: %(default)s)"}),
+    "steps": (("--steps",), {"type": int, "help": "optimisation steps per image (default: %(default)s)"}),
     "precision": (("--precision",), {"choices": ("auto", "fp32", "bf16")}),
     "limit": (("--limit", "--images"), {"type": int, "help": "number of images (default: %(default)s)"}),
-    "seed": (("--seed",), {"type": int, "help": "of all that is drawn (default: %(default)s)"}),
+    "seed": (("--seed",), {"type": int, "help": "random seed (default: %(default)s)"}),
     "device": (("--device",), {"help": "cpu or cuda (default: %(default)s)"}),
     "rows": (
         ("--rows",),
-        {"type": Path, "metavar": "FILE", "help": "keep rows there (.jsonl), and go on from them"},
+        {"type": Path, "metavar": "FILE", "help": "file for rows (.jsonl); an existing one is continued"},
     ),
 }
 """Name → flags and what argparse is told. A study says which of them it takes, and their defaults."""
@@ -105,7 +105,9 @@ class Study:
             flags, told = SHARED[name]
             parser.add_argument(*flags, dest=name, default=default, **told)
         self.outputs(parser)
-        parser.add_argument("--table", type=Path, nargs="*", metavar="FILE", help="print these records (none: ours)")
+        parser.add_argument(
+            "--table", type=Path, nargs="*", metavar="FILE", help="print these records (default: the repository's)"
+        )
         if self.document is not None:
             parser.add_argument("--document", action="store_true", help=f"fill {self.document.name}, in a clone")
         given = sys.argv[1:] if arguments is None else arguments

@@ -1,10 +1,10 @@
-"""From which distance on a map shows two objects: `python -m apm.benchmarks.studies.two_points --root DIR`.
+"""The distance at which a map resolves two objects: `python -m apm.benchmarks.studies.two_points --root DIR`.
 
 Two small copies of a photograph are pasted side by side on one of another class, and the map of their label is followed
-from one to the other. It shows two where it falls between them to 81 % of the lower peak or less, as in Rayleigh's
-criterion for two stars. Beside each pair the same with the gap filled by more copies: a map that falls there as well
-shows its own unevenness and no gap. And how coarsely each map can be read before anything in it is lost: the error of
-the maps when they are read at fewer places and interpolated. ``--rows FILE`` keeps the rows: the same command goes on.
+from one to the other. It resolves two if it falls between them to 81 % of the lower peak or less, as in Rayleigh's
+criterion for two stars. As a control, the gap is filled with more copies: a map that falls there as well shows its own
+unevenness, not the gap. The study also measures how coarsely each map can be read: the error of maps that are read at
+fewer locations and interpolated. ``--rows FILE`` keeps the rows: the same command resumes.
 """
 
 from __future__ import annotations

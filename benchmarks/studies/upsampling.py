@@ -1,4 +1,4 @@
-"""What needs no student to be read between a teacher's cells: bilinear grids, views laid over one another, a filter."""
+"""Ways to read between a teacher's cells without a student: bilinear grids, the average of views, a filter."""
 
 from __future__ import annotations
 

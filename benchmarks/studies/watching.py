@@ -1,7 +1,7 @@
-"""Students whose fields are kept at moments of their fit that are known by step or by loss, to be read anywhere.
+"""Students whose fields are kept at given steps or losses of their fit, to be read at any location.
 
-`apm.test_time.island_fields` keeps fields at the student's own places and at steps chosen before; studies that read
-between these places, or wait for a loss, look here. Steps are those of `apm.student.engine`, in float32.
+`apm.test_time.island_fields` keeps fields at the student's own locations and at steps chosen in advance; studies that
+read between these locations, or wait for a loss, use this. Steps are those of `apm.student.engine`, in float32.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _settings(perception: Perception, classifier: Classifier) -> dict[str, Any]:
         "distil": config.distil,
         "guide": classifier.student.guide,
         "grid_views": classifier.student.grid_views,
-        "nothing in the field is finer than": f"1/{_finest(perception, classifier)} of the side",
+        "nothing in the field is finer than": _finest_in_words(perception, classifier),
         "token's loss": f"soft, temperature {config.temperature:g}" if config.loss == "soft" else config.loss,
         "rgb_weight": config.rgb_weight,
         "agree": config.agree,
@@ -109,6 +109,12 @@ def _settings(perception: Perception, classifier: Classifier) -> dict[str, Any]:
         "loss": float(f"{float(result.final_losses[0]):.4g}"),
         "map": "softmax over all labels of logit scale × cosine of the feature at a place with each label's text",
     }
+
+
+def _finest_in_words(perception: Perception, classifier: Classifier) -> str:
+    """How fine the field can be: with colours in its queries it can also turn where these do."""
+    beside = "" if classifier.student.guide == "none" else ", but for edges of the image's colours"
+    return f"1/{_finest(perception, classifier)} of the side{beside}"
 
 
 def _finest(perception: Perception, classifier: Classifier) -> int:

@@ -49,6 +49,22 @@ def test_a_picture_and_arrays_for_each_image(picture: Path, tmp_path: Path) -> N
             assert drawn.width > 600 and drawn.height > 300
 
 
+@pytest.mark.parametrize(
+    ("arguments", "finest"),
+    [
+        ((), "1/10 of the side"),  # 4 cells in views of 0.4 of the side
+        (("--grid-views", "1", "--guide", "rgb"), "1/4 of the side, but for edges of the image's colours"),
+        (("--grid-views", "tokens:3"), "1/5 of the side"),
+    ],
+)
+def test_it_says_how_fine_the_field_can_be(
+    arguments: tuple[str, ...], finest: str, picture: Path, tmp_path: Path
+) -> None:
+    assert explain(tmp_path / "out", "--steps", "1", *arguments, picture).exit_code == 0
+    with np.load(next((tmp_path / "out").glob("*.npz"))) as arrays:
+        assert json.loads(str(arrays["settings"]))["nothing in the field is finer than"] == finest
+
+
 def test_the_arrays_hold_what_the_picture_shows(picture: Path, tmp_path: Path, fake_teacher: FakeTeacher) -> None:
     result = explain(tmp_path / "out", "--json", "--steps", "3", "--lr", "0.002", picture)
     assert result.exit_code == 0

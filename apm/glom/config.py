@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Consensus = Literal["all", "others", "none"]
-"""Whom a place hears: every place; others (the own one hardly counts); none: columns know nothing of each other."""
+"""What a location attends to: all locations; others (its own counts as if unrelated); none: columns are independent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GLOMConfig:
-    """Sizes of GLOM, and which of its parts are there. Without a radius (None) every place hears all others.
+    """Sizes of GLOM, and which of its parts it has. Without a radius (None) every location attends to all others.
 
     Raises:
         UsageError: sizes that cannot go together; the message holds the values.
@@ -51,12 +51,12 @@ class GLOMConfig:
 
     @property
     def grid(self) -> int:
-        """Places along one side of the image."""
+        """Locations along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def places(self) -> int:
-        """N, the number of places and so of columns."""
+        """N, the number of locations and so of columns."""
 
         return self.grid**2
 
@@ -68,7 +68,7 @@ class GLOMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GLOMTraining(Schedule):
-    """How to train GLOM. Every value decides the weights.
+    """How to train GLOM. Every value affects the weights.
 
     Raises:
         UsageError: a value that cannot work.
@@ -98,14 +98,14 @@ class GLOMTraining(Schedule):
             raise UsageError(f"read_level must be below {model.levels}, the number of levels, not {self.read_level}.")
 
     def settling_steps(self, step: int, model: GLOMConfig) -> int:
-        """After how many steps of the columns one step of the optimiser looks: from half of them to all, drawn."""
+        """After how many settling steps an optimiser step computes its loss: drawn from half of them to all."""
         import numpy as np
 
         most = self.settling or model.steps
         return int(np.random.default_rng([self.seed, 4, step]).integers((most + 1) // 2, most + 1))
 
     def hidden_places(self, count: int, places: int, *, draw: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Which places are hidden, (count, places): the same number in each image, at least one, never all.
+        """Which locations are hidden, (count, places): the same number in each image, at least one, never all.
 
         Args:
             count: images.

@@ -1,4 +1,4 @@
-"""The parse tree that columns stand for: islands of agreement at every level, each inside one of the level above."""
+"""The parse tree in the columns: islands of agreement at every level, each inside one of the level above."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apm.student.islands import Labels, regions
 
 @dataclass(frozen=True, kw_only=True)
 class Island:
-    """Connected places whose embeddings at one level agree.
+    """Connected locations whose embeddings at one level agree.
 
     Attributes:
         level: from 0, the lowest.

@@ -1,9 +1,10 @@
-"""GLOM on one page: columns of levels that vote, step by step, until islands of places agree (Hinton 2021).
+"""GLOM on one page: columns of levels that agree, step by step, on islands of locations (Hinton 2021).
 
-An image is cut into N places. At each place stands a *column*: L *levels*, each an embedding of D numbers, from the
-finest part to the whole scene. At every step the embedding of each level becomes the mean of four opinions: its own,
-what the level below says *bottom-up*, what the level above says *top-down*, and the *consensus* of the same level at
-other places. Where places agree they form *islands*; the islands of all levels are the parse tree (`apm.glom.islands`).
+An image is divided into N locations. Each has a *column* of L *levels*, each an embedding of width D, from the finest
+part to the whole scene. At every step the embedding of each level becomes the mean of four contributions: its own
+value, a *bottom-up* prediction from the level below, a *top-down* prediction from the level above, and the *consensus*
+of the same level at other locations. Locations that agree form *islands*; the islands of all levels are the parse tree
+(`apm.glom.islands`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OWN_PLACE = -0.0005  # likeness of a place with itself where consensus is of "ot
 
 
 class Opinions(NamedTuple):
-    """What each embedding hears in one step, all (B, N, L, D)."""
+    """The contributions to each embedding in one step, all (B, N, L, D)."""
 
     bottom_up: Tensor
     top_down: Tensor  # 0 at the highest level, which has none above it, and everywhere where it is switched off
@@ -33,7 +34,7 @@ class Opinions(NamedTuple):
 
 
 class LevelNets(nn.Module):
-    """One net D → H → D a level (Hinton's bottom-up or top-down nets), the same at every place."""
+    """One net D → H → D per level (Hinton's bottom-up or top-down nets), shared by all locations."""
 
     def __init__(self, *, levels: int, dim: int, hidden: int) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class LevelNets(nn.Module):
 
 
 class GLOM(nn.Module):
-    """Images → the embeddings of all levels at all places, after every step."""
+    """Images → the embeddings of all levels at all locations, after every step."""
 
     votes: Tensor  # (L, 1): how many opinions the mean of a level is of
     too_far: Tensor | None  # (N, N)
@@ -93,11 +94,11 @@ class GLOM(nn.Module):
             yield levels
 
     def step(self, levels: Tensor, opinions: Opinions) -> Tensor:
-        """Let every embedding move, all at once, to the mean of its own opinion and those it hears: (B, N, L, D)."""
+        """Update all embeddings at once to the mean of their own value and their contributions: (B, N, L, D)."""
         return (levels + sum(opinions)) / self.votes
 
     def opinions(self, levels: Tensor, tokens: Tensor) -> Opinions:
-        """Embeddings (B, N, L, D) and what the lowest level sees (B, N, D) → what each embedding hears."""
+        """Embeddings (B, N, L, D) and the lowest level's input (B, N, D) → the contributions to each embedding."""
         below = torch.cat([tokens[:, :, None], levels[:, :, :-1]], dim=2)  # (B, N, L, D)
         top_down = torch.zeros_like(levels)
         if self.top_down is not None:
@@ -108,7 +109,7 @@ class GLOM(nn.Module):
         return Opinions(self.bottom_up(below), top_down, consensus)
 
     def consensus(self, levels: Tensor) -> Tensor:
-        """Mean of a level's embeddings at all places, each weighed by its likeness: (B, N, L, D) → (B, N, L, D)."""
+        """Mean of a level's embeddings at all locations, weighted by similarity: (B, N, L, D) → (B, N, L, D)."""
         directions = F.normalize(levels, dim=-1)  # (B, N, L, D)
         likeness = einsum("bild,bjld->blij", levels, directions) / math.sqrt(self.config.dim)  # (B, L, N, N)
         if self.config.consensus == "others":
@@ -119,7 +120,7 @@ class GLOM(nn.Module):
         return einsum("blij,bjld->bild", likeness.softmax(-1), levels)  # (B, N, L, D)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) → the pixels of each place (B, N, P·P·3), in the order row, column, channel."""
+        """Images (B, 3, S, S) → the pixels of each location (B, N, P·P·3), in the order row, column, channel."""
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise UsageError(f"GLOM sees images (B, 3, {size}, {size}), not {tuple(images.shape)}.")
@@ -135,7 +136,7 @@ class GLOM(nn.Module):
     def _draw(self, generator: np.random.Generator) -> None:
         """Uniform in ±1/√inputs for the nets, normal for first levels: embeddings of length √D, and small positions.
 
-        Positions as large as embeddings would let no two places agree before anything is learned.
+        Positions as large as embeddings would keep any two locations from agreeing before training.
         """
         for name, parameter in self.named_parameters():
             if name in ("positions", "initial_levels"):
@@ -148,7 +149,7 @@ class GLOM(nn.Module):
 
 
 def _too_far(config: GLOMConfig) -> Tensor | None:
-    """Pairs of places (N, N) farther apart than the radius; None where all hear each other."""
+    """Pairs of locations (N, N) farther apart than the radius; None if all attend to each other."""
     if config.radius is None:
         return None
     axis = torch.arange(config.grid, dtype=torch.float64, device="cpu")

@@ -1,8 +1,9 @@
-"""GLOM as the student of test-time training: columns overfit to what a teacher makes of one image, then forgotten.
+"""GLOM as the student in test-time training: columns overfit to the teacher's features of one image, then reset.
 
-As with APM (Modi & Rawat 2024) every image has a student of its own, which starts from the same first weights and never
-sees a label or another image. The columns settle on the image; a linear readout of the highest level, averaged over the
-places, is compared with the teacher's token, and one of a level of choice, place by place, with the teacher's grid.
+As with APM (Modi & Rawat 2024) every image has a student of its own, which starts from the same initial weights and
+never sees a label or another image. The columns settle on the image; a linear readout of the highest level, averaged
+over the locations, is compared with the teacher's token, and a readout of a chosen level, location by location, with
+the teacher's grid.
 """
 
 # ruff: noqa: RUF009  (`setting` makes fields)
@@ -30,7 +31,7 @@ LARGEST_BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class GLOMStudentOptions:
-    """A student's sizes, and how it is trained on its one image.
+    """A student's sizes, and how it is trained on its image.
 
     Raises:
         UsageError: a value that cannot work, or sizes that do not go together.
@@ -118,7 +119,7 @@ class GLOMResult:
 
 
 class GLOMTestTimeTrainer:
-    """Adapts one GLOM per image to what its teacher makes of the image, always from the same first weights.
+    """Adapts one GLOM per image to the teacher's features of the image, always from the same initial weights.
 
     Nothing is kept between calls: an image's answer is the same alone, in any batch and in any order.
     """
@@ -131,7 +132,7 @@ class GLOMTestTimeTrainer:
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
     ) -> None:
-        """Draw the first weights.
+        """Draw the initial weights.
 
         Args:
             options: sizes, and how to train.
@@ -228,7 +229,7 @@ class GLOMTestTimeTrainer:
         return read
 
     def _losses(self, token: Tensor, fields: Tensor, targets: Tensor, grids: Tensor | None) -> Tensor:
-        """Mean squared errors (B,) of what is distilled, added."""
+        """Sum (B,) of the mean squared errors of what is distilled."""
         losses = token.new_zeros(len(token))
         if self.options.distil != "grid":
             losses = losses + (token - targets).square().mean(1)

@@ -35,7 +35,7 @@ NETWORK = Network("glom", "apm glom train", GLOMConfig, shapes, lambda sizes, se
 
 
 def denoising_errors(model: GLOM, embeddings: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """Mean squared error (B,) of the pixels that are read for the hidden places.
+    """Mean squared error (B,) of the pixels predicted for the hidden locations.
 
     Args:
         model: whose `pixels` reads them.
@@ -48,7 +48,7 @@ def denoising_errors(model: GLOM, embeddings: Tensor, images: Tensor, hidden: Te
 
 
 def contrast(said: Tensor, settled: Tensor, *, temperature: float, agree: float) -> Tensor:
-    """Cross-entropy of finding, for each of M columns, its own embedding among all M from what a net says there.
+    """Cross-entropy of identifying each of M columns' own embedding among all M from a net's prediction there.
 
     Embeddings whose cosine, the mean of the M taken out, reaches `agree` are left out as false answers. The gradient
     goes into what is said alone, so that nets follow where the columns settled and not the reverse.
@@ -141,7 +141,7 @@ class GLOMTrainer(Trainer):
 
 
 def hide(model: GLOM, images: Tensor, hidden: Tensor) -> Tensor:
-    """Make the hidden places (B, N) of images (B, 3, S, S) grey: 0, the mean of ImageNet."""
+    """Make the hidden locations (B, N) of images (B, 3, S, S) grey: 0, the mean of ImageNet."""
     return model.images(model.patches(images).masked_fill(hidden[..., None], 0.0))
 
 

@@ -78,7 +78,7 @@ def build_cache(
     max_pixels: int = MAX_PIXELS,
     on_image: Callable[[str | None], None] = lambda error: None,
 ) -> GridCache:
-    """Compute what is not there yet, and open it.
+    """Compute what is missing, and open the cache.
 
     Args:
         source: the images.
@@ -186,7 +186,7 @@ def _flush(where: Path, index: dict[str, Any], *files: IO[bytes]) -> None:
 
 
 def _check_owner(where: Path) -> None:
-    """Refuse a cache that another user wrote, or may change: what is trained on would be his."""
+    """Refuse a cache that another user wrote or can change, since it would decide the training data."""
     for name in ("index.json", "images.u8", "grids.f16"):
         if (path := where / name).is_file():
             with path.open("rb") as file:

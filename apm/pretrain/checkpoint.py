@@ -154,7 +154,7 @@ def read_network(path: str | os.PathLike[str], network: Network[Sizes]) -> Check
 def check_settings(
     path: str | os.PathLike[str], checkpoint: Checkpoint[Sizes], student: Sizes, settings: Mapping[str, Any]
 ) -> None:
-    """Compare a checkpoint with what it is to be continued with, as far as `settings` says.
+    """Compare a checkpoint's settings with those given in `settings`.
 
     Raises:
         UsageError: they differ; every difference is named.

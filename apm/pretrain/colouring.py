@@ -57,7 +57,7 @@ def check_student(student: Student) -> None:
 
 
 def check_places(student: Student, places: int | None) -> int:
-    """The number of places along a side.
+    """The number of locations per side.
 
     Raises:
         UsageError: it is not from 1 to `MOST_PLACES`.
@@ -73,7 +73,7 @@ def whole(image: Image.Image, size: int) -> Tensor:
 
 
 def chroma(student: Student, columns: Tensor, places: int) -> NDArray[np.float32]:
-    """What the student says of a and b, (B, places, places, 2), from the trigger columns (B, N) of grey images."""
+    """The student's prediction of a and b, (B, places, places, 2), from the trigger columns (B, N) of grey images."""
     _, colours = student.field(columns.to(student.device), *dense_locations(student.config.grid, places))
     return lab(colours.clamp(0, 1).reshape(-1, places, places, 3).numpy())[..., 1:]
 

@@ -1,4 +1,4 @@
-"""Settings of a training on images, and what follows from them alone: split, order, locations, learning rate."""
+"""Settings of a training on images, and what depends only on them: split, order, locations, learning rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How to train a network on images. Every value decides the weights: a checkpoint is continued with the same ones.
+    """How to train a network on images. Every value affects the weights; one is continued only with the same ones.
 
     Raises:
         UsageError: a value that cannot work.

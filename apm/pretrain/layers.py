@@ -1,4 +1,4 @@
-"""Training of a student that stands in for layers of its teacher; see `apm.pretrain.stand_in`.
+"""Training of a student that replaces layers of its teacher; see `apm.pretrain.stand_in`.
 
 Loss: the mean squared error of the tokens after the last layer, as a share of their variance over the training images
 (about their mean over images and tokens): 1 is what the mean alone would reach.
@@ -80,13 +80,13 @@ class LayerTrainer(Trainer):
         super().__init__(path, cache, sizes, config, data=data, **how)
 
     def pair(self, numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """What is given of images (`StandIn.forward`), and the tokens wanted (B, T, C)."""
+        """The inputs from images (`StandIn.forward`), and the target tokens (B, T, C)."""
         given = self.tokens.read(self.cache, self.first, numbers) if self.first else self.cache.inputs(numbers)
         return given.to(self.device), self.tokens.read(self.cache, self.last, numbers).to(self.device)
 
     @cached_property
     def moments(self) -> tuple[Tensor, float]:
-        """Mean (C,) of the tokens wanted over training images and tokens, and their mean variance about it."""
+        """Mean (C,) of the target tokens over training images and tokens, and their mean variance around it."""
         total: Any = 0.0
         squares: Any = 0.0
         for part in parts(self.train, 256):
@@ -96,7 +96,7 @@ class LayerTrainer(Trainer):
         return mean.float(), float((squares / len(self.train) - mean.square()).mean())
 
     def token_means(self) -> Tensor:
-        """Mean of each token wanted over the training images (T, C)."""
+        """Mean of each target token over the training images (T, C)."""
         total: Any = 0.0
         for part in parts(self.train, 256):
             total = total + self.tokens.read(self.cache, self.last, part).to(self.device).double().sum(0)

@@ -128,7 +128,7 @@ class Trainer(ABC):
         """Refuse sizes that do not go with the images or the settings, by a `UsageError`."""
 
     def begin(self) -> None:  # noqa: B027  (most stay as drawn)
-        """Change the first weights, where they are not to stay as drawn."""
+        """Change the initial weights, if they should not stay as drawn."""
 
     @abstractmethod
     def gradients(self) -> dict[str, float]:
@@ -240,7 +240,7 @@ class Trainer(ABC):
                     self.save()
 
     def save(self) -> None:
-        """Write the checkpoint; a finished one is weights alone."""
+        """Write the checkpoint; a finished one holds only weights."""
         if self.processes.rank:
             return
         moments = {

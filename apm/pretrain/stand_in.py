@@ -1,4 +1,4 @@
-"""A student that stands in for layers of its teacher: it is given what goes into them, and gives what comes out.
+"""A student that replaces layers of its teacher: it gets their input and predicts their output.
 
 The paper's student, its colours left out: one filter over what is given makes the trigger column, the column is
 unfolded with the code of each place, and the coordinate MLP answers with what the teacher holds there after its last
@@ -39,19 +39,19 @@ class StandInSizes:
     """
 
     image: bool = True
-    """Whether an image is given, and not what a layer holds."""
+    """Whether the input is an image, not a layer's output."""
     channels: int = 3
-    """Numbers at each place of what is given."""
+    """Channels of the input at each location."""
     side: int = 224
-    """Places of what is given along each side; of an image pixels."""
+    """Locations per side of the input; for an image, pixels."""
     patch_size: int = 14
-    """Places along each side of the filter."""
+    """Locations per side of the filter."""
     dim: int = 512
-    """Width of what is answered."""
+    """Width of the output."""
     places: int = 16
-    """Places answered for, along each side."""
+    """Locations per side of the output."""
     prefix: int = 0
-    """Tokens answered that belong to no place."""
+    """Output tokens that belong to no location."""
     local: bool = False
     position_dim: int = 256
     hidden: tuple[int, int, int] = (1024, 512, 256)
@@ -74,12 +74,12 @@ class StandInSizes:
 
     @property
     def grid(self) -> int:
-        """Numbers of the trigger column along each side."""
+        """Side of the trigger column's grid."""
         return self.side // self.patch_size
 
     @property
     def tokens(self) -> int:
-        """How many are answered."""
+        """Number of output tokens."""
         return self.prefix + self.places**2
 
     @property
@@ -89,12 +89,12 @@ class StandInSizes:
 
     @property
     def local_width(self) -> int:
-        """Numbers that a query holds of what is given at its place."""
+        """Numbers in a query from the input at its location."""
         return self.channels * (self.side // self.places) ** 2 if self.local else 0
 
     @classmethod
     def between(cls, layers: Layers, first: int, last: int, *, preset: str, local: bool = False) -> StandInSizes:
-        """A preset's student in place of the layers behind `first`, 0 being the image, up to `last`."""
+        """A preset's student that replaces the layers after `first` (0: the image) up to `last`."""
         layers.check(first, last)
         given, wanted = layers.shapes[first], layers.shapes[last]
         model = APMConfig.preset(preset, dim=wanted.width)
@@ -136,7 +136,7 @@ class StandIn(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
 
     def places_part(self) -> Tensor:
-        """What the places alone make of the first layer (T, H1): the same for all that is given."""
+        """The positions' part of the first layer (T, H1): the same for all inputs."""
         config = self.config
         rows, cols = dense_locations(config.grid, config.places)
         above = -1.0 - torch.arange(config.prefix, dtype=torch.float64)  # those of no place
@@ -168,7 +168,7 @@ class StandIn(nn.Module):
         return found
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The first layer's weights: of the column, of the place, and of what is given there."""
+        """The first layer's weights: for the column, for the position, and for the input there."""
         config = self.config
         of_column, of_place, of_given = self.layer1.weight.split(
             (config.grid**2, config.position_dim, config.local_width), dim=1
@@ -177,12 +177,12 @@ class StandIn(nn.Module):
 
 
 def map_of(given: Tensor, side: int) -> Tensor:
-    """The map (B, C, side, side) of an image, or of tokens (B, T', C) of which the last are its places."""
+    """The map (B, C, side, side) of an image, or of tokens (B, T', C) of which the last are its locations."""
     return given if given.ndim == 4 else given[:, given.shape[1] - side**2 :].mT.unflatten(2, (side, side))
 
 
 def at_their_places(given: Tensor, side: int, places: int, prefix: int) -> Tensor:
-    """What is given at each place of a layer.
+    """The input at each location of a layer.
 
     Args:
         given: images (B, 3, side, side), or tokens (B, T', C) of which the last side² are places.
@@ -223,7 +223,7 @@ STAND_IN = Network(
 
 
 class ShortTower:
-    """A teacher's tower in which something stands in for the layers behind `first` up to `last`.
+    """A teacher's tower in which something replaces the layers after `first` up to `last`.
 
     Attributes:
         layers: of the teacher.
@@ -258,14 +258,14 @@ class ShortTower:
         return cls(layers, settings["from_layer"], settings["target_layer"], lambda x: student(x, at_places=at_places))
 
     def inputs(self, images: list[Image.Image]) -> Tensor:
-        """What `answer` takes of RGB images: the student's pixels, or the teacher's (B, 3, S, S)."""
+        """The input of `answer` from RGB images: the student's pixels, or the teacher's (B, 3, S, S)."""
         if self.first == 0:
             return student_pixels(images, self.layers.image_size)
         return torch.stack([self.layers.pixels(image) for image in images])
 
     @torch.no_grad()
     def answer(self, pixels: Tensor) -> Tensor:
-        """The teacher's answer (B, D), its layers behind `first` up to `last` left out."""
+        """The teacher's token (B, D), with its layers after `first` up to `last` left out."""
         pixels = pixels.to(self.layers.teacher.device)
         given = pixels if self.first == 0 else self.layers.until(pixels, self.first)
         return self.layers.finish(self.stand_in(given), self.last)

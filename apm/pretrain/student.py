@@ -101,11 +101,11 @@ class Student:
 
     @property
     def grey_input(self) -> bool:
-        """Whether it sees images in grey and was trained to say their colours."""
+        """Whether it sees images in grey and was trained to predict their colours."""
         return bool(self.record["settings"].get("grey_input", False))
 
     def describe(self) -> str:
-        """Say in one line what it is and how it was trained."""
+        """Describe in one line what it is and how it was trained."""
         settings: Mapping[str, Any] = self.record["settings"]
         return (
             f"student {self.config.grid}×{self.config.grid}, D = {self.config.dim}, {self.record['step']} steps of "
@@ -123,7 +123,7 @@ class Student:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.column.filter.weight.device
 
     def answers(

@@ -1,15 +1,15 @@
-"""Agreement between columns: each place's feature is drawn to what its neighbours say.
+"""Agreement between columns: each location's feature is pulled towards its neighbours' consensus.
 
-In GLOM (Hinton 2021, section 1.1) every place attends to the same level at places near it, and moves to the mean of
-what it finds there, each weighed by its likeness: places alike grow more alike, and islands form. Here that is a loss
-beside the others, of a field f at the N locations of the student's grid::
+In GLOM (Hinton 2021, section 1.1) every location attends to the same level at nearby locations and moves towards their
+mean, weighted by similarity: similar locations become more similar, and islands form. Here this is an additional loss
+on a field f at the N locations of the student's grid::
 
     m_i = sum_j a_ij f_j,  a_i = softmax over the neighbours j of f_i . f_j / sqrt(D)      the consensus
     loss = mean over places and numbers of (f_i - m_i)²
 
-The consensus is a target and has no gradient, as a teacher has none in co-distillation (Anil et al. 2018): a place
-learns from its neighbours as they are. With a gradient through it a place would also change its neighbours' attention
-and their features to please itself, which is no agreement, and each pull would be counted twice.
+No gradient flows through the consensus, which is a target, as in co-distillation (Anil et al. 2018). With such a
+gradient a location would also change its neighbours' attention and features to reduce its own loss, and each pull would
+be counted twice.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from apm.student.matmul import mean_square, product
 from apm.student.position import grid_locations
 
 RADIUS = 2.0
-"""How far neighbours are, in cells of the student's grid: 12 of them, fewer at the edges. Near enough that objects are
-larger, and enough of them that a place at an object's edge has a choice whom to hear."""
+"""Radius of the neighbourhood in cells of the student's grid: 12 neighbours, fewer at the edges. Small enough that
+objects are larger, and large enough that a location at an object's edge has neighbours on its own side."""
 
 
 def neighbours(grid: int) -> Tensor:
-    """Which of a square grid's places hear which: (N, N) bool, N = grid²; none hears itself."""
+    """Which locations of a square grid attend to which: (N, N) bool, N = grid²; none to itself."""
     where = torch.stack(grid_locations(grid), dim=1)  # (N, 2)
     squares = (where[:, None] - where).square().sum(dim=2)
     return (squares > 0) & (squares <= RADIUS**2)

@@ -1,4 +1,4 @@
-"""What a field is to become in the cells of many views of one image, at the scale of these cells.
+"""Targets for a field in the cells of many views of one image, at the scale of these cells.
 
 A view is a part of the square that the student sees. Each cell of the teacher's grid of a view covers a rectangle of
 that square, and says something of all of it: it is compared with the field's mean over the rectangle, not with the
@@ -16,12 +16,12 @@ Box = tuple[float, float, float, float]
 """Top, left, bottom, right: shares of the side of the student's square, in [0, 1]."""
 
 DISAGREEMENT = 0.25
-"""Share of the spread of what is wanted from which on an error counts as views that disagree (`robust_loss`)."""
+"""Share of the targets' variance above which an error counts as disagreement between views (`robust_loss`)."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """R cells of views of B images, and what the field's mean over each is to become."""
+    """R cells of views of B images, and the target of the field's mean over each."""
 
     shares: Tensor
     """(B, R, N) float32, at least 0: how much each of the student's locations counts in a cell; rows add up to 1."""
@@ -38,7 +38,7 @@ class Cells:
         return Cells(shares, features)
 
     def spread(self) -> Tensor:
-        """(B,): from which error on views count as disagreeing, `DISAGREEMENT` of the features' variance.
+        """(B,): error above which views count as disagreeing, `DISAGREEMENT` of the features' variance.
 
         Of features that are all alike, a small share of their square: above 0 in any case.
         """

@@ -1,4 +1,4 @@
-"""The state that students start from, drawn in a thread while something else is done: a teacher loads, say."""
+"""The students' initial state, drawn in a thread while something else is done, such as loading a teacher."""
 
 from __future__ import annotations
 

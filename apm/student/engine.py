@@ -44,7 +44,7 @@ class History:
 
 
 class Engine:
-    """B students side by side: `load` images and targets, `reset`, `run` K steps, read `token`, `fold`.
+    """B students in parallel: `load` images and targets, `reset`, `run` K steps, read `token`, `fold`.
 
     Attributes:
         weights, gradients: name -> (B, *shape) views, named as in `apm.student.model.APM`; float32.

@@ -1,4 +1,4 @@
-"""The colours at a place as a part of its query: an extension of the paper's `[T ; p(y, x)]`, off by default.
+"""The colours at a location as a part of its query: an extension of the paper's `[T ; p(y, x)]`, off by default.
 
 All queries of an image hold the same column, so a field can bend only where the position code does. With a short
 Fourier code of the image's own colours (as FeatUp's implicit form has, Fu et al. 2024) it can change where the image
@@ -17,7 +17,7 @@ FREQUENCIES = 4
 """Sines and cosines of π, 2π, 4π, 8π times each channel in [0, 1]: the last tell apart colours an eighth apart."""
 WIDTH = 3 * 2 * FREQUENCIES
 DETAIL = 4
-"""Places a side of a cell of the student's grid at which colours are kept."""
+"""Samples per side of a cell of the student's grid at which colours are kept."""
 
 
 def guide_of(images: Tensor, grid: int) -> Tensor:
@@ -35,7 +35,7 @@ def guide_of(images: Tensor, grid: int) -> Tensor:
 
 
 def colour_code(guide: Tensor, rows: Tensor, cols: Tensor, grid: int) -> Tensor:
-    """Code the colours at places: bilinear between those of the guide, constant past its edge.
+    """Code the colours at locations: bilinear between the guide's samples, constant past its edge.
 
     Args:
         guide: (B, 3, G, G) of `guide_of`.

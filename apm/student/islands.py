@@ -1,4 +1,4 @@
-"""Islands of agreement in a field of features: how alike neighbours are, which regions they form, what these follow.
+"""Islands of agreement in a field of features: similarity of neighbours, the regions they form, what these follow.
 
 Hinton 2021 (GLOM) expects locations of one part to agree on one vector; Modi & Rawat 2024 (Figure 3) show such islands
 in the student's field. A student with one token as its only target holds the same trigger column at all its queries:
@@ -66,7 +66,7 @@ def regions(field: ArrayLike, threshold: float, *, within: Labels | None = None)
 
 
 def connected(right: NDArray[np.bool_], below: NDArray[np.bool_]) -> Labels:
-    """Number (H, W) what hangs together, where each place is joined or not to the right (H, W-1) and below (H-1, W)."""
+    """Number (H, W) the connected components, from which locations are joined right (H, W-1) and below (H-1, W)."""
     height, width = below.shape[0] + 1, below.shape[1]
     number = np.arange(height * width).reshape(height, width)
     starts = np.concatenate([number[:, :-1][right], number[:-1][below]])
@@ -100,7 +100,7 @@ def measure(field: ArrayLike, *, threshold: float = 0.9, centred: bool = False) 
 
 
 def clusters(field: ArrayLike, count: int, *, seed: int = 0) -> Labels:
-    """Number (H, W) the k-means clusters of a field's features (H, W, D); where they lie plays no part.
+    """Number (H, W) the k-means clusters of a field's features (H, W, D); their locations are ignored.
 
     Args:
         field: the features; finite. Their common mean and scale do not matter.
@@ -145,14 +145,14 @@ def superpixels(square: Image.Image, grid: int, count: int) -> Labels:
 
 
 def agreement(first: ArrayLike, second: ArrayLike) -> float:
-    """Adjusted mutual information of two labellings of the same places: 1 the same partition, 0 as good as chance."""
+    """Adjusted mutual information of two labellings of the same locations: 1 for the same partition, 0 for chance."""
     from sklearn.metrics import adjusted_mutual_info_score
 
     return float(adjusted_mutual_info_score(np.asarray(first).ravel(), np.asarray(second).ravel()))
 
 
 def boundary_contrast(field: ArrayLike, labels: ArrayLike) -> float:
-    """How much less alike neighbours are where a given partition has its boundary: in [-2, 2], 0 for none.
+    """How much less similar neighbours are across a given partition's boundary: in [-2, 2], 0 for no difference.
 
     The mean cosine of neighbours within a part less that of neighbours in different parts, the field's mean taken out
     before. Other than `agreement`, it cannot be gained by clusters that are merely compact, as superpixels are.
@@ -171,7 +171,7 @@ def boundary_contrast(field: ArrayLike, labels: ArrayLike) -> float:
 
 
 def variation(field: ArrayLike) -> tuple[float, float]:
-    """How much of what differs between the places of a field (H, W, D) is simple.
+    """How much of the variation between the locations of a field (H, W, D) is simple.
 
     Returns:
         The share of the variance that lies in one direction of the features, and the share that is a sum of something

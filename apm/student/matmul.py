@@ -1,4 +1,4 @@
-"""Matrix products: batched so that no sample sees its neighbours, in float32 or bfloat16, chosen by measurement.
+"""Matrix products: batched so that no sample depends on another, in float32 or bfloat16, chosen by measurement.
 
 float32 means torch's float32: on a GPU without TensorFloat-32, unless the caller has allowed that in torch itself.
 """
@@ -116,7 +116,7 @@ def measured_precision(device: torch.device) -> Literal["fp32", "bf16"]:
 
 
 def slowness(asked: Precision, device: torch.device) -> str | None:
-    """What to tell somebody who asked for a precision that is the slower one here; None if it is not."""
+    """Notice for a user who chose the slower precision on this machine; None if it is not slower."""
     if asked != "bf16" or (gain := bf16_gain(device)) >= 1:
         return None
     return (

@@ -121,7 +121,7 @@ class MeanReadout(nn.Module):
     """The mean of the features, as Modi & Rawat 2024 draw it in Figure 1."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, Q, D) -> tokens (B, D); where they stand does not matter."""
+        """Features (B, Q, D) -> tokens (B, D); their locations do not matter."""
         return features.mean(dim=1)
 
 

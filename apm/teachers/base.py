@@ -30,7 +30,7 @@ class GridTeacher(Protocol):
     notes: tuple[str, ...]
     """What a user must be told about this teacher, one sentence each."""
     device: torch.device
-    """Where the weights are."""
+    """The device of the weights."""
     grid_size: int
     """Side, in pixels, to which `encode_grid` scales the square when no size is given."""
 

@@ -1,7 +1,7 @@
-"""Many looks at one image as targets of one field: zoomed, shifted and mirrored parts, each seen by the teacher alone.
+"""Many views of one image as targets of one field: zoomed, shifted and mirrored crops, each encoded by the teacher.
 
-A query of the field is a place, and every view speaks about places: its cells (or, of a teacher without a grid, its one
-token) are about rectangles of the square that the student sees. View 0 is that square itself. View i depends on (seed,
+A query of the field is a location, and every view is about locations: its cells (or, for a teacher without a grid, its
+one token) cover rectangles of the square that the student sees. View 0 is that square itself. View i depends on (seed,
 sample id, i) alone, so 8 views are the first 8 of 16; side and place of the views follow a sequence that covers all of
 them evenly (Roberts 2018's generalised golden ratio, shifted at random for each image) rather than by chance.
 """
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from apm.teachers.base import Teacher
 
 GRID_SIDES = (0.4, 0.8)
-"""Sides of the parts whose grids are targets, as shares of the square's."""
+"""Side of the crops whose grids are targets, as a share of the square's."""
 TOKEN_SIDES = (0.2, 0.5)
-"""The same of the parts whose tokens are: a token says nothing of what is where in its part."""
+"""The same for crops whose tokens are targets: a token has no information about locations in its crop."""
 PAST = 0.25
-"""How far past the border parts are laid, as a share of their range, to be pushed back: corners are seen as well."""
+"""How far past the border crops are placed, as a share of their range, before they are moved back to cover corners."""
 _GOLDEN = 1.2207440846057596  # x**4 = x + 1: for sequences of three numbers
 
 
 @dataclass(frozen=True)
 class GridView:
-    """One look at an image."""
+    """One view of an image."""
 
     box: Box = (0.0, 0.0, 1.0, 1.0)
     """The part of the square that it shows."""
@@ -103,7 +103,7 @@ def view_cells(
     grids: Sequence[Tensor | None] | None = None,
     size: int | None = None,
 ) -> Cells:
-    """Have the teacher look at every view of B images.
+    """Encode every view of B images with the teacher.
 
     Args:
         images: RGB.
@@ -140,7 +140,7 @@ def looks(
     grid: Tensor | None = None,
     size: int | None = None,
 ) -> list[tuple[GridView, Tensor]]:
-    """Have the teacher look at every view of one image: the views as they were cut, and their grids (h', w', D).
+    """Encode every view of one image with the teacher: the views as they were cut, and their grids (h', w', D).
 
     The arguments are those of `view_cells`; `grid` is that of the whole image.
     """
@@ -164,5 +164,5 @@ def cells_of(seen: Sequence[tuple[GridView, Tensor]], side: int) -> Cells:
 
 
 def _token(teacher: Teacher, part: Image.Image) -> Tensor:
-    """The teacher's token of a part, as a grid of one cell (1, 1, D)."""
+    """The teacher's token of a crop, as a grid of one cell (1, 1, D)."""
     return teacher.encode_image(teacher.preprocess(part)[None].to(teacher.device))[None]

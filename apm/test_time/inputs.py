@@ -1,4 +1,4 @@
-"""What a student is fitted to: images as it and its teacher see them. One way for classifier, runs, studies."""
+"""A student's inputs and targets: images as it and its teacher see them, for classifier, runs and studies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One image's fields: fitted under every condition, kept, and their islands measured.
+"""One image's fields, fitted under every condition, and measures of their islands.
 
 Steps and readings are in float32: bfloat16 rounds a nearly constant field into stripes.
 """
@@ -38,7 +38,7 @@ PATCHES = 8
 
 @dataclass(frozen=True)
 class Watched:
-    """One student's field while it is fitted."""
+    """One student's field during its fit."""
 
     fields: dict[int, Field]
     """By the number of steps made: (H, H, D)."""
@@ -72,7 +72,7 @@ def square_of(image: Image.Image) -> Image.Image:
 
 
 def coordinates(side: int) -> Field:
-    """Row and column of each place (side, side, 2)."""
+    """Row and column of each location (side, side, 2)."""
     return np.stack(np.meshgrid(*[np.arange(side, dtype=np.float32)] * 2, indexing="ij"), axis=-1)
 
 
@@ -132,7 +132,7 @@ def prepare(
 def trainers(
     config: APMConfig, adapt: AdaptConfig, *, grid_lr: float = LR, device: str | torch.device = "cpu"
 ) -> dict[str, TestTimeTrainer]:
-    """Make one trainer for each target, in float32 whatever `adapt` says: the fields are looked at and measured.
+    """Make one trainer for each target, in float32 whatever `adapt` says, because the fields are shown and measured.
 
     The grid trains no object query, so its student is read by the mean; and it has a learning rate of its own, because
     at a rate that suits the token its loss hardly falls.
@@ -147,7 +147,7 @@ def trainers(
 
 
 def watch(trainer: TestTimeTrainer, inputs: Inputs, snapshots: Sequence[int]) -> Watched:
-    """Fit a fresh student and keep its field after so many steps each (the last must be the config's)."""
+    """Fit a new student and keep its field after the given numbers of steps (the last must be the config's)."""
     pixels, token, grid = inputs
     by_grid = trainer.config.distil != "cls"
     result = trainer.adapt(pixels, token, grids=grid if by_grid else None, snapshots=snapshots, keep_field=True)

@@ -1,4 +1,4 @@
-"""Where on the image a label is: the student's field, read at any resolution, against the text features.
+"""Maps of labels on the image: the student's field, read at any resolution, compared with the text features.
 
 At each location the field's feature is classified as a token would be: cosine with every label's text feature × the
 teacher's logit scale, softmax over the labels. The map of a label is its probability from place to place. It says
@@ -19,10 +19,10 @@ from apm.student.position import dense_locations
 from apm.text.zeroshot import ZeroShotHead
 
 STEPS, LR = 150, 1e-3
-"""Of a student whose field is to be looked at. A grid is harder to fit than one token: at 1e-4 there is little in the
-field after 50 steps."""
+"""For a student whose field is shown. A grid is harder to fit than one token: at 1e-4 there is little in the field
+after 50 steps."""
 VIEWS = 16
-"""Looks at the image whose grids make its target: what one look at all of it shows is coarse."""
+"""Views of the image whose grids are its target: the grid of the whole image is coarse."""
 CHUNK = 4096
 """Locations classified at a time; beside the maps, memory does not depend on their number."""
 

@@ -19,7 +19,7 @@ from apm.teachers.layers import LayerSource
 from apm.test_time.island_fields import PATCHES, Field, Subject, coordinates, measures, square_of
 
 LEAST = 2
-"""Places that each part should have at least, taken together."""
+"""Minimum mean number of locations per part."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LayerSeen:
     fields: dict[str, Field]
     """By condition, (h, h, D): "image" first; D is another one for colours and coordinates."""
     superpixels: islands.Labels
-    """Of the image, at the layer's places."""
+    """Of the image, at the layer's locations."""
     measured: dict[str, dict[str, float]]
     """By condition: see `apm.test_time.island_fields.measures`."""
     clusters: dict[str, islands.Labels]
@@ -45,7 +45,7 @@ class LayerSeen:
 
     @property
     def places(self) -> int:
-        """A side, in places."""
+        """Side, in locations."""
         return len(self.field)
 
     @property
@@ -102,7 +102,7 @@ def observe_layers(
     seed: int = 0,
     controls: bool = True,
 ) -> list[LayerSeen]:
-    """Look at and measure one image: see `fields_of`; `threshold` and `parts` as in `IslandOptions`.
+    """Compute and measure one image's layers: see `fields_of`; `threshold` and `parts` as in `IslandOptions`.
 
     Raises:
         UsageError: a layer has too few places for so many parts.
@@ -146,7 +146,7 @@ def _measured(
 
 
 def pooled(field: NDArray[np.floating], side: int) -> Field:
-    """Mean over blocks of places, so that at most `side` a side are left: (h, h, D) → (h', h', D).
+    """Mean over blocks of locations, leaving at most `side` per side: (h, h, D) → (h', h', D).
 
     Places at the right and below that fill no block are left out.
     """

@@ -38,7 +38,7 @@ def _queries(_: str, value: int | str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How each student is trained, as far as a user and the trainer say it in the same words. Schedule: constant.
+    """How each student is trained: the settings shared by users and the trainer. Constant learning rate.
 
     Raises:
         UsageError: a value that cannot work; the message holds it.
@@ -104,7 +104,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig(TrainingOptions):
-    """What the trainer is told: `StudentOptions.training` makes it of a user's options."""
+    """The trainer's settings: `StudentOptions.training` makes them from a user's options."""
 
     queries: int | None = setting(
         None,

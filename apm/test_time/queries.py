@@ -17,7 +17,7 @@ the answers that change."""
 
 
 def check_queries(queries: int | str) -> None:
-    """Refuse what is neither a number from 1 on, nor ``all``, nor ``auto``.
+    """Refuse what is neither a number of 1 or more, nor ``all``, nor ``auto``.
 
     Raises:
         UsageError: with the value.

@@ -1,4 +1,4 @@
-"""The mode of an adapted student's field as its token: what most places agree on, and not the mean of all."""
+"""The mode of an adapted student's field as its token: what most locations agree on, instead of the mean of all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 @torch.no_grad()
 def mode_of(field: Tensor, head: ZeroShotHead) -> Tensor:
-    """Where the features of a field are densest, by mean shift over its places from the one nearest to their mean.
+    """The mode of a field's features, by mean shift over its locations from the one nearest to their mean.
 
     Args:
         field: (N, D) features at N places, of any length.

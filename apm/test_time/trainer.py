@@ -274,7 +274,7 @@ class TestTimeTrainer:
         return 4 * (5 * parameters + 2 * self.model.cells * hidden + in_views + 6 * (texts or 0))
 
     def _halve_batch(self, size: int, view_cells: int | None, texts: int | None) -> None:
-        """Give up what did not fit, and go on with half of it. Said once."""
+        """Release what did not fit and continue with half of it. Logged once."""
         self._engine = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -362,7 +362,7 @@ class TestTimeTrainer:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Tell a lack of memory from other errors; a CPU's is a plain RuntimeError with only its text to tell it by."""
+    """Whether an error is a lack of memory; on a CPU it is a plain RuntimeError, recognised by its text."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         text in str(error).lower() for text in ("can't allocate memory", "out of memory")
     )

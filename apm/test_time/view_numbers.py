@@ -1,4 +1,4 @@
-"""How many looks at an image make the target of its field: the words of ``--grid-views``; nothing heavy is imported."""
+"""How many views of an image make the target of its field: the values of ``--grid-views``; no heavy imports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse_grid_views(text: str) -> int | str:
 
 
 def check_grid_views(_: str, value: int | str) -> None:
-    """Refuse what is no number of views.
+    """Refuse what is not a number of views.
 
     Raises:
         UsageError: with the value.

@@ -156,7 +156,7 @@ def pixels_id(image: Image.Image) -> str:
 
 
 def check(count: int, min_area: float) -> None:
-    """Refuse numbers that no set of views can have, with a `UsageError`."""
+    """Refuse impossible numbers of views, with a `UsageError`."""
     if count < 1:
         raise UsageError(f"{count} views: at least 1 is needed, the image itself.")
     if not 0 < min_area <= 1:

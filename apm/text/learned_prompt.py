@@ -40,7 +40,7 @@ class LearnedPrompt:
     meta_net: Mapping[str, Tensor] | None = None
     """By the names in `META_NET`; None: CoOp's."""
     origin: Mapping[str, str] = field(default_factory=dict)
-    """What is known of its making: ``teacher``, the identity of the teacher it was learned with; ``converted``, …"""
+    """How it was made: ``teacher``, the identity of the teacher it was learned with; ``converted``, …"""
 
     def __post_init__(self) -> None:
         """Raise a ValueError where shapes or numbers are not those of a learned prompt."""
@@ -140,7 +140,7 @@ def read_published(path: Path) -> LearnedPrompt:
 
 
 def check_class_names(prompt: LearnedPrompt, class_names: Sequence[str], *, name: str) -> None:
-    """Refuse class names that a prompt was not learned for, as far as it says for which it was.
+    """Refuse class names that a prompt was not learned for, if it records those it was.
 
     Raises:
         UsageError: some of the names at hand are not among those; a part of them may be missing.
@@ -158,7 +158,7 @@ def check_class_names(prompt: LearnedPrompt, class_names: Sequence[str], *, name
 
 
 def tunable(prompt: LearnedPrompt, teacher: Any, class_names: list[str], *, name: str, group: int) -> TunablePrompt:
-    """The prompts of these classes with the learned context in the place of its M words.
+    """The prompts of these classes with the learned context in place of its M words.
 
     Args:
         prompt: what was learned.

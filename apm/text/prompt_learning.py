@@ -64,7 +64,7 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LearningConfig:
-    """What decides the learned weights, beside images and teacher. The defaults are the published settings."""
+    """What the learned weights depend on, besides images and teacher. The defaults are the published settings."""
 
     method: str = "coop"
     shots: int = 16
@@ -217,7 +217,7 @@ class PromptLearner:
         return {**asdict(self.config), **self.data, "teacher": self.teacher.identity, "classes": len(self.class_names)}
 
     def save(self) -> None:
-        """Write what is needed to go on."""
+        """Write what is needed to continue."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.weights.items()}
         for name, value in self.weights.items():
             momentum = self._optimiser.state[value].get("momentum_buffer")

@@ -22,7 +22,7 @@ from apm.teachers.text_tower import TextTower
 
 @runtime_checkable
 class PromptTunable(Protocol):
-    """What a teacher offers beside the `Teacher` protocol for its prompt to be tuned."""
+    """What a teacher needs, besides the `Teacher` protocol, for its prompt to be tuned."""
 
     model: Any
     """With ``encode_text(tokens)``, and an `nn.Embedding` ``token_embedding`` of its own or in ``model.text``."""

@@ -187,7 +187,7 @@ def _write(path: Path, features: Tensor) -> None:
 
 
 def _tell_once(folder: Path, what: str) -> None:
-    """Log a warning about a cache folder, the first time alone."""
+    """Log a warning about a cache folder, the first time only."""
     if folder not in _told:
         _told.add(folder)
         _log.warning("The text features in %s %s.", folder, what)

@@ -29,7 +29,7 @@ _UNSAID = ("distil", "temperature", "rgb_weight", "agree", "guide", "grid_views"
 
 
 class APMTestTimeTraining:
-    """The student's answer after K steps towards the target, its weights drawn new for each image."""
+    """The student's answer after K steps towards the target, with new random weights for each image."""
 
     stream = False
     gradients = True
@@ -119,7 +119,7 @@ class APMTestTimeTraining:
 
 
 def _chosen(options: MethodOptions) -> StudentOptions:
-    """The run's student, and over it what stands behind the method's name."""
+    """The run's student options, overridden by those after the method's name."""
     run = {name: getattr(options.student, name) for name in settings_of(StudentOptions)}
     given = {**run, "seed": options.seed, "target": options.target or options.student.target}
     chosen = make_settings(StudentOptions, "apm", options, **given)

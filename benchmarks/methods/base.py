@@ -119,7 +119,7 @@ class Batch:
 
     @property
     def looked_at(self) -> bool:
-        """Whether the images themselves were given or asked for, and not their features alone."""
+        """Whether the images themselves were given or requested, not only their features."""
         return self._images is not None
 
     def pixels(self) -> Tensor:
@@ -234,7 +234,7 @@ class Batch:
 
 @dataclass(kw_only=True)
 class Prediction:
-    """What a method says of B images."""
+    """A method's output for B images."""
 
     logits: Tensor
     """(B, C) float32; their softmax is the method's probability of each class. A row with NaN is no answer."""
@@ -262,7 +262,7 @@ class Prediction:
 
 
 class Method(Protocol):
-    """One way to classify test images, told nothing of labels."""
+    """A method to classify test images; it never sees labels."""
 
     name: str
     """Names its column in records and tables; distinct within a run."""
@@ -380,12 +380,12 @@ def display_name(method: str, options: MethodOptions, *parts: str) -> str:
 
 
 def view_key(sample_id: str) -> str:
-    """What stands for a sample's id where its views are drawn: the id itself often holds the label."""
+    """Replacement for a sample's id when its views are drawn: the id itself often contains the label."""
     return hashlib.sha256(sample_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _bare(image: Image.Image) -> Image.Image:
-    """A copy of the pixels alone: PIL keeps the path and metadata, which may tell the label, on images it opened."""
+    """A copy of only the pixels: PIL keeps path and metadata, which may reveal the label, on images it opened."""
     copy = image.convert("RGB")
     copy.info = {}
     return copy

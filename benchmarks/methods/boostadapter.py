@@ -33,7 +33,7 @@ class BoostAdapterSettings(TDASettings):
     keep: float = 0.1
     """Share of the views, those of lowest entropy, that are lent to the cache."""
     mode: str = "image"
-    """What stands for the image: ``image``, its own feature; ``mean``, that of its confident views."""
+    """The image's representation: ``image``, its own feature; ``mean``, that of its confident views."""
     extra: int = 1
     """δ: entries that a class may have in the copy beyond those of the positive cache."""
 
@@ -107,7 +107,7 @@ class BoostAdapter:
         return answer + chosen.positive_alpha * gain - chosen.negative_alpha * negative.logits(feature)
 
     def _boosted(self, cache: Cache, views: Tensor, logits: Tensor, feature: Tensor) -> Tensor:
-        """What the cache says of a feature (D,) while it is lent views, (K, D) and (K, C): (C,)."""
+        """The cache's logits (C,) for a feature (D,) when views (K, D) and (K, C) are added temporarily."""
         lent: dict[int, list[tuple[float, Tensor]]] = {}
         for view, entropy, owner in zip(
             views, entropies(logits.softmax(dim=1)).tolist(), logits.argmax(dim=1).tolist(), strict=True

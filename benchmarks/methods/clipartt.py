@@ -40,7 +40,7 @@ class CLIPArTTSettings(NormSettings):
 
 
 class CLIPArTT(NormTuned):
-    """Draw a batch's image–text predictions to its own likeness, then classify the batch.
+    """Pull a batch's image–text predictions towards its own similarities, then classify the batch.
 
     The extras ``loss_first`` and ``loss_last`` are the loss before the first step and before the last, the same for
     all images of a batch.
@@ -98,7 +98,7 @@ def likeness_step(
 
 
 def likeness_loss(images: Tensor, texts: Tensor, scale: float) -> Tensor:
-    """Cross-entropy of image–text predictions with the mean likeness among images and among texts.
+    """Cross-entropy of image–text predictions with the mean similarity among images and among texts.
 
     Args:
         images: (B, D) of unit length.

@@ -69,7 +69,7 @@ class TPTCoOp(TPT):
         self.settings: Mapping[str, Json] = {**self.settings, **learned}
 
     def own_prompt(self, templates: Sequence[str]) -> str:
-        """What stands before the class name, in words."""
+        """The words before the class name."""
         return f"[{len(self._learned.context)} vectors of {Path(self._chosen.file).stem}] {{}}."
 
     def prepare(self, batch: Batch) -> None:

@@ -45,7 +45,7 @@ class Watcher:
     """Fits a fresh student to one image after the other, all from the same first weights."""
 
     def __init__(self, model: APMConfig, adapt: AdaptConfig, *, device: str | torch.device = "cpu") -> None:
-        """Draw the first weights.
+        """Draw the initial weights.
 
         Args:
             model: sizes of the student.

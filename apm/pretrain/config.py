@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How to train a network on images. Every value affects the weights; one is continued only with the same ones.
+    """How to train a network on images. Every value affects the weights: checkpoints are continued with the same ones.
 
     Raises:
         UsageError: a value that cannot work.

@@ -28,6 +28,23 @@ def test_every_relative_link_leads_to_a_file(document: Path) -> None:
     assert [link for link in local if not (document.parent / link).exists()] == []
 
 
+def anchors(document: Path) -> set[str]:
+    """Names by which a page's headings can be linked, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_to_a_heading_leads_to_one(document: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [
+        link.partition("#")[::2] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)
+    ]
+    named = [(document.parent / file if file else document, name) for file, name in links if name]
+    assert [f"{page.name}#{name}" for page, name in named if name not in anchors(page)] == []
+
+
 def test_the_gallery_of_the_readme_is_what_make_gallery_makes() -> None:
     shown = re.findall(r"!\[[^]]+\]\(docs/gallery/(\w+)\.png\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert shown == list(gallery.PICTURES)

@@ -27,7 +27,7 @@ class AdamRows:
     """
 
     def __init__(self, initial: Parameters, batch: int, *, lr: float, dtype: torch.dtype, device: torch.device) -> None:
-        """Lay all parameters of a sample into one row.
+        """Lay all parameters of a sample into one row; `reset` comes before anything else.
 
         Args:
             initial: what every sample starts from and is reset to.
@@ -45,9 +45,10 @@ class AdamRows:
         self._initial = torch.zeros(end, device=device)
         for name, (start, size) in places.items():
             self._initial[start : start + size] = initial[name].detach().flatten()
-        self.weight_rows, self.gradient_rows, self.first_moment, self.second_moment = (
-            torch.zeros(batch, end, device=device) for _ in range(4)
+        self.weight_rows, self.first_moment, self.second_moment = (  # `reset` fills them
+            torch.empty(batch, end, device=device) for _ in range(3)
         )
+        self.gradient_rows = torch.zeros(batch, end, device=device)
         self.frozen, self.updates = (torch.zeros(batch, device=device) for _ in range(2))
 
         def views(rows: Tensor, offset: int = 0) -> Parameters:
@@ -65,7 +66,7 @@ class AdamRows:
         self.products = self.weights
         if dtype != torch.float32:
             width = self._middle.stop - self._middle.start
-            self._middle_half = torch.zeros(batch, width, dtype=dtype, device=device)
+            self._middle_half = torch.empty(batch, width, dtype=dtype, device=device)
             self.products = views(self._middle_half, self._middle.start)
 
     @torch.no_grad()

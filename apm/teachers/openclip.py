@@ -17,6 +17,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from apm.errors import TeacherError
 from apm.images.load import central_square, normalised
@@ -38,6 +39,7 @@ _CPU_BATCH = 16  # what a processor's caches hold is soon full: larger batches a
 _TEXTS = 1024  # turned into ids together
 _TOKENS, _CPU_TOKENS = 16384, 1024  # encoded together
 _MAX_ASPECT = 16
+_DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 _MAX_LOGIT_SCALE = 12  # before the exponential: logits up to 163,000
 
 
@@ -153,7 +155,8 @@ def load_source(source: Source, *, device: str | torch.device = "cpu") -> OpenCl
     try:
         with quiet(), _network_for(source):
             _check_size(source, checkpoint)
-            model = _build(source)
+            with _Undrawn():
+                model = _build(source)
             if checkpoint.state is None:
                 open_clip.load_checkpoint(model, str(source.weights))
             else:
@@ -181,6 +184,14 @@ def untrained_tower(source: Source) -> nn.Module:
     with quiet(), _network_for(source):
         tower: nn.Module = _build(source).visual  # type: ignore[assignment]
     return tower
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves random weights undrawn: a file's are put over all of them next, and a large model's take seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs.get("tensor", *args[:1]) if func in _DRAWS else func(*args, **kwargs)
 
 
 def _build(source: Source, device: str = "cpu") -> nn.Module:
@@ -224,7 +235,7 @@ def _check_model(source: Source, model: nn.Module, tokenizer: Any, known: int) -
             f'The teacher "{source.name}" cannot be used: its tokenizer has {tokenizer.vocab_size} tokens, but its text'
             f" tower only {known}."
         )
-    broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor)]
     if broken:
         raise TeacherError(
             f'The teacher "{source.name}" cannot be used: {source.weights} holds values that are not finite,'
@@ -237,6 +248,13 @@ def _check_model(source: Source, model: nn.Module, tokenizer: Any, known: int) -
             f" exponential multiplies every logit: CLIP's is about 4.6, and beyond ±{_MAX_LOGIT_SCALE} probabilities "
             "are meaningless."
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no number is infinite or NaN: both show in the extremes, which take one pass and no memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _try(teacher: OpenClipTeacher) -> None:

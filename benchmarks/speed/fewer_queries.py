@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from apm.student.config import APMConfig
+from apm.student.engine import Engine
+from apm.student.engine_adam import SPAN
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.inputs import student_inputs
@@ -23,7 +26,7 @@ from ..datasets import Dataset, open_dataset
 from ..studies.study import numbers
 from ..tables.stats import mcnemar, standard_error
 from .kind import Kind
-from .machine import six_products, stream_probe
+from .machine import first_layer, six_products, stream_probe
 from .options import Options, Record, loaded_engine
 from .plots import Panel, Row, at_sizes, column
 from .profile import ADAM_BYTES, step_flops, trained_parameters
@@ -120,19 +123,57 @@ def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str
 
     Returns:
         ``products``: the six large products, bare; ``adam``: Adam's traffic at the bandwidth of scaling an array in
-        place; ``whole``: the step; ``ratio``: the whole to the sum of the two, round by round.
+        place; ``whole``: the step; ``ratio``: the whole to the sum of the two, round by round. Where the rest goes:
+        ``first``, the first layer's products; ``readout``, forward and backward; ``update``, what Adam's pass really
+        takes, in bfloat16 with new copies of the weights; ``widening`` of their gradients, in bfloat16 on a CPU alone.
     """
     precision, device = options.chosen_precision, options.device
     stream, traffic = stream_probe(config, 1, device)
     engine = loaded_engine(config, precision, device, queries=_fewer(config, count))
     engine.run(1)  # draws locations
-    products = six_products(config, precision, 1, device, queries=count)
-    times = interleaved({"products": products, "adam": stream, "whole": engine.advance}, device, options.rounds)
+    works = {
+        "products": six_products(config, precision, 1, device, queries=count),
+        "adam": stream,
+        "whole": engine.advance,
+        "first": first_layer(config, device),
+        "readout": _readout(engine, count),
+        "update": engine.update,
+    }
+    if precision == "bf16" and device.type == "cpu":
+        works["widening"] = _widening(config)
+    times = interleaved(works, device, options.rounds)
     passes = ADAM_BYTES * trained_parameters(config) / traffic
     times["adam"] = [seconds * passes for seconds in times["adam"]]
     parts = zip(times["whole"], times["products"], times["adam"], strict=True)
     times["ratio"] = [whole / (products + adam) for whole, products, adam in parts]
     return {name: spread(values) for name, values in times.items()}
+
+
+def _readout(engine: Engine, count: int) -> Callable[[], object]:
+    """The readout of so many locations, forward and backward, of made-up numbers."""
+    config, device = engine.config, engine.device
+    hidden = torch.rand(1, count, config.hidden[2], device=device)
+    positions, d_token = (torch.rand(rows, config.dim, device=device) for rows in (count, 1))
+    d_hidden = torch.empty_like(hidden)
+
+    def run() -> None:
+        engine.pooling.forward(hidden, positions)
+        engine.pooling.backward(d_token, out=d_hidden)
+
+    return run
+
+
+def _widening(config: APMConfig) -> Callable[[], object]:
+    """The middle layers' gradients from bfloat16 to float32, a span at a time that is in the cache already."""
+    h1, h2, h3 = config.hidden
+    wide = torch.zeros(h1 * h2 + h2 * h3)
+    narrow = torch.ones(min(SPAN, len(wide)), dtype=torch.bfloat16)
+
+    def run() -> None:
+        for part in wide.split(len(narrow)):
+            part.copy_(narrow[: len(part)])
+
+    return run
 
 
 def _fewer(config: APMConfig, count: int) -> int | None:
@@ -186,6 +227,16 @@ QUERIES = Kind(
         "Beside its products and Adam's traffic, a step has the first layer (its weights are read twice and their "
         "gradient\nwritten, whatever the number of locations), in bf16 the weights' copies and the widening of their "
         "gradients, and the\nreadout.",
+        Table(
+            {
+                "locations": "{queries}",
+                "first layer": "{first}",
+                "readout": "{readout}",
+                "gradients to float32": "{widening}",
+                "Adam and the weights' copies": "{update}",
+            },
+            lambda record: [{**row, **row["step"]} for row in record["rows"] if "first" in row["step"]],
+        ),
     ),
     plot=_plot,
 )

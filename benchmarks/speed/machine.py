@@ -45,6 +45,20 @@ def six_products(
     return _products(jobs)
 
 
+def first_layer(config: APMConfig, device: torch.device) -> Callable[[], object]:
+    """All products of the first layer, in its cheap form, of one student: the same at any number of locations."""
+    numbers = partial(_random, 1, torch.float32, device)
+    h1, half, grid = config.hidden[0], config.position_dim // 2, config.grid
+    weight = numbers(h1, config.cells + 2 * half)
+    gradient, jobs = weight.clone(), []
+    for rows, start, width in ((1, 0, config.cells), *((grid, config.cells + side, half) for side in (0, half))):
+        x, d, part = numbers(rows, width), numbers(rows, h1), slice(start, start + width)
+        jobs += [(x, weight[..., part].mT, d.clone()), (d.mT, x, gradient[..., part])]
+        if not start:  # the column's gradient leads on to the filter's
+            jobs.append((d, weight[..., part], x.clone()))
+    return _products(jobs)
+
+
 def _products(jobs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
     def run() -> None:
         for a, b, out in jobs:

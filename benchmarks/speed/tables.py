@@ -52,9 +52,9 @@ class Table:
 
 
 def table(columns: Mapping[str, str], rows: Iterable[Row]) -> str:
-    """A table in markdown: title → format string over a row."""
-    cells = ([words.format(cell, **row) for cell in columns.values()] for row in rows)
-    return markdown(columns, cells, text=None) + "\n"
+    """A table in markdown: title → format string over a row. Nothing where there are no rows."""
+    cells = [[words.format(cell, **row) for cell in columns.values()] for row in rows]
+    return markdown(columns, cells, text=None) + "\n" if cells else ""
 
 
 def shown(*parts: Table | str) -> Callable[[Row], str]:

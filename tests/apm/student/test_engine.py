@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apm.student import matmul as precision
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
-from apm.student.model import APM, draw_parameters
+from apm.student.model import APM, draw_parameters, parameter_shapes
 from apm.student.position import grid_locations
 from tests.counters import Allocations
 
@@ -122,10 +122,10 @@ def test_forward_and_every_gradient(seed: int, readout: str, loss: str) -> None:
 @pytest.mark.parametrize(("seed", "readout", "loss"), CASES)
 def test_twenty_steps(seed: int, readout: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = random_config(seed + 10, readout)
-    parameters, images, targets = draw(config, 3, seed)
+    parameters, images, targets = draw(config, 2, seed)
     rows, cols = grid_locations(config.grid)
-    losses, tokens, fields = torch.empty(3, 20), torch.empty(3, 21, config.dim), []  # of the plain form
-    for b in range(3):
+    losses, tokens, fields = torch.empty(2, 20), torch.empty(2, 21, config.dim), []  # of the plain form
+    for b in range(2):
         model = plain(config, parameters)
         adam = torch.optim.Adam(model.parameters(), lr=LR)
         for step in range(20):
@@ -140,13 +140,13 @@ def test_twenty_steps(seed: int, readout: str, loss: str, monkeypatch: pytest.Mo
             fields.append(model.field(images[b : b + 1], rows + 0.25, cols)[0])
     for one_by_one in (True, False):  # as a CPU and as a GPU takes the products
         monkeypatch.setattr(precision, "_one_by_one", lambda _, chosen=one_by_one: chosen)
-        engine = Engine(config, parameters, batch=3, lr=LR, loss=loss)  # type: ignore[arg-type]
+        engine = Engine(config, parameters, batch=2, lr=LR, loss=loss)  # type: ignore[arg-type]
         engine.load(images, targets)
         history = engine.run(20, record_tokens=True)
         assert history.tokens is not None
-        assert engine.updates.tolist() == [20.0] * 3
-        read = engine.fold(3).features(rows + 0.25, cols)
-        for b in range(3):
+        assert engine.updates.tolist() == [20.0] * 2
+        read = engine.fold(2).features(rows + 0.25, cols)
+        for b in range(2):
             assert history.losses[b, :20].tolist() == pytest.approx(losses[b].tolist(), rel=1e-4, abs=1e-6)
             assert max(apart(history.tokens[b, step], tokens[b, step]) for step in range(20)) < 1e-4
             assert apart(engine.token[b], tokens[b, 20]) < 1e-4
@@ -273,7 +273,8 @@ def test_flops_of_a_step_at_the_papers_size(precision_name: str) -> None:
     positions = 2 * 2 * 2 * grid * half * h1
     column = 2 * 2 * n * h1 + 2 * 2 * n * 3 * config.patch_size**2
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes are all that is counted
-        engine = Engine(config, draw(config, 0)[0], precision=precision_name)  # type: ignore[arg-type]
+        initial = {name: torch.empty(shape) for name, shape in parameter_shapes(config).items()}
+        engine = Engine(config, initial, precision=precision_name)  # type: ignore[arg-type]
         with FlopCounterMode(display=False) as counter:
             engine.step()
     small = counter.get_total_flops() - middle - select - positions - column

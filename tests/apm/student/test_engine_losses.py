@@ -104,14 +104,14 @@ def test_loss_and_every_gradient(
 @every_loss
 def test_twenty_steps(distil: str, rgb_weight: float, readout: str) -> None:
     config = random_config(11, readout)
-    parameters, images, targets = draw(config, 3)
-    parameters, grids = alive(parameters), draw_grids(config, 3)
-    engine = grid_engine(config, parameters, 3, distil=distil, rgb_weight=rgb_weight)
+    parameters, images, targets = draw(config, 2)
+    parameters, grids = alive(parameters), draw_grids(config, 2)
+    engine = grid_engine(config, parameters, 2, distil=distil, rgb_weight=rgb_weight)
     engine.load(images, targets, grids)
     history = engine.run(20, snapshots=(0, 7, 20))
     assert sorted(history.fields) == [0, 7, 20]
     rows, cols = grid_locations(config.grid)
-    for b in range(3):
+    for b in range(2):
         model = plain(config, parameters)
         adam = torch.optim.Adam(model.parameters(), lr=LR)
         for step in range(21):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 import typer
 from torch import nn
 from typer.testing import CliRunner
@@ -51,6 +52,12 @@ def test_the_embedded_teacher_has_labels_and_a_vocabulary(packaged: Path) -> Non
     assert teacher.encode_text(TEXTS).isfinite().all()
     (packaged / "templates.txt").write_text("a {}\nthe {}\n")
     assert load_teacher("embedded").default_templates == ("a {}", "the {}")
+
+
+def test_no_weights_are_drawn_only_to_be_replaced() -> None:
+    before = torch.get_rng_state()
+    load_teacher("embedded")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_vocabulary_larger_than_the_text_tower_is_refused(packaged: Path) -> None:

@@ -87,16 +87,15 @@ def test_a_step_on_a_gpu_touches_nothing_of_the_cpu(
         engine.load(torch.zeros(3, 3, side, side), torch.zeros(3, config.dim), grids, text)
         held = {name: value.device.type for name, value in _tensors(engine).items()}
         assert len(held) > 40 and set(held.values()) == {"cuda"}, held
-        drawn = engine._draw(2)
+        drawn = engine._draw(1)
         assert drawn is None or drawn.device.type == "cuda"
         with Placement() as placement:
-            for k in range(2):
-                if drawn is not None:
-                    engine._read.take(engine._all, drawn[k])
-                engine.step()
+            if drawn is not None:
+                engine._read.take(engine._all, drawn[0])
+            engine.step()
             engine.evaluate()
             engine.reset()
-    assert placement.calls > 200
+    assert placement.calls > 100
     assert placement.astray == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -313,7 +314,7 @@ def test_fewer_queries() -> None:
         assert row["mcnemar_p"] == mcnemar(row["lost"], row["won"])
         assert 0 <= row["agreement"] <= 1 and row["seconds"]["n"] == 6
         assert {part: values["n"] for part, values in row["step"].items()} == dict.fromkeys(
-            ("products", "adam", "whole", "ratio"), QUICK.rounds
+            ("products", "adam", "whole", "ratio", "first", "readout", "update"), QUICK.rounds
         )
     # a picture of one's own token: labels given by the teacher make its accuracy one, and agreement is accuracy
     tokens = [teacher.encode_image(teacher.preprocess(one)[None]) for one in pictures]
@@ -340,7 +341,15 @@ def test_prompt_tuning_beside_the_published_loop() -> None:
 def test_a_step_is_held_to_its_products_and_adams_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every time is known; so the ratio is. The probe of the memory moves 8 bytes a parameter, Adam 28."""
     known = {"products": [1.0, 2.0], "adam": [2.0, 2.0], "whole": [12.0, 18.0]}
-    monkeypatch.setattr(fewer_queries, "interleaved", lambda works, *_: {name: known[name] for name in works})
+    more = {"first", "readout", "update"}
+
+    def timed(works: dict[str, Callable[[], object]], *_: object) -> dict[str, list[float]]:
+        assert set(works) == {*known, *more}
+        for name in more:
+            works[name]()
+        return {name: known.get(name, [3.0, 3.0]) for name in works}
+
+    monkeypatch.setattr(fewer_queries, "interleaved", timed)
     parts = fewer_queries.parts_of_a_step(QUICK, TINY, 4)
     assert (parts["adam"]["min"], parts["ratio"]["min"], parts["whole"]["median"]) == (7.0, 1.5, 15.0)
     assert parts["ratio"]["median"] == pytest.approx((12 / 8 + 18 / 9) / 2)

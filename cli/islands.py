@@ -137,6 +137,7 @@ def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer)
         "grid lr": options.grid_lr,
         "grid size": options.grid_size or source.grid_size,
         "grid views": options.grid_views,
+        "guide": options.guide,
         "agree": options.agree,
         "precision": student.precision,
         "seed": options.seed,

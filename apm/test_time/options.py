@@ -258,6 +258,11 @@ class IslandOptions:
         check=check_grid_views,
         parse=parse_grid_views,
     )
+    guide: Guide = setting(
+        "none",
+        "What a query contains besides trigger column and position: none, or rgb (a code of the colours there).",
+        choices=typing.get_args(Guide),
+    )
     agree: float = setting(
         0.0, "Weight of an added loss that pulls each location's feature towards its neighbours.", check=not_negative
     )
@@ -272,5 +277,11 @@ class IslandOptions:
     def student(self) -> StudentOptions:
         """The student's settings among these; every location is read at each step."""
         return StudentOptions(
-            preset=self.preset, steps=self.steps, lr=self.lr, seed=self.seed, queries=ALL, agree=self.agree
+            preset=self.preset,
+            steps=self.steps,
+            lr=self.lr,
+            seed=self.seed,
+            queries=ALL,
+            guide=self.guide,
+            agree=self.agree,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.benchmarks.studies.test_pointing import TINY, ColourTeacher
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apm.teachers.load_teacher", lambda name, **_: ColourTeacher())
     monkeypatch.setattr("apm.teachers.check_teacher", lambda name: None)
-    monkeypatch.setattr(APMConfig, "preset", lambda name, **_: TINY)
+    monkeypatch.setattr(APMConfig, "preset", lambda name, *, guide="none", **_: replace(TINY, guide=guide))
 
 
 def islands(out: Path, *arguments: str | Path) -> Result:
@@ -91,9 +92,22 @@ def test_many_views_are_the_grids_target(picture: Path, tmp_path: Path) -> None:
     assert record["settings"]["grid views"] == "tokens:2" and record["settings"]["agree"] == 0.5
 
 
+@pytest.mark.slow
+def test_the_query_holds_the_colours_at_its_place(picture: Path, tmp_path: Path) -> None:
+    fields = {}
+    for guide in ("none", "rgb"):
+        out = tmp_path / guide
+        assert islands(out, "--steps", "1", "--no-controls", "--guide", guide, picture).exit_code == 0
+        assert json.loads(next(out.glob("*.json")).read_text())["settings"]["guide"] == guide
+        with np.load(next(out.glob("*.npz"))) as arrays:
+            fields[guide] = arrays["fields/grid"]
+    assert not np.array_equal(fields["none"], fields["rgb"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["--guide", "rgbb"], 'Did you mean "rgb"'),
         (["--snapshots", "0,x"], '"0,x"'),
         (["--snapshots", "0,999"], "from 0 to --steps, which is 150"),
         (["--steps", "0"], "steps must be 1 or more, not 0"),

@@ -79,7 +79,7 @@ class TrainingOptions:
     temperature: float = setting(
         TEMPERATURE,
         "With --loss soft: temperature that the logits, at the teacher's own scale, are divided by.",
-        check=between(0.01, 1000, ": float32 tells the labels apart no more, beyond"),
+        check=between(0.01, 1000, ": float32 has too few digits for the loss outside that range"),
     )
     tolerance: float | None = setting(
         None,

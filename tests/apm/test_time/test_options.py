@@ -127,7 +127,7 @@ def test_the_trainer_gets_every_setting_it_shares() -> None:
         ({"loss": "soft", "distil": "grid"}, 'use distil="both"'),
         ({"loss": "soft", "temperature": 0.0}, "temperature must be from 0.01 to 1000, not 0.0"),
         ({"loss": "soft", "temperature": float("nan")}, "temperature must be from 0.01 to 1000, not nan"),
-        ({"loss": "soft", "temperature": 1e30}, "to 1000, not 1e\\+30: float32 tells the labels apart no more"),
+        ({"loss": "soft", "temperature": 1e30}, "to 1000, not 1e\\+30: float32 has too few digits"),
         ({"temperature": 2.5}, "temperature=2.5 but loss=mse uses no temperature; add loss=soft"),
         ({"target": "mat"}, 'Did you mean "mta"'),
         ({"target": "mta", "distil": "grid"}, "uses no token; write distil=both"),

@@ -37,7 +37,7 @@ from .study import ROOT, USUAL, Options, Record, Study, each, markdown, run
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for C of sklearn's logistic regression (larger: weaker penalty)."""
-_ITERATIONS = 150
+_ITERATIONS = 2000
 NAMES = {
     "pixels": "raw pixels",
     "pooled": "pixels pooled to the student's grid",
@@ -160,7 +160,7 @@ def table(record: Record) -> str:
         f"Logistic regression on standardised inputs, C chosen from {', '.join(f'{one:g}' for one in PENALTIES)} on a "
         f"fifth of the training images; {record['train']:,} training and {record['test']:,} test images of "
         f"{record['data']}, {record['classes']} classes, seed {record['seed']}; ± binomial standard error. "
-        f"†: stopped after {_ITERATIONS} iterations."
+        f"†: stopped after {_ITERATIONS:,} iterations."
     )
 
 

@@ -111,8 +111,8 @@ SYSTEMS = (
         "not published",
         "glom-student.json",
         lambda record: (
-            f"agreement with the teacher {100 * record['methods']['glom-ttt']['agreement']:.0f} %, APM's "
-            f"{100 * record['methods']['apm']['agreement']:.0f} % ({record['images']} images)"
+            f"agreement with the teacher {100 * record['methods']['glom-ttt']['agreement']:.1f} %, APM's "
+            f"{100 * record['methods']['apm']['agreement']:.1f} % ({record['images']} images)"
         ),
         "glom.md",
     ),

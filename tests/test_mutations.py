@@ -101,10 +101,12 @@ def moments_kept(patch: Patch) -> None:
     reset = Engine.reset
 
     def wrong(self: Engine) -> None:
+        stepped = bool(self.rows.updates.any())  # before the first step there is nothing to keep
         kept = self.rows.first_moment.clone(), self.rows.second_moment.clone()
         reset(self)
-        self.rows.first_moment.copy_(kept[0])
-        self.rows.second_moment.copy_(kept[1])
+        if stepped:
+            self.rows.first_moment.copy_(kept[0])
+            self.rows.second_moment.copy_(kept[1])
 
     patch.setattr(Engine, "reset", wrong)
 

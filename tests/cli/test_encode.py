@@ -97,7 +97,7 @@ def test_a_mistake_is_one_sentence_and_exit_2(arguments: list[str], message: str
         (["--features", "nowhere"], 'No store at "nowhere"'),
         (["--features", "store", "--store", "store"], "--features and --store exclude each other"),
         (["--features", "store", "--seed", "3"], "seed: 0 in the store, 3 asked for"),
-        (["--features", "store", "--method", "mta"], "mta looks at 64 views of each image, and store holds 5"),
+        (["--features", "store", "--method", "mta"], "mta needs 64 views of each image, but store holds 5"),
         (["--features", "store", "--corruption", "fog"], "store has no features of digits/fog/5; it has digits."),
     ],
 )

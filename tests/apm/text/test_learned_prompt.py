@@ -124,7 +124,7 @@ def damaged(path: Path, what: str) -> None:
         ("list", 'has no tensor "ctx"'),
         ("classes", "class-specific"),
         ("nan", "not finite"),
-        ("half a net", "meta_net.linear1.weight alone"),
+        ("half a net", "has only meta_net.linear1.weight"),
         ("another net", "shapes"),
     ],
 )

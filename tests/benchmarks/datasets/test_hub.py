@@ -123,7 +123,7 @@ def test_wnid_column(tmp_path: Path) -> None:
     subset = imagenet_subset("imagenet-r")
     write_parquet(tmp_path, [WNIDS[subset[5]], WNIDS[subset[0]]], column="wnid")
     assert [s.label for s in open_dataset("imagenet-r", source=f"hf:{tmp_path}").samples] == [5, 0]
-    with pytest.raises(UsageError, match="none of imagenet-a"):
+    with pytest.raises(UsageError, match="2 of its classes are not in imagenet-a"):
         open_dataset("imagenet-a", source=f"hf:{tmp_path}")
 
 

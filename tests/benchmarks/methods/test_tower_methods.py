@@ -328,7 +328,7 @@ def test_every_kind_of_tower_is_tuned_or_refused_by_name(any_tower: tuple[str, T
     kind, teacher = any_tower
     batch = make_batch(3, teacher)
     if spec.startswith("ttl") and kind in NO_ATTENTION:
-        with pytest.raises(UsageError, match=r"adapts the attention .* teacher open \(\w+\) has none"):
+        with pytest.raises(UsageError, match=r"adapts the attention .* teacher open \(\w+\) is of an unknown kind"):
             create_method(spec).predict(batch)
         return
     if spec.startswith("tent") and kind in NO_LAYER_NORM:

@@ -77,6 +77,7 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=60) | st.text(alphabet="ab,\n \t\x00\u0301A", max_size=30))
 def test_any_text_gives_names_or_a_sentence(text: str) -> None:
     try:
@@ -90,6 +91,7 @@ def test_any_text_gives_names_or_a_sentence(text: str) -> None:
     assert parse_labels(",".join(names)) == names
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=80))
 def test_any_file_gives_names_or_a_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed-labels.txt"

@@ -49,6 +49,7 @@ def test_a_picture_and_arrays_for_each_image(picture: Path, tmp_path: Path) -> N
             assert drawn.width > 600 and drawn.height > 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "finest"),
     [
@@ -65,6 +66,7 @@ def test_it_says_how_fine_the_field_can_be(
         assert json.loads(str(arrays["settings"]))["nothing in the field is finer than"] == finest
 
 
+@pytest.mark.slow
 def test_the_arrays_hold_what_the_picture_shows(picture: Path, tmp_path: Path, fake_teacher: FakeTeacher) -> None:
     result = explain(tmp_path / "out", "--json", "--steps", "3", "--lr", "0.002", picture)
     assert result.exit_code == 0
@@ -86,6 +88,7 @@ def test_the_arrays_hold_what_the_picture_shows(picture: Path, tmp_path: Path, f
         assert ((arrays["maps"] > 0) & (arrays["maps"] < 1)).all()
 
 
+@pytest.mark.slow
 def test_only_the_grid_has_no_attention(picture: Path, tmp_path: Path) -> None:
     result = explain(tmp_path, "--quiet", "--steps", "2", "--distil", "grid", picture)
     assert (result.exit_code, result.stderr) == (0, "")

@@ -396,6 +396,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.one_of(mutated(), mutated(), st.binary(max_size=200)))
 def test_any_bytes_give_an_image_or_an_image_error(tmp_path: Path, data: bytes) -> None:

@@ -246,6 +246,7 @@ def assert_answers(folder: Path) -> None:
     assert 0 < teacher.logit_scale < 1e6
 
 
+@pytest.mark.slow
 def test_random_damage_to_the_configuration_is_survived(folder: Path) -> None:
     """Each value in turn is replaced by others; whatever comes of it is an answer or one line."""
     whole = json.loads((folder / "open_clip_config.json").read_text())

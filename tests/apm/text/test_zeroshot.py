@@ -136,6 +136,7 @@ def test_a_damaged_entry_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert path.read_bytes() == good
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
     teacher = FakeTeacher(dim=4)
     expected = ZeroShotHead.build(teacher, LABELS[:2], TEMPLATES, cache_dir=tmp_path).features

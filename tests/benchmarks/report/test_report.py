@@ -189,6 +189,7 @@ def test_the_policy_knows_the_script_and_style_by_their_content(hostile: Path) -
     assert "default-src 'none'" in policy
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_apm_table(levels: Path, levels_page: Page) -> None:
     for table in tables_of(levels):
         headings, rows, _ = grid(table)
@@ -196,6 +197,7 @@ def test_tables_are_those_of_apm_table(levels: Path, levels_page: Page) -> None:
         assert [list(DETAIL_HEADINGS), *details(table)] in levels_page.tables
 
 
+@pytest.mark.slow
 def test_what_can_be_trusted_comes_first_and_is_that_of_apm_table(levels: Path, levels_page: Page) -> None:
     page, tables = levels_page, make_trust(tables_of(levels))
     assert len(tables) == 2 * 4  # by level: two corruptions together, clean, each corruption
@@ -221,6 +223,7 @@ def test_gain_against_cost_shows_each_method_once(levels: Path) -> None:
     assert "logarithmic" in drawn and "mathdefault" not in drawn  # ticks are plain numbers
 
 
+@pytest.mark.slow
 def test_runs_of_other_images_are_reported_and_not_compared(tmp_path: Path) -> None:
     make_run(tmp_path / "a", [Plain()])
     other = [Sample(f"other/{one.id}", one.label, one.load) for one in make_dataset().samples]
@@ -500,6 +503,7 @@ def charts_of(run: Path) -> list[Chart]:
     return [chart for section in of for group in section(ids, parts) for chart in group.charts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 def test_marks_are_whole_within_the_frame_and_nothing_is_written_over(levels: Path, tmp_path: Path, width: int) -> None:
     """At values of 0 and 100 too: no mark touches the frame, no text meets another or a line of chance."""
@@ -547,6 +551,7 @@ def test_charts_have_the_pages_colours_and_can_be_read_by_keyboard(levels: Path)
     }
 
 
+@pytest.mark.slow
 def test_a_chart_alone_fills_the_page(levels: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", dataset=[make_dataset(), make_dataset(corruption="fog", level=5, generated=True)])
     (page,) = [write_report([tmp_path / "run"], tmp_path / "out", Options())[0].read_text(encoding="utf-8")]
@@ -573,6 +578,7 @@ def test_reliability_bins_hold_as_many_answers_each_with_their_intervals() -> No
     assert reliability_bins(sure[:49], right[:49]) == []
 
 
+@pytest.mark.slow
 def test_too_few_answers_are_said_to_be_too_few(tmp_path: Path) -> None:
     make_run(tmp_path / "run", [Plain()], [make_dataset(36)])
     (group,) = sections.calibration(count(1), name_rows(tables_of(tmp_path / "run")))
@@ -598,6 +604,7 @@ def test_a_browser_shows_it_and_runs_nothing_else(hostile: Path, tmp_path: Path)
     assert "hidden" not in theme
 
 
+@pytest.mark.slow
 def test_settings_name_what_a_run_was_made_with(levels: Path, levels_page: Page) -> None:
     said = "".join(levels_page.text)
     run = json.loads((levels / "run.json").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from apm.mae.model import MaskedAutoencoder
 from apm.mae.test_time import Adapted, TestTimeAdapter, TestTimeSettings
 from apm.mae.training import load_mae
 
-from .study import Options, Record, Study, markdown, numbers, run
+from .study import ROOT, Options, Record, Study, markdown, numbers, run
 
 
 def measure(options: Options) -> Record:
@@ -125,6 +125,9 @@ STUDY = Study(
     table=table,
     arguments=_arguments,
     shared={"seed": 0, "device": "cpu", "steps": 20, "limit": None},
+    results="mae-students.json",
+    document=ROOT / "docs" / "mae.md",
+    marker="students",
 )
 
 if __name__ == "__main__":

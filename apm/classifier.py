@@ -20,7 +20,7 @@ from apm.answers import Adaptation, Answer, Perception, Prediction
 from apm.devices import pick_device
 from apm.errors import ImageError, TeacherError, UsageError
 from apm.images.ahead import in_order
-from apm.images.load import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image
+from apm.images.load import MAX_PIXELS, LoadedImage, from_pixels, load_image, opened_image, student_input
 from apm.images.paths import printable
 from apm.labels import check_labels, check_templates, check_words, choose_labels, choose_templates
 from apm.segment_values import PLACES
@@ -31,7 +31,7 @@ from apm.student.field import SavedField, resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher, check_grid
 from apm.test_time.grid_views import view_cells
-from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
+from apm.test_time.inputs import teacher_grids, teacher_tokens
 from apm.test_time.options import StudentOptions
 from apm.test_time.readings import read_modes
 from apm.test_time.targets import aggregate
@@ -296,7 +296,7 @@ class Classifier:
             path=path,
             image=loaded.image if keep_image else None,
             teacher_pixels=self.teacher.preprocess(loaded.image),
-            student_pixels=student_pixels([loaded.image], self.student_config.image_size)[0],
+            student_pixels=student_input(loaded.image, self.student_config.image_size),
             notes=loaded.notes,
         )
 

@@ -88,14 +88,15 @@ class OpenClipTeacher:
         small = self._tower.is_convolutional and self.image_size < CONVOLUTIONAL_GRID_SIZE
         self.grid_size = CONVOLUTIONAL_GRID_SIZE if small else self.image_size
         self._crops = config.resize_mode == "shortest"
-        self._transform = image_transform_v2(config, is_train=False)
+        *self._resize_and_crop, _, _ = image_transform_v2(config, is_train=False).transforms  # then `normalised`
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Apply the model's own resize, crop and normalisation: (3, image_size, image_size) float32."""
         if self._crops:
             image = _limit_aspect(image)
-        pixels: Tensor = self._transform(image)
-        return pixels
+        for transform in self._resize_and_crop:
+            image = transform(image)
+        return normalised(image, self.mean, self.std)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:

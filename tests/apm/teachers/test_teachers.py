@@ -8,13 +8,17 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from open_clip import pretrained
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from apm.images.load import student_input
 from apm.teachers import Teacher, load_teacher
 from apm.teachers.openclip import OpenClipTeacher, weights_hash
 from tests.apm.teachers.tiny import (
@@ -74,6 +78,24 @@ def test_a_folder_loads_with_its_own_preprocessing(tiny: nn.Module, tmp_path: Pa
     image = Image.new("RGB", (64, 20), (51, 102, 204))
     expected = (torch.tensor([0.2, 0.4, 0.8]) - torch.tensor(MEAN)) / torch.tensor(STD)
     torch.testing.assert_close(teacher.preprocess(image), expected[:, None, None].expand(3, 32, 32))
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+def test_preprocessing_is_open_clips_own_and_leaves_torchs_threads_alone(
+    mode: str, tiny: nn.Module, tmp_path: Path, picture: Path
+) -> None:
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            done.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    teacher = load_teacher(f"local-dir:{write_folder(tmp_path / 'model', tiny, resize_mode=mode)}")
+    config = PreprocessCfg(size=32, mean=MEAN, std=STD, resize_mode=mode)
+    image, done = Image.open(picture).convert("RGB"), []
+    theirs = image_transform_v2(config, is_train=False)(image)
+    with Operations():  # an operation in a thread that decodes opens a team of OpenMP threads there
+        ours, _ = teacher.preprocess(image), student_input(image, 224)
+    assert torch.equal(ours, theirs) and set(done) <= {"aten.lift_fresh.default"}  # which `from_numpy` tells of
 
 
 def test_a_folder_with_a_timm_tower_loads(tmp_path: Path) -> None:

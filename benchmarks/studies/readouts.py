@@ -1,0 +1,28 @@
+"""What does one answer read from many views gain? From the records of finished runs.
+
+`python -m apm.benchmarks.studies.readouts RUN… --record FILE`. The runs are of `apm bench`, with students that are
+fitted to the grids of many views and read out in several ways, beside MTA and ZERO with as many views of the same
+images; the record holds the same as that of `softened`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .softened import arguments, measure, table
+from .study import ROOT, Study, run
+
+STUDY = Study(
+    name="readouts",
+    question=__doc__,
+    measure=measure,
+    table=table,
+    shared={},
+    arguments=arguments,
+    results="readouts.json",
+    document=ROOT / "docs" / "fields.md",
+    marker="readouts",
+)
+
+if __name__ == "__main__":
+    sys.exit(run(STUDY.main))

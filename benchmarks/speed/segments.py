@@ -127,7 +127,7 @@ SEGMENT = Kind(
         "to the map, without start-up. Memory is the most that `apm segment` held, all that it loads included.",
     ),
     plot=side_by_side(
-        Panel("views", {"seconds": "whole", "looking": "views"}, "views of a tile", rows=_along_views),
+        Panel("views", {"seconds": "whole", "looking": "views"}, "views of a tile", log=True, rows=_along_views),
         Panel("places", {"seconds": "whole"}, "places along the shorter side", rows=_along_places),
     ),
     rounds=3,

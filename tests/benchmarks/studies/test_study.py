@@ -22,7 +22,7 @@ DOCUMENTED = [one for one in STUDIES if one.document is not None and one.name !=
 
 @pytest.mark.parametrize("study", DOCUMENTED, ids=lambda study: study.name)
 def test_documents_are_made_from_the_records(study: Study) -> None:
-    assert study.document is not None and len(study.recorded()) > 500
+    assert study.document is not None and len(study.recorded()) > 300
     assert documents.block(study.document, study.marker) == study.recorded()
 
 

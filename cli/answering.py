@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,17 @@ class Form:
     explain_size: int = setting(112, "Side of the maps of --explain, in locations.")
 
 
+def paths_of(arguments: Sequence[str]) -> Iterable[Path]:
+    """The paths that arguments stand for; those of ``-`` are read from stdin, one a line, as they are asked for.
+
+    Raises:
+        UsageError: an argument is empty, or paths are to come on stdin and it is closed.
+    """
+    if "-" in arguments and sys.stdin is None:
+        raise UsageError("Paths were to be read from stdin, but it is closed.")
+    return expand_paths(arguments, sys.stdin.buffer if "-" in arguments else ())
+
+
 class Inputs:
     """The files to look at. Those that cannot be read at all are named at once, before anything is loaded.
 
@@ -54,13 +65,11 @@ class Inputs:
         arguments: as `apm.images.paths.expand_paths` takes them.
 
     Raises:
-        UsageError: an argument is empty, or paths are to come on stdin and it is closed.
+        UsageError: as `paths_of`.
     """
 
     def __init__(self, arguments: list[str]) -> None:
-        if "-" in arguments and sys.stdin is None:
-            raise UsageError("Paths were to be read from stdin, but it is closed.")
-        self.paths: Iterable[Path] = expand_paths(arguments, sys.stdin.buffer if "-" in arguments else ())
+        self.paths: Iterable[Path] = paths_of(arguments)
         self.total: int | None = None
         self.problems: dict[Path, str] = {}
         if "-" not in arguments:  # what comes by a pipe is not waited for, only to look at it

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from apm.errors import ImageError, UsageError
-from apm.images.paths import expand_paths, file_problem, printable
+from apm.images.files import make_folder
+from apm.images.paths import file_problem, printable
 
 from . import render
+from .answering import paths_of
 from .data import load_chosen_teacher
 
 if TYPE_CHECKING:
@@ -27,10 +29,10 @@ def files_of(paths: Sequence[str]) -> tuple[list[Path], int]:
     ``-`` is one path a line on stdin.
 
     Raises:
-        UsageError: none came in on stdin.
+        UsageError: none came in on stdin, or as `paths_of`.
         typer.Exit: with 1 where nothing is left.
     """
-    files = list(expand_paths(paths, sys.stdin.buffer if "-" in paths else ()))
+    files = list(paths_of(paths))
     if not files:
         raise UsageError("Stdin held no path.")
     problems = {file: problem for file in files if (problem := file_problem(file)) is not None}
@@ -51,18 +53,25 @@ def load_named(name: str | None, device: str) -> Teacher:
 
 
 def for_each_image(
-    files: Sequence[Path], make: Callable[[Path, Image.Image, Image.Image, str], Iterable[Path]], *, missing: int
+    files: Sequence[Path],
+    make: Callable[[Path, Image.Image, Image.Image, str], Iterable[Path]],
+    *,
+    out: Path,
+    missing: int,
 ) -> None:
     """Make what is to be made of each image, and name the files.
 
     Args:
         files: where the images are; what cannot be read is told, and left out.
         make: file, image, another image and what that is called → the files written.
+        out: the folder that they are written to.
         missing: files asked for that are not there, and are told already.
 
     Raises:
         typer.Exit: with 1 where something could not be made, with 130 after Ctrl-C.
     """
+    if out.exists():  # a file by this name is told before anything is computed
+        make_folder(out)
     done = 0
     with render.told_when_interrupted(lambda: f"interrupted: {done:,} of {len(files):,} images are done."):
         images = _read(files)

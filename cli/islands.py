@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apm.errors import UsageError
-from apm.images.files import make_folder
 from apm.images.paths import printable
 from apm.test_time.options import IslandOptions
 
@@ -114,8 +113,6 @@ def _watch(
     model, training = student.model(fitted_to.dim), student.training(fitted_to.device)
     by_target = trainers(model, training, grid_lr=options.grid_lr, device=fitted_to.device)
     settings = _settings(options, fitted_to, by_target["cls"])
-    if out.exists():  # a file by this name is told before anything is computed
-        make_folder(out)
     kept = _logarithmic(options.steps, FRAMES)
 
     def watched(file: Path, image: Image.Image, other: Image.Image, told: str) -> list[Path]:
@@ -123,7 +120,7 @@ def _watch(
         of_file = {"image": printable(file.name), **settings, "other target": told}
         return write_islands(found, out / output_stem(file), shown=shown, settings=of_file, kind=figure_format)
 
-    for_each_image(files, watched, missing=missing)
+    for_each_image(files, watched, out=out, missing=missing)
 
 
 def _settings(options: IslandOptions, source: Teacher, student: TestTimeTrainer) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apm.errors import UsageError
-from apm.images.files import make_folder
 from apm.images.paths import printable
 from apm.teachers import load_layers
 from apm.teachers.layer_sources import FRAMES, SourceName, parse_source
@@ -59,8 +58,6 @@ def look_at_layers(text: str, told: Looking, *, named: str | None, frames: int |
     _refuse(name, told.given, frames)
     files, missing = files_of(told.paths)
     source, untrained = _load(name, told, named, frames)
-    if told.out.exists():  # a file by this name is told before anything is computed
-        make_folder(told.out)
 
     from apm.figures.base import output_stem
     from apm.figures.layers import write_layers
@@ -77,7 +74,7 @@ def look_at_layers(text: str, told: Looking, *, named: str | None, frames: int |
         of_file = {"image": printable(file.name), **settings, **beside}
         return write_layers(found, square_of(image), told.out / output_stem(file), settings=of_file, kind=told.kind)
 
-    for_each_image(files, looked_at, missing=missing)
+    for_each_image(files, looked_at, out=told.out, missing=missing)
 
 
 def _refuse(name: SourceName, given: Set[str], frames: int | None) -> None:

@@ -26,6 +26,7 @@ from apm.images.paths import printable
 from apm.mae.config import MAEConfig
 from apm.mae.model import MaskedAutoencoder, positions
 from apm.pretrain.checkpoint import Network, read_network
+from apm.teachers.checkpoint import not_finite
 
 TIMM = "timm:"
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # of the published encoders, by width; elsewhere 64 numbers a head
@@ -162,7 +163,7 @@ def _of_state(shown: str, state: Mapping[str, Tensor], sizes: MAEConfig, heads: 
     if fixed.shape != known.shape or not torch.allclose(fixed.float(), known, atol=_rounding(fixed)):
         raise UsageError(f"{shown}: the decoder's positions are not MAE's fixed sines and cosines.")
     weights = {name: tensor.float() for name, tensor in weights.items()}
-    if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+    if broken := not_finite(weights):
         raise UsageError(
             f"{shown} holds values that are not finite, first in {broken[0]}: download it or make it again."
         )

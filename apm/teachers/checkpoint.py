@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -132,3 +133,15 @@ def _openai(state: dict[str, Any]) -> Checkpoint:
         state=weights,
         from_openai=state.keys() >= OPENAI_KEYS,
     )
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors, of 16 bits and more, that hold an infinite number or NaN.
+
+    Both show in the extremes, which take one pass and no memory.
+    """
+    return [
+        name
+        for name, tensor in weights.items()
+        if tensor.is_floating_point() and tensor.numel() and not all(one.isfinite() for one in tensor.aminmax())
+    ]

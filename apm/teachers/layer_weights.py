@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from apm.errors import TeacherError, did_you_mean
 from apm.teachers import catalog, hub
 from apm.teachers.base import Teacher, TeacherUnavailable
-from apm.teachers.checkpoint import read_checkpoint
+from apm.teachers.checkpoint import not_finite, read_checkpoint
 from apm.teachers.layer_sources import SourceName
 from apm.teachers.layers import Weights, drawn, random_words
 from apm.teachers.openclip import OpenClipTeacher, quiet, untrained_tower
@@ -165,8 +165,7 @@ def _with_weights(
             f'The source "{source.text}" cannot be loaded: {path} does not fit the model'
             f" ({type(error).__name__}: {reason[:300]})."
         ) from error
-    broken = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if broken:
+    if broken := not_finite(model.state_dict()):
         raise TeacherError(
             f'The source "{source.text}" cannot be used: {path} holds numbers that are not finite, first in'
             f" {broken[0]}. Download the file again, or name another one."

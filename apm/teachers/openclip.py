@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from apm.errors import TeacherError
 from apm.images.load import central_square, normalised
 from apm.teachers import hub
-from apm.teachers.checkpoint import Checkpoint, read_checkpoint
+from apm.teachers.checkpoint import Checkpoint, not_finite, read_checkpoint
 from apm.teachers.folder_config import check_vocabulary
 from apm.teachers.grid_towers import GridTower
 from apm.teachers.sources import Source, from_folder
@@ -236,8 +236,7 @@ def _check_model(source: Source, model: nn.Module, tokenizer: Any, known: int) -
             f'The teacher "{source.name}" cannot be used: its tokenizer has {tokenizer.vocab_size} tokens, but its text'
             f" tower only {known}."
         )
-    broken = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor)]
-    if broken:
+    if broken := not_finite(model.state_dict()):
         raise TeacherError(
             f'The teacher "{source.name}" cannot be used: {source.weights} holds values that are not finite,'
             f" in {len(broken)} tensors, first {broken[0]}. Download the file again, or name another teacher."
@@ -249,13 +248,6 @@ def _check_model(source: Source, model: nn.Module, tokenizer: Any, known: int) -
             f" exponential multiplies every logit: CLIP's is about 4.6, and beyond ±{_MAX_LOGIT_SCALE} probabilities "
             "are meaningless."
         )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether no number is infinite or NaN: both show in the extremes, which take one pass and no memory."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _try(teacher: OpenClipTeacher) -> None:

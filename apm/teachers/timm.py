@@ -14,7 +14,7 @@ from apm.errors import TeacherError, did_you_mean
 from apm.images.load import central_square, normalised
 from apm.teachers import hub
 from apm.teachers.base import TeacherUnavailable
-from apm.teachers.checkpoint import read_checkpoint
+from apm.teachers.checkpoint import not_finite, read_checkpoint
 from apm.teachers.grid_towers import last_map
 from apm.teachers.openclip import quiet, weights_hash
 
@@ -92,8 +92,7 @@ def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeach
         ) from error
     if not (hasattr(model, "forward_intermediates") and hasattr(model, "num_prefix_tokens")):
         raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is not a vision transformer.')
-    broken = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if broken:
+    if broken := not_finite(model.state_dict()):
         raise TeacherError(
             f'The teacher "{spec}" cannot be used: {path} holds numbers that are not finite, first in {broken[0]}.'
             " Download the file again, or name another teacher."

@@ -8,17 +8,15 @@ images; the record holds the same as that of `softened`.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
-from .softened import arguments, measure, table
-from .study import ROOT, Study, run
+from . import softened
+from .study import ROOT, run
 
-STUDY = Study(
+STUDY = replace(
+    softened.STUDY,
     name="readouts",
     question=__doc__,
-    measure=measure,
-    table=table,
-    shared={},
-    arguments=arguments,
     results="readouts.json",
     document=ROOT / "docs" / "fields.md",
     marker="readouts",

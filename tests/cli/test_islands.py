@@ -13,8 +13,9 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from apm.cli.island_inputs import files_of
 from apm.cli.main import app
-from apm.errors import ImageError
+from apm.errors import ImageError, UsageError
 from apm.student import islands as islands_measures
 from apm.student.config import APMConfig
 from apm.test_time import layer_fields
@@ -227,3 +228,9 @@ def test_an_empty_stdin_and_a_file_in_place_of_the_folder_are_told(
     (tmp_path / "file").write_text("not a folder")
     taken = CliRunner().invoke(app, [*fast, "--out", str(tmp_path / "file"), str(picture)])
     assert taken.exit_code == 2 and "Give another folder with --out" in taken.stderr
+
+
+def test_a_closed_stdin_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UsageError, match="it is closed"):
+        files_of(["-"])

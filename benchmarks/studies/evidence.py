@@ -1,4 +1,4 @@
-"""What do methods gain and cost on images of one data set, clean and corrupted? From the records of finished runs.
+"""What do methods gain and cost on the same images, clean and corrupted? From the records of finished runs.
 
 The rows of such runs are too many to keep; the record contains the output of `apm table --trust`, and for stream
 methods the spread over the orders.
@@ -7,9 +7,10 @@ methods the spread over the orders.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,7 +20,7 @@ from apm.errors import UsageError
 from ..corruptions import CORRUPTIONS
 from ..runs.records import Records
 from ..tables.build import make_tables
-from ..tables.table import Table, row_names
+from ..tables.table import Table, TableRow, row_names
 from ..tables.trust import TrustRow, TrustTable, make_trust
 from ..tables.trust_formats import markdown
 from .study import Options, Record, Study, plus_minus, run
@@ -28,16 +29,30 @@ from .study import Options, Record, Study, plus_minus, run
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add those of this study."""
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs, on the same images")
+    parser.add_argument("--cells", action="store_true", help="also show each corruption and each data set by itself")
 
 
 def measure(options: Options) -> Record:
     """Put together what the runs say."""
-    runs, whole = one_table(options.runs)
+    runs, tables = opened(options.runs)
+    once = [_once(table) for table in tables]
     return {
         "runs": [described(one) for one in runs],
-        "tables": [asdict(group) for group in make_trust([whole], cells=False)],
-        "orders": _orders(whole),
+        "tables": [asdict(group) for group in make_trust(once, cells=options.cells)],
+        "orders": {name: spread for table in once for name, spread in _orders(table).items()},
     }
+
+
+def opened(paths: Sequence[Path]) -> tuple[list[Records], list[Table]]:
+    """Open runs, and make their tables.
+
+    Raises:
+        UsageError: no runs.
+    """
+    if not paths:
+        raise UsageError("No runs were given: name their folders.")
+    runs = [Records.open(path) for path in paths]
+    return runs, make_tables(runs, published=False)
 
 
 def one_table(paths: Sequence[Path]) -> tuple[list[Records], Table]:
@@ -46,13 +61,18 @@ def one_table(paths: Sequence[Path]) -> tuple[list[Records], Table]:
     Raises:
         UsageError: no runs, or of several data sets.
     """
-    if not paths:
-        raise UsageError("No runs were given: name their folders.")
-    runs = [Records.open(path) for path in paths]
-    tables = make_tables(runs, published=False)
+    runs, tables = opened(paths)
     if len(tables) != 1:
         raise UsageError(f"The runs make {len(tables)} tables, not one: {', '.join(table.title for table in tables)}.")
     return runs, tables[0]
+
+
+def _once(table: Table) -> Table:
+    """Without the rows of a method that an earlier run had with the same settings, as zero-shot is part of each."""
+    first: dict[tuple[str, str], TableRow] = {}
+    for row in table.rows:
+        first.setdefault((row.method, json.dumps(row.settings, sort_keys=True)), row)
+    return replace(table, rows=tuple(first.values()))
 
 
 def described(one: Records) -> dict[str, Any]:
@@ -72,7 +92,9 @@ def made_by(runs: Sequence[Mapping[str, Any]]) -> str:
     versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "open_clip_torch"))
     return "\n".join(
         [
-            *(f"    {' '.join(one['command'])}" for one in runs),
+            *dict.fromkeys(
+                f"    {' '.join(one['command'])}" for one in runs
+            ),  # a command may make a run for each order
             "",
             f"Commit {last['git_commit']}, {last['processor']}, {last['threads']} thread each, {versions}; "
             f"teacher `{last['teacher']}`, seed {last['seed']}.",

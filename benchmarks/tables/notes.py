@@ -27,12 +27,12 @@ def notes(
     yield from _cell_notes(layout, entries)
     yield from _other_images(layout, entries)
     if any(row.total is not None and len(row.cells) > 1 for row in rows):
-        yield "p of several cells together takes their images as independent; corruptions of one image are not."
+        yield "p for all cells together treats their images as independent, which corruptions of one image are not."
     runs = [one.run for row in entries for one in row.values()]
-    yield f"images/s: each method as if run alone, with teacher and views, without decoding; {_machines(runs)}."
+    yield f"images/s: as if each method ran alone, with teacher and views, without decoding; {_machines(runs)}."
     yield from conditions(runs, stream=any(row.settings.get("stream") for row in rows))
     if any(row.kind == "oracle" for row in rows):
-        yield "ORACLE: labels peeked at, an upper bound."
+        yield "ORACLE: chosen with the test labels, an upper bound."
     elif oracle:
         yield "No ORACLE row: no run of this table recorded per-step predictions (--record-steps)."
 
@@ -45,10 +45,10 @@ def conditions(runs: Iterable[Records], *, stream: bool) -> Iterator[str]:
         yield f"Protocol {name}: {PROTOCOLS[name]}."
     if stored := [str(run.path) for run in runs if any("features" in one for one in run.run["sessions"])]:
         said = ", ".join(dict.fromkeys(stored))
-        yield f"Features came from a store in {said}: their times are without the teacher and the views."
+        yield f"Features were read from a store in {said}, so their times exclude the teacher and the views."
     if stream:
         orders = sorted({str(config["order"]) for config in configs})
-        yield f"Stream methods see the images in the order of seed {', '.join(orders)}."
+        yield f"Stream methods saw the images in the order of seed {', '.join(orders)}."
 
 
 def warnings(layout: Layout, rows: Sequence[TableRow], entries: Sequence[Mapping[str, Answers]]) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _other_images(layout: Layout, rows: Iterable[Mapping[str, Answers]]) -> Iter
     """A note for each column whose rows are of different images: the difference of two of them may come from that."""
     for column in layout.columns:
         if len({entries[column].cell["fingerprint"] for entries in rows if column in entries}) > 1:
-            yield f"{column}: not all rows are of the same images; compare them with care."
+            yield f"{column}: the rows are not all of the same images; compare them with care."
 
 
 def _data_warnings(layout: Layout, rows: Iterable[Mapping[str, Answers]]) -> Iterator[str]:

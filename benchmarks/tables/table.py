@@ -14,13 +14,13 @@ from ..runs.records import Records
 from ..runs.rows import MethodRows
 
 MARKS = {
-    "subset": ("†", "subset: not all images of the data set, see the counts (seeded, class-balanced by --limit)"),
+    "subset": ("†", "a seeded, class-balanced subset of the data set (--limit); its size is given below"),
     "generated": ("‡", "generated: not comparable with the official files"),
-    "hub split": ("§", "split of the hub's copy, which is not CoOp's split: not comparable with the published row"),
+    "hub split": ("§", "the hub's own split, not CoOp's: not comparable with the published row"),
     "incomplete": ("…", "incomplete: the run is not finished"),
     "failed": ("*", "some images have no answer; they are left out of the accuracy and counted in the details"),
-    "own prompt": ("¶", "another prompt than the run's: see the column of prompts"),
-    "orders": ("∘", "mean ± standard deviation over seeded orders of the stream; tests and --trust take the first"),
+    "own prompt": ("¶", "not the run's prompt; see the column of prompts"),
+    "orders": ("∘", "mean ± standard deviation over seeded orders of the stream; tests and --trust use the first"),
     "near chance": ("!", "within two standard errors of chance"),
     "training data": ("ᴾ", "trained on labelled images"),
 }

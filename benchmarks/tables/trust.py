@@ -382,15 +382,16 @@ def _notes(rows: Sequence[TrustRow], n: int, images: int, unanswered: int, tests
     used = {mark for row in rows for mark in row.marks}
     yield from (f"{sign} {text}" for mark, (sign, text) in MARKS.items() if mark in used)
     counted = f"n = {n:,} answers of each method" + (f" to {images:,} images" if images < n else "")
-    yield f"{counted}; {unanswered:,} that no method could answer are left out." if unanswered else f"{counted}."
+    yield f"{counted}; {unanswered:,} that no method could answer are excluded." if unanswered else f"{counted}."
     if failed := [f"{row.method} {row.failed:,}" for row in rows if row.failed]:
         yield f"Images without an answer, which count as wrong: {', '.join(failed)}."
     test = "McNemar's exact test" if images == n else "the exact sign-flip test"
     yield (
-        f"p: {test} of the flips against zero-shot, corrected by Holm's method for {tests} method{'s' * (tests != 1)}."
-        + (" The cells of one image flip together: they are no independent evidence." if images < n else "")
+        f"p: {test} on the flips against zero-shot, corrected by Holm's method for {tests} method{'s' * (tests != 1)}."
+        + (" All cells of an image flip together, because they are not independent." if images < n else "")
     )
     yield (
-        "rank: of two methods on one rank neither is shown to be better than the other, by the same test on all pairs, "
-        f"corrected by Holm's method (p < {SIGNIFICANT}); for each method of a later rank, one of the rank before is."
+        "rank: of two methods with the same rank, neither is shown to be better by the same test on all pairs, "
+        f"corrected by Holm's method (p < {SIGNIFICANT}); each method of a later rank is shown to be worse than one of "
+        "the rank before."
     )

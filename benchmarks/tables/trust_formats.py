@@ -36,12 +36,12 @@ HEADINGS = (
 )
 
 LEGEND = (
-    "95 %: Wilson's interval; several cells of one image count as fewer answers, as far as they go together.",
+    "95 %: Wilson's interval; answers to several cells of one image are correlated and count as fewer.",
     "gain: points over zero-shot, the teacher's own answers to the same images with the run's prompts.",
-    "AUROC: how well confidence tells right answers from wrong ones; 1 is perfect, 0.5 is chance.",
-    "ms: an image, as if the method ran alone, with the teacher and the views that it uses, without reading the file; "
+    "AUROC: how well confidence separates right answers from wrong ones; 1 is perfect, 0.5 is chance.",
+    "ms: per image, as if the method ran alone, with the teacher and the views it uses, without reading the file; "
     "given features: without what the methods of a run share. peak MB: of the process, with all methods of its run.",
-    "needs order: the answer depends on the images before. needs gradients: answering takes back-propagation.",
+    "needs order: the answer depends on the images before it. needs gradients: answering requires back-propagation.",
 )
 """What the columns mean, said once below all tables."""
 

@@ -46,10 +46,23 @@ def test_corruptions_come_together_and_other_columns_by_name(tmp_path: Path) -> 
     assert "- tda: clean 50.00 ± 1.00; 2 corruptions 25.00 ± 3.00" in evidence.table(record)
 
 
-def test_runs_of_several_data_sets_are_refused(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", [Plain()], make_dataset(name="digits"))
-    make_run(tmp_path / "b", [Plain()], make_dataset(name="pets"))
+def test_runs_of_several_data_sets_make_a_table_of_each(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("digits", "pets")]
+    for path in paths:
+        make_run(path, [Plain(), Stream()], make_dataset(name=path.name))
+    record = evidence.measure(evidence.STUDY.read(list(map(str, paths))))
+    assert [(table["cells"], len(table["rows"])) for table in record["tables"]] == [(("pets",), 2), (("digits",), 2)]
     with pytest.raises(UsageError, match="2 tables, not one"):
-        evidence.measure(evidence.STUDY.read([str(tmp_path / "a"), str(tmp_path / "b")]))
+        evidence.one_table(paths)
     with pytest.raises(UsageError, match="No runs"):
         evidence.measure(evidence.STUDY.read([]))
+
+
+def test_a_method_of_several_runs_is_there_once(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [Plain()], make_dataset())
+    make_run(tmp_path / "b", [Plain(), Stream()], make_dataset())
+    record = evidence.measure(evidence.STUDY.read([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert sorted(row["method"] for row in record["tables"][0]["rows"]) == sorted([Plain().name, Stream().name])
+    for run in record["runs"]:
+        run["command"] = ["apm", "bench", "digits"]
+    assert evidence.table(record).count("    apm bench digits\n") == 1

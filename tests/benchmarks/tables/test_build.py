@@ -188,8 +188,8 @@ def test_seeds_and_weights_make_rows_of_their_own_and_other_images_are_said(tmp_
         f"plain (seed=1, teacher={own})": ["imagenet-a"],
         "plain (seed=0, teacher=fake@other)": ["imagenet-a"],
     }
-    assert "imagenet-a: not all rows are of the same images; compare them with care." in table.notes
-    assert not any(note.startswith("imagenet: not all") for note in table.notes)
+    assert "imagenet-a: the rows are not all of the same images; compare them with care." in table.notes
+    assert not any(note.startswith("imagenet: the rows are not all") for note in table.notes)
 
 
 def test_the_same_cell_twice_makes_two_rows_that_name_their_runs(tmp_path: Path) -> None:

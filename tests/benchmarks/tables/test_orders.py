@@ -99,6 +99,6 @@ def test_the_oracles_row_is_marked(tmp_path: Path) -> None:
     assert [row.kind for row in table.rows] == ["ours", "oracle", "oracle"]
     own, best, _ = (row.cells[table.columns[0]].accuracy for row in table.rows)
     assert own is not None and best is not None and best >= own
-    assert any(re.match("ORACLE: labels peeked at", note) for note in table.notes)
+    assert any(re.match("ORACLE: chosen with the test labels", note) for note in table.notes)
     (quiet,) = make_tables([Records.open(tmp_path)])
     assert [row.method for row in quiet.rows] == ["dmn"]

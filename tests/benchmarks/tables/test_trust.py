@@ -172,7 +172,7 @@ def test_images_that_nobody_can_answer_are_left_out_and_counted(tmp_path: Path) 
     failed = {name: [0, 39] for name in METHODS}
     (table,) = trusted(write_run(tmp_path / "run", {"digits": {}}, METHODS, failed=failed))
     assert table.n == 38 and row(table, "zero-shot").accuracy == pytest.approx(100 * 19 / 38)
-    assert any("; 2 that no method could answer are left out." in note for note in table.notes)
+    assert any("; 2 that no method could answer are excluded." in note for note in table.notes)
 
 
 def test_a_cell_without_any_answer_is_no_table(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_features_from_a_store_tell_nothing_of_the_whole_cost(tmp_path: Path) ->
     run = Records.open(write_run(tmp_path / "run", {"digits": {}}, METHODS))
     run.run["sessions"][0]["features"] = {"store": "s", "key": "k", "precision": "float16", "views": 64}
     tables = make_tables([run], published=False)
-    assert "Features came from a store in" in " ".join(tables[0].notes)
+    assert "Features were read from a store in" in " ".join(tables[0].notes)
     mta = row(make_trust(tables)[0], "mta")
     assert mta.ms is None and mta.ms_given_features == pytest.approx(2)
 

@@ -37,7 +37,7 @@ from .run_options import (
 from .table import print_table, show
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from apm.benchmarks.store.reader import FeatureStore
     from apm.processes import Group
     from apm.teachers.base import Teacher
+    from apm.text.descriptors import Descriptors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,11 @@ class Methods:
     )
     views: int | None = setting(None, VIEWS_HELP)
     protocol: str = setting("common", PROTOCOL_HELP)
+    descriptors: list[str] | None = setting(
+        None,
+        "LLM descriptors of classes for the published methods whose authors use them (dmn, dpe, tps): a JSON file "
+        '{"class name": ["sentence", …], …} for every data set, or DATASET=FILE; repeatable.',
+    )
     oracle: bool = setting(
         False, "Allow settings chosen with the test labels, such as dmn:alpha=oracle; marked ORACLE in tables."
     )
@@ -89,7 +95,23 @@ class Methods:
             return check_templates(self.template)
         return prompt_templates(self.prompts) if self.prompts else None
 
-    def create(self, student: StudentOptions, device: torch.device, work: Work) -> Sequence[Method]:
+    @property
+    def specs(self) -> Sequence[str]:
+        """The methods, as they are written."""
+        return self.method or ["zero-shot", "apm"]
+
+    def described(self, names: Sequence[str]) -> Mapping[str, Descriptors]:
+        """The descriptors of the data sets and suites, checked as far as they can be without the data."""
+        if not self.descriptors:
+            return {}
+        from apm.benchmarks.datasets import expand
+        from apm.benchmarks.runs.described import described
+
+        return described(self.descriptors, expand(names), self.specs, self.protocol)
+
+    def create(
+        self, student: StudentOptions, device: torch.device, work: Work, descriptors: Mapping[str, Descriptors]
+    ) -> Sequence[Method]:
         """The methods, ready to answer."""
         from apm.benchmarks.methods import MethodOptions, create_methods
 
@@ -101,9 +123,10 @@ class Methods:
             batch_size=work.batch_size,
             record_steps=self.record_steps,
             protocol=self.protocol,
+            descriptors=descriptors,
             oracle=self.oracle,
         )
-        return create_methods(self.method or ["zero-shot", "apm"], options, targets=self.target or ())
+        return create_methods(self.specs, options, targets=self.target or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +166,7 @@ class Folders:
 
 @student_options(METHOD, prefix="apm: ", defaults={"queries": ALL})
 @options_of(Cells, "cells", DATA)
-@options_of(Methods, "methods", METHOD)
+@options_of(Methods, "methods", METHOD, spelled={"descriptors": "[DATASET=]FILE"})
 @options_of(Folders, "folders", RUN, spelled={"features": "STORE", "store": "STORE"})
 @options_of(Work, "work", RUN)
 def bench(
@@ -180,13 +203,16 @@ def bench(
         return
     templates = methods.templates()
     planned = cells.plan(names, work.seed)
+    descriptors = methods.described(names)
 
     from apm.processes import join, on_many_machines
 
     if folders.fresh and on_many_machines():  # where the launchers tell each other of no restart, it would clear again
         raise UsageError("--fresh works with one process only. Remove the run folder and leave out --fresh.")
     with join() as group:
-        summaries = _run(names, planned, cells, methods, templates, student, folders, work, group, quiet=quiet)
+        summaries = _run(
+            names, planned, cells, methods, templates, descriptors, student, folders, work, group, quiet=quiet
+        )
     if group.first:
         _print_summaries(summaries, as_json=as_json, oracle=methods.oracle)
         if not quiet:
@@ -205,6 +231,7 @@ def _run(
     cells: Cells,
     methods: Methods,
     templates: tuple[str, ...] | None,
+    descriptors: Mapping[str, Descriptors],
     student: dict[str, Any],
     folders: Folders,
     work: Work,
@@ -225,7 +252,7 @@ def _run(
     folder = folders.out or default_folder(names, teacher.name)
     fresh = folders.fresh and not restarted()
     precision = shared_precision(precision, folder, teacher, fresh, group)
-    made = methods.create(StudentOptions(**{**student, "precision": precision}), teacher.device, work)
+    made = methods.create(StudentOptions(**{**student, "precision": precision}), teacher.device, work, descriptors)
     options = RunOptions(
         seed=work.seed,
         limit=cells.limit,
@@ -243,7 +270,7 @@ def _run(
     again = shlex.join(argument for argument in options.command if argument != "--fresh")
     stopped = f"interrupted: what was answered is in {folder}. To continue: {again}"
     with told_when_interrupted(stopped, speaks=group.first):
-        known = _features(folders.features, folders.store, planned, made, teacher, options, group, quiet=quiet)
+        known = _features(folders.features, folders.store, names, planned, made, teacher, options, group, quiet=quiet)
         return [
             answer("bench", place, planned, members, teacher, one, group, features=known, quiet=quiet)
             for place, members, one in plan_orders(folder, made, options, folders.orders)
@@ -253,6 +280,7 @@ def _run(
 def _features(
     features: Path | None,
     store: Path | None,
+    names: Sequence[str],
     cells: Sequence[Callable[[], Dataset]],
     methods: Sequence[Method],
     teacher: Teacher,
@@ -265,13 +293,15 @@ def _features(
     path = store or features
     if path is None:
         return None
+    from apm.benchmarks.datasets import expand
     from apm.benchmarks.store.filling import EncodeOptions
     from apm.benchmarks.store.layout import read_store
     from apm.benchmarks.store.reader import FeatureStore, wanted_views
 
+    datasets = expand(names)
     if store is not None:
         there = read_store(store)
-        wanted = max((views for views, _ in wanted_views(methods).values()), default=1)
+        wanted = max((views for views, _ in wanted_views(methods, datasets).values()), default=1)
         views = max(wanted, there[0].views) if there else wanted
         precision = there[0].precision if there else EncodeOptions.precision
         filling = EncodeOptions(
@@ -284,7 +314,7 @@ def _features(
         )
         fill_store(store, cells, teacher, filling, group, quiet=quiet)
     known = FeatureStore.open(path)
-    known.suits(teacher, options.seed, methods)
+    known.suits(teacher, options.seed, methods, datasets)
     return known
 
 

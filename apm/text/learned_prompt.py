@@ -153,7 +153,7 @@ def check_class_names(prompt: LearnedPrompt, class_names: Sequence[str], *, name
         raise UsageError(
             f'The prompt {name} was learned for {len(learned)} class names, such as "{learned[0]}", and {len(strange)} '
             f'of the {len(class_names)} given are not among them, such as "{strange[0]}". To use it on other classes '
-            "than those it was learned for, write coop:file=FILE,transfer=true."
+            "than those it was learned for, write transfer=true after the file, as in coop:file=FILE,transfer=true."
         )
 
 

@@ -80,12 +80,15 @@ class ZeroShotHead:
             )
         if not all(name.strip() for name in names):
             raise UsageError("One of the labels is empty.")
-        path = _cache_path(cache_dir, teacher, names, prompts) if cache else None
-        features = _read(path, (len(names), teacher.dim)) if path else None
-        if features is None:
-            features = encode_labels(teacher, names, prompts, batch_size=batch_size, progress=progress)
-            if path:
-                _write(path, features)
+
+        def compute() -> Tensor:
+            return encode_labels(teacher, names, prompts, batch_size=batch_size, progress=progress)
+
+        if cache:
+            content = [teacher.identity, teacher.dim, prompts, names]
+            features = kept_features(content, (len(names), teacher.dim), compute, cache_dir=cache_dir)
+        else:
+            features = compute()
         return cls(names, features.to(teacher.device), teacher.logit_scale, prompts)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -105,6 +108,31 @@ def default_cache_dir() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("apm"))
+
+
+def kept_features(
+    content: Sequence[object],
+    shape: tuple[int, int],
+    compute: Callable[[], Tensor],
+    *,
+    cache_dir: str | Path | None = None,
+) -> Tensor:
+    """Text features from the cache, or computed now and kept there.
+
+    Args:
+        content: all that they depend on, as JSON values: the file's name is a hash of it.
+        shape: (C, D) of the features.
+        compute: gives them, float32 on the CPU.
+        cache_dir: as for `ZeroShotHead.build`.
+    """
+    digest = hashlib.sha256(json.dumps([_FORMAT, *content]).encode()).hexdigest()
+    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    path = folder / "text-features" / f"{digest}.safetensors"
+    features = _read(path, shape)
+    if features is None:
+        features = compute()
+        _write(path, features)
+    return features
 
 
 def encode_labels(
@@ -139,15 +167,6 @@ def encode_labels(
 def _spans(total: int, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, total, size):
         yield start, min(start + size, total)
-
-
-def _cache_path(
-    cache_dir: str | Path | None, teacher: Teacher, labels: tuple[str, ...], templates: tuple[str, ...]
-) -> Path:
-    """Return the file for these features: its name is a hash of all that they depend on."""
-    content = json.dumps([_FORMAT, teacher.identity, teacher.dim, templates, labels])
-    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    return folder / "text-features" / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
 
 
 def _checksum(path: Path, features: Tensor) -> str:

@@ -30,6 +30,7 @@ from apm.test_time.views import views as make_views
 
 if TYPE_CHECKING:
     from apm.teachers.base import Teacher
+    from apm.text.descriptors import Descriptors
     from apm.text.zeroshot import ZeroShotHead
 
 Json = str | int | float | bool | None
@@ -326,6 +327,8 @@ class MethodOptions:
     """``common`` or ``published``, see `apm.benchmarks.methods.published`."""
     published: Mapping[str, Json] = field(default_factory=dict)
     """Settings that are published for the data set at hand; they win over the run's."""
+    descriptors: Mapping[str, Descriptors] = field(default_factory=dict)
+    """``published``: LLM descriptors of the classes of every data set of the run, by its name; empty: none."""
     oracle: bool = False
     """Whether settings that are chosen by the test labels may be asked for."""
     overrides: Mapping[str, str] = field(default_factory=dict)

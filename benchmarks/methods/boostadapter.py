@@ -14,33 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apm.errors import UsageError, unknown
+from apm.errors import UsageError
 from apm.test_time.targets import entropies
-from apm.test_time.views import MIN_AREA
 
-from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
+from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 from .features import answer_each, entropy_share, most_confident
 from .published import Published
-from .tda import ALPHA_BETA, Cache, TDASettings
+from .tda import ALPHA_BETA, OF_CONFIDENT_VIEWS, Cache, TDASettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoostAdapterSettings(TDASettings):
-    """The published settings for ImageNet: TDA's, and those of the views."""
+    """The published settings for ImageNet: TDA's, whose confident views are also lent to the cache."""
 
-    views: int = 64
-    min_area: float = MIN_AREA
-    keep: float = 0.1
-    """Share of the views, those of lowest entropy, that are lent to the cache."""
-    mode: str = "image"
-    """The image's representation: ``image``, its own feature; ``mean``, that of its confident views."""
     extra: int = 1
     """δ: entries that a class may have in the copy beyond those of the positive cache."""
 
     def __post_init__(self) -> None:
-        check_share("keep", self.keep)
-        if self.mode not in ("image", "mean"):
-            raise unknown("mode", self.mode, ("image", "mean"))
+        super().__post_init__()
         if self.positive_shots < 1 or self.extra < 0 or self.negative_shots < 1:
             raise UsageError("BoostAdapter must keep at least one image per class, and no fewer in the copy.")
 
@@ -53,7 +44,7 @@ PUBLISHED = Published(
     by_dataset={
         name: {
             "extra": _EXTRA.get(name, 0),
-            "mode": "mean" if name in ("imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch") else "image",
+            "mode": "mean" if name in OF_CONFIDENT_VIEWS else "image",
             **dict(zip(("positive_alpha", "positive_beta"), ALPHA_BETA.get(name, ()), strict=False)),
         }
         for name in sorted({*ALPHA_BETA, *_EXTRA})

@@ -32,7 +32,7 @@ class CoCoOp(CoOp):
         self.prepare(batch)
         rows = []
         for token in batch.tokens().float():
-            text = self._prompt.features(self._learned.conditioned(token))
+            text = self._prompt.features(self.learned.prompt.conditioned(token))
             rows.append(self._start.logit_scale * text @ normalize(token, dim=0))
         return Prediction(logits=torch.stack(rows))
 
@@ -51,5 +51,5 @@ class TPTCoCoOp(TPTCoOp):
     def tune(self, views: Tensor, beside: Tensor | None = None) -> Tuned:
         """Tune the prompt that the meta-net makes of the image's feature, for one image's unit views (V, D)."""
         assert beside is not None
-        initial = self._learned.for_image(beside)
+        initial = self.learned.prompt.for_image(beside)
         return self._steps(views, initial, self._prompt.features(initial), None)

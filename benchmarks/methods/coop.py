@@ -7,18 +7,15 @@ code means to do so, and fails where it copies the context from the learner.) Th
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from apm.errors import UsageError, unknown
-from apm.text.learned_prompt import check_class_names, read_learned_prompt, tunable
-from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name
+from .learned import LearnedContext
 from .prompted import PromptSettings
-from .published import Published
+from .published import OTHERS, Published
 from .tpt import TPT
 
 
@@ -42,7 +39,7 @@ class LearnedSettings(PromptSettings):
             raise UsageError(f'A learned prompt brings its own words: leave out prompt="{self.prompt}".')
 
 
-PUBLISHED = Published(source="the learned context; where it is tuned, views as TPT", augmix=True)
+PUBLISHED = Published(source="the learned context; where it is tuned, views as TPT", augmix=(OTHERS,))
 
 
 class TPTCoOp(TPT):
@@ -54,36 +51,15 @@ class TPTCoOp(TPT):
     conditional = False
     """Whether it takes CoCoOp's prompts, and not CoOp's."""
     _chosen: LearnedSettings
+    learned: LearnedContext
 
     def __init__(self, options: MethodOptions) -> None:
         super().__init__(options)
-        path = Path(self._chosen.file).expanduser()
-        self._learned = read_learned_prompt(path)
-        if (self._learned.meta_net is not None) is not self.conditional:
-            kind, fits = ("CoOp", "coop") if self.conditional else ("CoCoOp", "cocoop")
-            raise UsageError(f'"{path}" was learned by {kind}: use it with {fits} or tpt+{fits}.')
+        chosen = self._chosen
+        self.learned = LearnedContext(chosen.file, conditional=self.conditional, transfer=chosen.transfer)
         others = {key: value for key, value in options.overrides.items() if key != "file"}
-        self.name = display_name(self.registered, replace(options, overrides=others), path.stem)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()  # where the file is has no part in the answers
-        learned = {"file": path.name, "sha256": digest, "uses_training_data": "yes"}
-        self.settings: Mapping[str, Json] = {**self.settings, **learned}
-
-    def own_prompt(self, templates: Sequence[str]) -> str:
-        """The words before the class name."""
-        return f"[{len(self._learned.context)} vectors of {Path(self._chosen.file).stem}] {{}}."
-
-    def prepare(self, batch: Batch) -> None:
-        """Put the learned context before the class names, once for a teacher and its class names."""
-        if self._run_head is batch.head:
-            return
-        names, stem = batch.head.labels, Path(self._chosen.file).stem
-        if not self._chosen.transfer:
-            check_class_names(self._learned, names, name=stem)
-        self._learned = self._learned.to(batch.teacher.device)
-        self._prompt = tunable(self._learned, batch.teacher, list(names), name=stem, group=self._chosen.group)
-        features = self._prompt.features(self._prompt.initial)
-        self._start = ZeroShotHead(names, features, batch.head.logit_scale, (self.own_prompt(()),))
-        self._run_head = batch.head
+        self.name = display_name(self.registered, replace(options, overrides=others), self.learned.stem)
+        self.settings: Mapping[str, Json] = {**self.settings, **self.learned.settings}
 
 
 class CoOp(TPTCoOp):

@@ -36,7 +36,7 @@ PUBLISHED = Published(
     source="C-TPT: λ 50, and 20 on ImageNet and its variants; else as TPT",
     by_dataset={IMAGENETS: {"dispersion": 20.0}, OTHERS: {"dispersion": 50.0}},
     prompts="single",
-    augmix=True,
+    augmix=(OTHERS,),
 )
 
 

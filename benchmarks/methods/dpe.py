@@ -7,6 +7,8 @@ from which the next image starts. An answer depends on the images before: the ru
 
 Two choices of the published code are kept, which its third-party copies differ in: the teacher's logits stay in the
 graph, so that the text shift learns through them; and the running mean is not normalised again.
+
+The authors' text features are means over the prompts and CuPL's descriptors of the class, all texts alike.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .features import answer_each, entropy_share, marginal_entropy, most_confident
-from .published import OTHERS, Published
+from .published import IMAGENETS, OTHERS, Published
 from .tda import Cache
 
 
@@ -143,7 +145,7 @@ _BY_DATASET = {  # α, β, learning rate / 1e-4, weight of the alignment
     "ucf101": (9.0, 8.0, 4.0, 0.2),
 }
 PUBLISHED = Published(
-    source="DPE: α, β, learning rate and alignment by data set; the data set's own prompt, without its LLM descriptors",
+    source="DPE: α, β, learning rate and alignment by data set; the data set's own prompt",
     by_dataset={
         OTHERS: {"views": 1},
         **{
@@ -157,6 +159,8 @@ PUBLISHED = Published(
             for name, (alpha, beta, rate, align) in _BY_DATASET.items()
         },
     },
+    augmix=(IMAGENETS,),
+    descriptors="together",
 )
 
 

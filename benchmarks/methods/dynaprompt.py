@@ -49,7 +49,7 @@ PUBLISHED = Published(
     settings={"prompts": 12},
     by_dataset={OTHERS: {"lr": 3e-3}},
     prompts="single",
-    augmix=True,
+    augmix=(OTHERS,),
 )
 
 

@@ -12,7 +12,7 @@ from apm.test_time.mean_shift import mean_shift_mode
 from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
-from .published import Published
+from .published import OTHERS, Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class MTASettings:
     neighbours: float = 0.3
 
 
-PUBLISHED = Published(source="MTA: one setting; prompt and views as TPT", prompts="single", augmix=True)
+PUBLISHED = Published(source="MTA: one setting; prompt and views as TPT", prompts="single", augmix=(OTHERS,))
 
 
 class MTA:

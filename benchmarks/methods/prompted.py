@@ -2,7 +2,8 @@
 
 What is tuned are the vectors of the words before the class name, "a photo of a" in the papers. Where the run has a
 single prompt with such words, it is taken, so that zero-shot and these methods start from the same prompt. An ensemble
-of prompts cannot be tuned: then the papers' is taken, the log says so, and the run's record and tables name it.
+of prompts cannot be tuned: then the papers' is taken, the log says so, and the run's record and tables name it. Some
+methods can start from a context that CoOp learned instead, see `learned`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .features import marginal_entropy, most_confident, usable
+from .learned import LearnedContext
 
 PAPER_PROMPT = "a photo of a {}."
 
@@ -78,6 +80,8 @@ class PromptTuned:
     """Its name in the registry."""
     settings_type: ClassVar[type[PromptSettings]] = PromptSettings
     weight_decay = 0.01
+    learned: LearnedContext | None = None
+    """Where it starts instead of words."""
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name(self.registered, options)
@@ -116,6 +120,10 @@ class PromptTuned:
 
     def own_prompt(self, templates: Sequence[str]) -> str:
         """The prompt that is tuned in a run with these templates."""
+        return self.words(templates) if self.learned is None else self.learned.template
+
+    def words(self, templates: Sequence[str]) -> str:
+        """As `own_prompt`, in words also where the context was learned."""
         suits = len(templates) == 1 and has_context(templates[0])
         return self._chosen.prompt or (templates[0] if suits else PAPER_PROMPT)
 
@@ -123,18 +131,22 @@ class PromptTuned:
         """Make the prompt and its untuned features, once for a teacher and its class names."""
         if self._run_head is batch.head:
             return
-        own = batch.head.templates
-        template = self.own_prompt(own)
-        names = batch.head.labels
-        self._prompt = TunablePrompt(batch.teacher, names, template=template, group=self._chosen.group)
-        if own == (template,):
-            self._start = batch.head
+        if self.learned is None:
+            self._prompt, self._start = self._from_words(batch)
         else:
-            _log.warning(
-                '%s starts from the prompt "%s", which is not what the run\'s other methods use.', self.name, template
-            )
-            self._start = ZeroShotHead.build(batch.teacher, names, (template,))
+            self._prompt, self._start = self.learned.before(batch.head, batch.teacher, group=self._chosen.group)
         self._run_head = batch.head
+
+    def _from_words(self, batch: Batch) -> tuple[TunablePrompt, ZeroShotHead]:
+        """The prompt, and its zero-shot head before any step."""
+        names, template = batch.head.labels, self.words(batch.head.templates)
+        prompt = TunablePrompt(batch.teacher, names, template=template, group=self._chosen.group)
+        if batch.head.templates == (template,):
+            return prompt, batch.head
+        _log.warning(
+            '%s starts from the prompt "%s", which is not what the run\'s other methods use.', self.name, template
+        )
+        return prompt, ZeroShotHead.build(batch.teacher, names, (template,))
 
     def tune(self, views: Tensor, beside: Tensor | None = None) -> Tuned:
         """Tune the prompt for one image.

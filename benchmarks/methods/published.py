@@ -13,6 +13,8 @@ from typing import Any
 
 from apm.errors import unknown
 from apm.labels import PROMPT_NAMES, prompt_templates
+from apm.teachers.base import Teacher
+from apm.text.descriptors import Combination, Descriptors, described_head
 from apm.text.zeroshot import ZeroShotHead
 
 from ..datasets.specs import SUITES
@@ -37,8 +39,10 @@ class Published:
     """For a data set, or for `IMAGENETS` or `OTHERS`. A data set that is in neither has `settings` alone."""
     prompts: str = DATASETS_OWN
     """A name in `PROMPT_NAMES`; ``own``: the data set's own, as in CoOp's papers."""
-    augmix: bool = False
-    """Whether the views of the `OTHERS` are AugMix's; those of `IMAGENETS` are plain crops."""
+    augmix: tuple[str, ...] = ()
+    """Data sets whose views are AugMix's, with `IMAGENETS` or `OTHERS` for many; those of others are plain crops."""
+    descriptors: Combination | None = None
+    """How LLM descriptors of the classes join the prompts, where the user has some; None: its authors use none."""
 
     def values(self, dataset: str) -> dict[str, Json]:
         """The settings for one data set."""
@@ -50,7 +54,7 @@ class Published:
 
     def augmented(self, dataset: str) -> bool:
         """Whether a data set's views are AugMix's."""
-        return self.augmix and dataset in _MEMBERS[OTHERS]
+        return any(dataset in _MEMBERS.get(key, (key,)) for key in self.augmix)
 
 
 class AsPublished:
@@ -69,21 +73,37 @@ class AsPublished:
         self._dataset: str | None = None
         self._values: dict[str, Json] = {}
         self._method = make(options)
-        self._heads: tuple[ZeroShotHead, ZeroShotHead] | None = None
+        self.described: Descriptors | None = None
+        """What is said of the classes of the data set begun, where there is a file and its authors use one."""
+        self._heads: tuple[ZeroShotHead, Descriptors | None, ZeroShotHead] | None = None
         self.name, self.stream, self.gradients = self._method.name, self._method.stream, self._method.gradients
+        self.encodes_views = getattr(self._method, "encodes_views", False)
+        told = [published.source, getattr(self._method, "published_start", "")]
+        descriptors: dict[str, Json] = {}
+        if published.descriptors:
+            descriptors = {"descriptors": "yes" if options.descriptors else "no"}
+            told.append("with LLM descriptors" if options.descriptors else "without LLM descriptors")
         varying = {name for one in published.by_dataset.values() for name in one} - {*options.overrides, "views"}
         plain = make(replace(options, published=published.settings)).settings
         self.settings: Mapping[str, Json] = {
             **plain,
             **dict.fromkeys(sorted(varying), _BY_DATASET),
-            "published": published.source,
+            "published": "; ".join(filter(None, told)),
+            **descriptors,
         }
         if isinstance(self._method, Together):
             self.together = self._method.together
 
-    def begin(self, dataset: str) -> None:
-        """Be ready for a data set: with its settings, and nothing of another."""
+    def begin(self, dataset: str, labels: Sequence[str] = ()) -> None:
+        """Be ready for a data set: with its settings, and nothing of another.
+
+        Raises:
+            UsageError: the descriptors say nothing of some of the labels.
+        """
         values = self._published.values(dataset)
+        if self._published.descriptors and self._options.descriptors:
+            self.described = self._options.descriptors[dataset]
+            self.described.of(labels)
         if self._dataset is None or values != self._values:
             self._method = self._make(replace(self._options, published=values))
         self._dataset, self._values = dataset, values
@@ -97,16 +117,31 @@ class AsPublished:
             **{name: self._method.settings[name] for name in self._values if name in self._method.settings},
             "prompts": self._published.prompts,
             **({"view_policy": views} if "views" in self._method.settings else {}),
+            **({"descriptors": file.name, "descriptors_sha256": file.digest} if (file := self.described) else {}),
         }
+
+    def views(self, dataset: str) -> tuple[int, float | None] | None:
+        """For a data set, how many plain crops it looks at, and their smallest area; None: at no views.
+
+        AugMix's views count as none but the image itself: they are in no store.
+        """
+        settings = self._make(replace(self._options, published=self._published.values(dataset))).settings
+        count, area = settings.get("views"), settings.get("min_area")
+        if not isinstance(count, int):
+            return None
+        return (1 if self._published.augmented(dataset) else count), None if area is None else float(area)
 
     def own_prompt(self, templates: Sequence[str]) -> str | None:
         """What it uses in the place of the run's templates; None: those."""
         mine = self._templates(templates)
         if isinstance(self._method, HasOwnPrompt) and (own := self._method.own_prompt(mine)) is not None:
             return own
-        if tuple(mine) == tuple(templates):
+        if self.described is None and tuple(mine) == tuple(templates):
             return None
-        return mine[0] if len(mine) == 1 else f"[{self._published.prompts}: {len(mine)} prompts] {{}}"
+        if self.described is None and len(mine) == 1:
+            return mine[0]
+        count = "1 prompt" if len(mine) == 1 else f"{len(mine)} prompts"
+        return f"[{self._published.prompts}: {count}{' and LLM descriptors' if self.described else ''}] {{}}"
 
     def reset(self) -> None:
         """As the method's own."""
@@ -115,21 +150,37 @@ class AsPublished:
             reset: StreamMethod = stream
             reset.reset()
 
+    def encode_texts(
+        self, teacher: Teacher, head: ZeroShotHead, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Make its own head beside the run's `head`, so that no image is charged with that.
+
+        Args:
+            teacher: of the run.
+            head: of the run, for the data set begun.
+            progress: as for `ZeroShotHead.build`.
+        """
+        templates = tuple(self._templates(head.templates))
+        if self._heads is not None and self._heads[0] is head and self._heads[1] is self.described:
+            return
+        if self.described is not None:
+            assert self._published.descriptors is not None
+            combination = self._published.descriptors
+            own = described_head(teacher, head.labels, templates, self.described, combination, progress=progress)
+        elif templates == head.templates:
+            own = head
+        else:
+            own = ZeroShotHead.build(teacher, head.labels, templates, progress=progress)
+        self._heads = head, self.described, own
+
     def predict(self, batch: Batch) -> Prediction:
         """As the method's own, with its prompts and views."""
         assert self._dataset is not None, "begin() comes first"
-        with batch.under(head=self._head(batch), augmix=self._published.augmented(self._dataset)):
+        self.encode_texts(batch.teacher, batch.head)
+        assert self._heads is not None
+        with batch.under(head=self._heads[2], augmix=self._published.augmented(self._dataset)):
             return self._method.predict(batch)
 
     def _templates(self, templates: Sequence[str]) -> Sequence[str]:
         name = self._published.prompts
         return templates if name == DATASETS_OWN else prompt_templates(name)
-
-    def _head(self, batch: Batch) -> ZeroShotHead:
-        """The head with the method's prompts, the same object for as long as the run's is the same."""
-        templates = tuple(self._templates(batch.head.templates))
-        if templates == batch.head.templates:
-            return batch.head
-        if self._heads is None or self._heads[0] is not batch.head:
-            self._heads = batch.head, ZeroShotHead.build(batch.teacher, batch.head.labels, templates)
-        return self._heads[1]

@@ -4,14 +4,15 @@ At each step every confident view proposes its first classes; a second, better m
 says how well each fits the view. The reward is its CLIP score, less the mean over the view's proposals, and the prompt
 is tuned by policy gradient (REINFORCE) to propose what is rewarded.
 
-The reward model sees the same views and the same prompt, and is loaded once. Published runs start from a prompt that
-CoOp learned; this starts from the run's own, as every method here.
+The reward model sees the same views, and is loaded once. Published runs start from a prompt that CoOp learned:
+``rlcf:reward=TEACHER,file=coop.safetensors``, see `apm prompts`; without a file it starts from the run's own, as every
+method here. The reward model's prompt is in words in either case: a learned context means nothing to another teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -21,7 +22,8 @@ from apm.errors import UsageError
 from apm.teachers import check_teacher, load_teacher
 from apm.text.zeroshot import ZeroShotHead
 
-from .base import Batch, MethodOptions
+from .base import Batch, MethodOptions, display_name
+from .learned import LearnedContext
 from .prompted import PromptSettings, PromptTuned
 from .published import OTHERS, Published
 
@@ -43,9 +45,19 @@ class RLCFSettings(PromptSettings):
     """Classes that each view proposes at each step; no more than there are."""
     score_weight: float = 2.5
     """Times the reward model's cosine, as in the CLIP score."""
+    file: str = ""
+    """A prompt that CoOp learned, in safetensors, to start from; empty: words."""
+    transfer: bool = False
+    """Use it also on other class names than it was learned for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.transfer and not self.file:
+            raise UsageError(
+                "RLCF's transfer=true is about a learned prompt, but none is named: file=coop.safetensors."
+            )
+        if self.file and self.prompt is not None:
+            raise UsageError(f'A learned prompt brings its own words: leave out prompt="{self.prompt}".')
         if not self.reward:
             raise UsageError(
                 "RLCF needs a second teacher that rewards the first: name one, as in rlcf:reward=ViT-L-14/openai."
@@ -57,10 +69,10 @@ class RLCFSettings(PromptSettings):
 
 
 PUBLISHED = Published(
-    source="RLCF: 3 steps, 5 on fine-grained sets; without its start from CoOp's context",
+    source="RLCF: 3 steps, 5 on fine-grained sets",
     by_dataset={OTHERS: {"steps": 5}},
     prompts="single",
-    augmix=True,
+    augmix=(OTHERS,),
 )
 
 
@@ -77,8 +89,16 @@ class RLCF(PromptTuned):
 
     def __init__(self, options: MethodOptions) -> None:
         super().__init__(options)
-        check_teacher(self._chosen.reward)  # a wrong name is told before anything is done
-        self.weight_decay = self._chosen.weight_decay
+        chosen = self._chosen
+        check_teacher(chosen.reward)  # a wrong name is told before anything is done
+        self.weight_decay = chosen.weight_decay
+        self.settings = {name: value for name, value in self.settings.items() if name not in ("file", "transfer")}
+        if chosen.file:
+            self.learned = LearnedContext(chosen.file, transfer=chosen.transfer)
+            others = {key: value for key, value in options.overrides.items() if key != "file"}
+            self.name = display_name(self.registered, replace(options, overrides=others), self.learned.stem)
+            self.settings = {**self.settings, **self.learned.settings}
+        self.published_start = "from CoOp's context" if chosen.file else "without its start from CoOp's context"
         self._device = options.device
         self._reward: Teacher | None = None
         self._reward_head: ZeroShotHead | None = None
@@ -96,7 +116,7 @@ class RLCF(PromptTuned):
         if self._reward is None:
             self._reward = load_teacher(self._chosen.reward, device=self._device)
         head = self._reward_head
-        template = self.own_prompt(batch.head.templates)
+        template = self.words(batch.head.templates)
         if head is None or (head.labels, head.templates) != (batch.head.labels, (template,)):
             head = self._reward_head = ZeroShotHead.build(self._reward, batch.head.labels, (template,))
         seen = batch.seen_by(self._reward, head)

@@ -19,7 +19,7 @@ from apm.errors import UsageError
 from apm.test_time.targets import entropies
 
 from .prompted import PromptSettings, PromptTuned
-from .published import Published
+from .published import OTHERS, Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class RTPTSettings(PromptSettings):
             raise UsageError(f"R-TPT's temperature must be above 0, not {self.temperature}.")
 
 
-PUBLISHED = Published(source="R-TPT: one setting; prompt and views as TPT", prompts="single", augmix=True)
+PUBLISHED = Published(source="R-TPT: one setting; prompt and views as TPT", prompts="single", augmix=(OTHERS,))
 
 
 class RTPT(PromptTuned):

@@ -5,8 +5,9 @@ of moderately uncertain ones, with the classes that they are probably not. An im
 the first and lose by its likeness to the second. An answer depends on the images before it: the run seeds and records
 their order.
 
-As for the other methods here one feature per image is used, that of the image itself; the published code averages
-confident augmented views on the ImageNet family.
+Two forms of an image are published: its own feature (``mode=image``, the default), and on ImageNet-A, -V2, -R and
+-Sketch, as in ``mode=mean``, the mean of its confident views, of features as of logits. The mean feature is not brought
+to unit length, neither in the caches nor where it is compared with them.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apm.errors import UsageError, unknown
 from apm.test_time.targets import entropies
+from apm.test_time.views import MIN_AREA
 
-from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
-from .features import answer_each, entropy_share
+from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
+from .features import answer_each, entropy_share, most_confident
 from .published import Published
+
+_OF_VIEWS = ("views", "min_area", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,17 @@ class TDASettings:
     """A class is marked as probably wrong when its probability is above this …"""
     mask_high: float = 1.0
     """… and below this."""
+    mode: str = "image"
+    """What stands for an image: ``image``, its own feature; ``mean``, that of its confident views."""
+    views: int = 64
+    min_area: float = MIN_AREA
+    keep: float = 0.1
+    """Share of the views, those of lowest entropy, that count as confident."""
+
+    def __post_init__(self) -> None:
+        check_share("keep", self.keep)
+        if self.mode not in ("image", "mean"):
+            raise unknown("mode", self.mode, ("image", "mean"))
 
 
 class Cache:
@@ -70,7 +86,7 @@ class Cache:
         Args:
             predicted: index of the predicted class.
             entropy: of the prediction; low is kept.
-            feature: (D,) of unit length.
+            feature: (D,), of unit length, or a mean of such.
             marked: indices of the classes that the entry speaks of: few, so that memory stays far below C per entry.
         """
         entries = self._entries.setdefault(predicted, [])
@@ -118,9 +134,17 @@ ALPHA_BETA: dict[str, tuple[float, float]] = {
     "ucf101": (3.0, 8.0),
 }
 """The authors' α and β of the positive cache by data set; ImageNet's 2 and 5 elsewhere."""
+OF_CONFIDENT_VIEWS = ("imagenet-a", "imagenet-v2", "imagenet-r", "imagenet-sketch")
+"""Where the authors' features are means of confident views."""
+_POSITIVE = ("positive_alpha", "positive_beta")
 PUBLISHED = Published(
-    source="TDA: α and β of the positive cache by data set; the data set's own prompt, without its LLM descriptors",
-    by_dataset={name: {"positive_alpha": alpha, "positive_beta": beta} for name, (alpha, beta) in ALPHA_BETA.items()},
+    source="TDA: α and β of the positive cache by data set; confident AugMix views on A, V2, R and Sketch; own prompts",
+    by_dataset={
+        name: dict(zip(_POSITIVE, ALPHA_BETA.get(name, ()), strict=False))
+        | ({"mode": "mean"} if name in OF_CONFIDENT_VIEWS else {})
+        for name in (*ALPHA_BETA, "imagenet-a")
+    },
+    augmix=OF_CONFIDENT_VIEWS,
 )
 
 
@@ -133,8 +157,15 @@ class TDA:
 
     def __init__(self, options: MethodOptions) -> None:
         self.name = display_name("tda", options)
-        self._chosen = make_settings(TDASettings, "tda", options)
-        self.settings: Mapping[str, Json] = settings_record(self._chosen)
+        chosen = self._chosen = make_settings(TDASettings, "tda", options, views=options.views)
+        recorded = settings_record(chosen)
+        if chosen.mode == "image":
+            given = [name for name in _OF_VIEWS if name in options.overrides]
+            if given and options.protocol == "common":
+                raise UsageError(f"TDA has no views without mode=mean: add that, or leave out {' and '.join(given)}.")
+            for name in ("mode", *_OF_VIEWS):  # so records stay as they were before there was a choice
+                del recorded[name]
+        self.settings: Mapping[str, Json] = recorded
         self.reset()
 
     def reset(self) -> None:
@@ -143,18 +174,27 @@ class TDA:
 
     def predict(self, batch: Batch) -> Prediction:
         """Classify the images in their order, each after it has been entered into the caches."""
-        text, scale = batch.head.features, batch.head.logit_scale
+        chosen, text, scale = self._chosen, batch.head.features, batch.head.logit_scale
 
-        def step(views: Tensor) -> Tensor:
-            return self._step(views[0], scale * views[0] @ text.T)
+        def of_image(views: Tensor) -> Tensor:
+            logits = scale * views[0] @ text.T
+            return self._step(views[0], logits, logits.softmax(dim=0))
 
-        return Prediction(logits=answer_each(batch.tokens().unsqueeze(1), len(text), step))
+        def of_views(views: Tensor) -> Tensor:
+            logits = scale * views @ text.T  # (V, C)
+            kept = most_confident(logits, chosen.keep)
+            mean = logits[kept].softmax(dim=1).mean(dim=0)
+            return self._step(views[kept].mean(dim=0), logits[kept].mean(dim=0), mean)
 
-    def _step(self, feature: Tensor, logits: Tensor) -> Tensor:
-        """Update the caches with one image, (D,) and (C,), and return its adapted logits (C,)."""
+        if chosen.mode == "mean":
+            views = batch.views(chosen.views, min_area=chosen.min_area)
+            return Prediction(logits=answer_each(views, len(text), of_views))
+        return Prediction(logits=answer_each(batch.tokens().unsqueeze(1), len(text), of_image))
+
+    def _step(self, feature: Tensor, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Update the caches with one image, (D,), (C,) and (C,), and return its adapted logits (C,)."""
         chosen, classes = self._chosen, len(logits)
         positive, negative = self._caches_for(classes)
-        probabilities = logits.softmax(dim=0)
         entropy = float(entropies(probabilities))
         predicted = int(logits.argmax())
         positive.update(predicted, entropy, feature, logits.argmax().reshape(1))

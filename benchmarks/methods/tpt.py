@@ -10,14 +10,16 @@ from torch import Tensor
 from .base import Batch, Prediction
 from .features import marginal_entropy
 from .prompted import PAPER_PROMPT, PromptSettings, PromptTuned
-from .published import Published
+from .published import OTHERS, Published
 
 __all__ = ["PAPER_PROMPT", "TPT", "TPTSettings", "marginal_entropy"]
 
 TPTSettings = PromptSettings
 
 
-PUBLISHED = Published(source="TPT: one prompt; AugMix views on the cross-dataset sets", prompts="single", augmix=True)
+PUBLISHED = Published(
+    source="TPT: one prompt; AugMix views on the cross-dataset sets", prompts="single", augmix=(OTHERS,)
+)
 
 
 class TPT(PromptTuned):

@@ -24,7 +24,7 @@ from apm.test_time.views import MIN_AREA
 from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
 from .features import usable
 from .prompted import gather
-from .published import Published
+from .published import OTHERS, Published
 from .towers import Projection, TunableTower, set_gradients
 
 
@@ -85,7 +85,7 @@ class LowRank:
         return found
 
 
-PUBLISHED = Published(source="TTL: one setting; prompt and views as TPT", prompts="single", augmix=True)
+PUBLISHED = Published(source="TTL: one setting; prompt and views as TPT", prompts="single", augmix=(OTHERS,))
 
 
 class TTL:

@@ -12,7 +12,7 @@ from apm.test_time.targets import entropies, kept_count
 from apm.test_time.views import MIN_AREA
 
 from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
-from .published import Published
+from .published import OTHERS, Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ZeroSettings:
         check_share("keep", self.keep)
 
 
-PUBLISHED = Published(source="ZERO: one setting; prompt and views as TPT", prompts="single", augmix=True)
+PUBLISHED = Published(source="ZERO: one setting; prompt and views as TPT", prompts="single", augmix=(OTHERS,))
 
 
 class Zero:

@@ -226,6 +226,7 @@ def measure(teacher: Teacher, methods: Sequence[Method], cells: Sequence[Planned
         for method in methods:
             if isinstance(method, AsPublished):
                 method.begin(dataset.name)
+                method.encode_texts(teacher, head)
             seconds = _time(teacher, head, method)
             found[method.name].append(_time(teacher, head, method) if seconds < LONG else seconds)
     return Rates(

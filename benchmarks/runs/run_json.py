@@ -133,6 +133,9 @@ def _change_in_words(field: str, was: Any, now: Any, old: Mapping[str, Any], new
     if field in ("prompt_set", "label_set"):
         what = "prompts" if field == "prompt_set" else "class names"
         return _changed_set(what, old[f"{field}s"].get(was, [was]), new[f"{field}s"].get(now, [now]))
+    if field == "descriptors":
+        before, after = (f"SHA-256 {digest[:12]}…" if digest else "none" for digest in (was, now))
+        return f"the LLM descriptors of the classes: {before} before, {after} now"
     if field == "fingerprint":
         return f"the images, their order or their labels (fingerprint): {shortened(was[:12])} before, {now[:12]} now"
     return describe_differences([(field, was, now)])

@@ -135,12 +135,18 @@ def describe_cells(
 def add_own_prompts(
     headers: Mapping[str, dict[str, Any]], sets: Mapping[str, Mapping[str, list[str]]], methods: Sequence[Method]
 ) -> None:
-    """Note with each cell the methods that do not use its prompts, and what they use instead; and what is published."""
+    """Note with each cell the methods that do not use its prompts, and what they use instead; and what is published.
+
+    Raises:
+        UsageError: descriptors that a method is given say nothing of some of a cell's classes.
+    """
     for header in headers.values():
         templates = sets["prompt_sets"][header["prompt_set"]]
         published = [method for method in methods if isinstance(method, AsPublished)]
         for method in published:
-            method.begin(header["dataset"])
+            method.begin(header["dataset"], sets["label_sets"][header["label_set"]])
+            if method.described is not None:
+                header["identity"]["descriptors"] = method.described.digest
         if published:
             header["published"] = {method.name: method.used for method in published}
         own = {method.name: method.own_prompt(templates) for method in methods if isinstance(method, HasOwnPrompt)}

@@ -114,6 +114,7 @@ class Session:
             for method in share.methods:
                 if isinstance(method, AsPublished):
                     method.begin(dataset.name)
+                    method.encode_texts(self.teacher, head, self.on_texts)
                 if method.stream:
                     cast(StreamMethod, method).reset()
             if share.replay:

@@ -16,6 +16,7 @@ from apm.errors import UsageError, few
 from apm.teachers.base import Teacher
 
 from ..methods.base import Method
+from ..methods.published import AsPublished
 from ..runs.file_state import FileState, named_changes
 from .layout import CellFolder, StoreKey, cell_identity, differing, mending, read_store
 from .shards import Shard, places, read_shards
@@ -55,8 +56,8 @@ class FeatureStore:
             raise UsageError(f'No store at "{path}": a store holds store.json. Make one with apm encode … --out {path}')
         return cls(path, *found)
 
-    def suits(self, teacher: Teacher, seed: int, methods: Sequence[Method]) -> None:
-        """Check that these are the features that a run of these methods would compute.
+    def suits(self, teacher: Teacher, seed: int, methods: Sequence[Method], datasets: Sequence[str] = ()) -> None:
+        """Check that these are the features that a run of these methods, on these data sets, would compute.
 
         Raises:
             UsageError: they are of another teacher, seed or kind of views, or too few; what differs is named.
@@ -68,7 +69,7 @@ class FeatureStore:
                 f"The features in {self.path} are not those of this run. {found}. Run with the store's settings, or "
                 "make another store with apm encode … --out ANOTHER."
             )
-        for name, (views, min_area) in wanted_views(methods).items():
+        for name, (views, min_area) in wanted_views(methods, datasets).items():
             if views > self.key.views:
                 raise UsageError(
                     f"{name} needs {views} views of each image, but {self.path} holds {self.key.views}: run with "
@@ -186,11 +187,20 @@ class StoredViews:
         return found
 
 
-def wanted_views(methods: Sequence[Method]) -> dict[str, tuple[int, float | None]]:
-    """By method that looks at views: how many of each image, and the smallest share of the image in them."""
+def wanted_views(methods: Sequence[Method], datasets: Sequence[str] = ()) -> dict[str, tuple[int, float | None]]:
+    """By method that looks at views: how many of each image, and the smallest share of the image in them.
+
+    Args:
+        methods: of a run.
+        datasets: of the run; methods as published look at other views of each.
+    """
     wanted = {}
     for method in methods:
         if getattr(method, "encodes_views", False):
+            continue
+        if isinstance(method, AsPublished) and datasets:
+            if looked_at := [one for name in datasets if (one := method.views(name))]:
+                wanted[method.name] = max(looked_at, key=lambda one: one[0])
             continue
         views, min_area = method.settings.get("views"), method.settings.get("min_area")
         if isinstance(views, int):

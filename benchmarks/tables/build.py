@@ -145,7 +145,10 @@ def _told_apart(rows: list[TableRow]) -> list[TableRow]:
             other for other in rows if other.method == row.method and other.teacher == row.teacher and other is not row
         ]
         parts = {
-            name: row.settings.get(name) for other in others for name, _, _ in differences(other.settings, row.settings)
+            name: row.settings.get(name)
+            for other in others
+            for name, _, _ in differences(other.settings, row.settings)
+            if name != "published"  # prose about the protocol, which has a name
         }
         named = ", ".join(f"{name}={value}" for name, value in sorted(parts.items()))
         result.append(replace(row, method=f"{row.method} ({named})") if named else row)

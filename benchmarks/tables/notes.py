@@ -38,17 +38,35 @@ def notes(
 
 
 def conditions(runs: Iterable[Records], *, stream: bool) -> Iterator[str]:
-    """By which protocol the runs were made, whether from a store and, with stream methods, in which orders."""
+    """By which protocol the runs were made, with which descriptors, whether from a store, and in which orders."""
     runs = list(runs)
     configs = [run.run["config"] for run in runs]
     for name in sorted({str(config["protocol"]) for config in configs}):
         yield f"Protocol {name}: {PROTOCOLS[name]}."
+    yield from _descriptors(runs)
     if stored := [str(run.path) for run in runs if any("features" in one for one in run.run["sessions"])]:
         said = ", ".join(dict.fromkeys(stored))
         yield f"Features were read from a store in {said}, so their times exclude the teacher and the views."
     if stream:
         orders = sorted({str(config["order"]) for config in configs})
         yield f"Stream methods saw the images in the order of seed {', '.join(orders)}."
+
+
+def _descriptors(runs: Iterable[Records]) -> Iterator[str]:
+    """Which methods had LLM descriptors of the classes, on which data sets, from which file."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        files: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+        for cell in run.cells.values():
+            for method, used in cell.get("published", {}).items():
+                if "descriptors" in used:
+                    file = f"{used['descriptors']} (SHA-256 {used['descriptors_sha256'][:12]}…)"
+                    methods, titles = files.setdefault(file, ({}, {}))
+                    methods[method], titles[cell["title"]] = None, None
+        for file, (methods, titles) in files.items():
+            what = f"LLM descriptors of classes from {file}: {', '.join(methods)} on {', '.join(titles)}"
+            found.setdefault(what, {})[str(run.path)] = None
+    yield from (f"{what}, in {', '.join(paths)}." for what, paths in found.items())
 
 
 def warnings(layout: Layout, rows: Sequence[TableRow], entries: Sequence[Mapping[str, Answers]]) -> Iterator[str]:

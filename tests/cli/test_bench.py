@@ -25,6 +25,7 @@ from tests.benchmarks.make_table_golden import GOLDEN
 from tests.fakes import FakeTeacher
 from tests.schemas import schema
 
+DESCRIBED = ("digits", "--protocol", "published", "--descriptors")
 DIGITS = ("digits", "--limit", "20", "--method", "zero-shot", "--method", "tda")
 
 
@@ -112,6 +113,22 @@ def test_protocols_and_oracles_are_asked_for(tmp_path: Path) -> None:
     published = bench(*DIGITS, "--protocol", "published", "--out", tmp_path / "published")
     assert published.exit_code == 0 and "Protocol published: each method with its authors' own" in published.stdout
     assert Records.open(tmp_path / "published").run["config"]["protocol"] == "published"
+
+
+def test_descriptors_are_a_users_file_for_the_methods_that_take_them(tmp_path: Path) -> None:
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    file = tmp_path / "cupl.json"
+    file.write_text(json.dumps({name.title(): [f"The digit {name}.", f"A written {name}."] for name in names[:9]}))
+    arguments = (*DESCRIBED, f"digits={file}", "--limit", "4", "--method", "dmn:views=1", "--method", "zero-shot")
+    refused = bench(*arguments, "--out", "run")
+    assert refused.exit_code == 2 and 'not 1 of the 10 asked for: "nine"' in refused.stderr and not Path("run").exists()
+    file.write_text(json.dumps({name.title(): [f"The digit {name}.", f"A written {name}."] for name in names}))
+    result = bench(*arguments, "--out", "run")
+    assert result.exit_code == 0, result.output
+    assert "LLM descriptors of classes from cupl.json (SHA-256 " in result.stdout
+    schema("benchmarks/run.schema.json").validate(json.loads(Path("run/run.json").read_text()))
+    again = bench("digits", "--protocol", "published", *arguments[5:], "--out", "run")
+    assert again.exit_code == 2 and 'descriptors: "yes" before, "no" now' in again.stderr
 
 
 def test_the_default_folder_says_data_and_teacher() -> None:
@@ -225,6 +242,14 @@ def test_of_several_interrupted_processes_the_first_says_so(rank: int, monkeypat
         (["digits", "--orders", "2", "--method", "zero-shot"], "none of zero-shot does"),
         (["digits", "--protocol", "publishd"], 'Did you mean "published"'),
         (["digits", "--protocol", "published", "--views", "8"], "--views with --protocol published"),
+        (["digits", "--descriptors", "a.json"], "--descriptors needs --protocol published"),
+        ([*DESCRIBED, "a.json", "--method", "tda"], "--descriptors is used by tps, dmn, dpe"),
+        ([*DESCRIBED, "a.json", "--method", "dmn"], 'The descriptors "a.json" cannot be read: No such file'),
+        ([*DESCRIBED, "digit=a.json", "--method", "dmn"], 'Unknown data set "digit". Did you mean "digits"'),
+        ([*DESCRIBED, "pets=a.json", "--method", "dmn"], "pets is not in this run"),
+        (["pets", *DESCRIBED, "digits=a", "--method", "dmn"], "No descriptors are given for pets: add --descriptors"),
+        ([*DESCRIBED, "digits=a", "--descriptors", "digits=b", "--method", "dmn"], "digits has a file already, a"),
+        ([*DESCRIBED, "a", "--descriptors", "b", "--method", "dmn"], "a and b are both for every data set"),
         (["imagenet"], "--root"),
         (["imagenet-c", "--corruption", "clean"], "holds no clean images"),
         (["digits", "pets", "--source", "hf:a/b"], "--source works with one data set"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from apm.benchmarks.methods.features import most_confident
 from apm.benchmarks.methods.oga import CachedGaussians
 from apm.benchmarks.methods.onzeta import OnlineProxies, OnZetaSettings
 from apm.benchmarks.methods.tps import TPSSettings, tune_shift
+from apm.errors import UsageError
 from apm.text.zeroshot import ZeroShotHead
 from tests.benchmarks.goldens import close, golden_files, read_golden
 from tests.places import GOLDEN
@@ -170,6 +172,73 @@ def check_oga(golden: Golden) -> None:
         assert state.counts.tolist() == golden["counts" + suffix].tolist()
         close(state.means, golden["mus" + suffix])
         close(state.precision, golden["inv_cov" + suffix])
+
+
+def slow_tda(views: Tensor, text: Tensor, alpha: float, beta: float, negative_alpha: float) -> np.ndarray:
+    """TDA on the means of confident views, written from its description alone: (B, V, D) and (C, D) to (B, C)."""
+
+    def softmax(rows: np.ndarray) -> np.ndarray:
+        raised = np.exp(rows - rows.max(axis=-1, keepdims=True))
+        return raised / raised.sum(axis=-1, keepdims=True)
+
+    def entropy(row: np.ndarray) -> float:
+        return float(-(row * np.log(row)).sum())
+
+    words = text.double().numpy()
+    positive: dict[int, list[tuple[float, np.ndarray]]] = {}
+    negative: dict[int, list[tuple[float, np.ndarray, np.ndarray]]] = {}
+
+    def enter(cache: dict[int, list[Any]], owner: int, entry: Any, size: int) -> None:
+        entries = cache.setdefault(owner, [])
+        if len(entries) < size:
+            entries.append(entry)
+        elif entry[0] < entries[-1][0]:
+            entries[-1] = entry
+        entries.sort(key=lambda one: one[0])
+
+    answers = []
+    for image in views.double().numpy():
+        logits = 100 * image @ words.T
+        order = np.argsort([entropy(softmax(row)) for row in logits], kind="stable")[: max(1, int(0.1 * len(image)))]
+        feature, mean_logits = image[order].mean(axis=0), logits[order].mean(axis=0)
+        probabilities = softmax(logits[order]).mean(axis=0)
+        doubt, owner = entropy(probabilities), int(mean_logits.argmax())
+        enter(positive, owner, (doubt, feature), 3)
+        if 0.2 < doubt / np.log2(len(words)) < 0.5:
+            enter(negative, owner, (doubt, feature, (probabilities > 0.03) & (probabilities < 1.0)), 2)
+        answer = mean_logits.copy()
+        for label, entries in positive.items():
+            answer[label] += sum(alpha * np.exp(-beta * (1 - feature @ key)) for _, key in entries)
+        for entries_of in negative.values():
+            for _, key, marked in entries_of:
+                answer -= negative_alpha * np.exp(-(1 - feature @ key)) * marked
+        answers.append(answer)
+    return np.array(answers)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 5.0), (2.363, 7.45)])
+def test_tda_of_confident_views_is_what_a_slow_one_written_apart_gives(alpha: float, beta: float) -> None:
+    golden = read_golden(GOLDEN / "boostadapter_seed0.npz")
+    views, text = golden["views"], golden["text_features"]
+    spec = f"tda:mode=mean,views={views.shape[1]},positive_alpha={alpha},positive_beta={beta}"
+    ours = answers(spec, views, text)[0]
+    expected = slow_tda(views, text, alpha, beta, 0.117)
+    torch.testing.assert_close(ours, torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - slow_tda(views, text, alpha, beta, 0.0)).max() > 0.05  # the negative cache has a say
+    assert np.abs(expected - slow_tda(views, text, 0.0, beta, 0.117)).max() > 0.5
+    image = answers(f"tda:positive_alpha={alpha},positive_beta={beta}", views, text)[0]
+    assert not torch.allclose(image, ours, atol=0.1)
+
+
+def test_tda_of_images_has_no_settings_of_views() -> None:
+    image, mean = create_method("tda"), create_method("tda:mode=mean")
+    assert set(mean.settings) - set(image.settings) == {"mode", "views", "min_area", "keep"}
+    with pytest.raises(UsageError, match="without mode=mean: add that, or leave out views and keep"):
+        create_method("tda:views=8,keep=0.2")
+    with pytest.raises(UsageError, match=r'Unknown mode "means"\. Did you mean "mean"'):
+        create_method("tda:mode=means")
+    with pytest.raises(UsageError, match="keep is 0"):
+        create_method("tda:mode=mean,keep=0")
 
 
 CHECKS: dict[str, Callable[[Golden], None]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from apm.benchmarks.methods import create_method, rlcf
+from apm.benchmarks.methods import MethodOptions, create_method, rlcf
 from apm.benchmarks.methods.base import HasOwnPrompt
 from apm.benchmarks.methods.dynaprompt import choose
 from apm.benchmarks.methods.rtpt import view_weights
 from apm.benchmarks.methods.tpt import marginal_entropy
 from apm.errors import UsageError
+from apm.text.learned_prompt import LearnedPrompt, write_learned_prompt
 from apm.text.prompts import TunablePrompt, _replaced
 from apm.text.zeroshot import ZeroShotHead
-from tests.benchmarks.methods.made import CLASSES, SMALL, TEMPLATE, OpenTeacher, make_batch
+from tests.benchmarks.methods.made import CLASSES, SMALL, TEMPLATE, OpenTeacher, learned_prompt, make_batch
 from tests.fakes import FakeTeacher
 
 
@@ -193,6 +196,66 @@ def test_the_reward_model_sees_the_same_views_and_its_favourite_gains(
     before = batch.head.probabilities(batch.tokens())[:, favourite]
     alone = create_method(f"{spec},views=1", SMALL).predict(batch)  # the image is the one view that is tuned on
     assert (alone.logits.softmax(1)[:, favourite] > 1.005 * before).all()
+
+
+def test_rlcf_starts_from_a_learned_context(
+    open_teacher: OpenTeacher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    second = FakeTeacher(dim=16, name="second")
+    told: list[str] = []
+    encode = second.encode_text
+    monkeypatch.setattr(second, "encode_text", lambda texts: (told.extend(texts), encode(texts))[1])
+    monkeypatch.setattr(rlcf, "load_teacher", lambda spec, device: second)
+    monkeypatch.setenv("APM_CACHE", str(tmp_path / "cache"))
+    batch = make_batch(2, open_teacher)
+    origin = {"teacher": open_teacher.identity, "class_names": json.dumps(CLASSES)}
+    words = TunablePrompt(open_teacher, CLASSES).initial
+    moved = words + 0.5 * torch.randn(words.shape, generator=torch.Generator().manual_seed(0))
+    for name, context in (("words", words), ("coop", moved)):
+        write_learned_prompt(tmp_path / f"{name}.safetensors", LearnedPrompt(context=context, origin=origin))
+    plain = create_method("rlcf:reward=embedded", SMALL)
+    expected = plain.predict(batch).logits
+    same = create_method(f"rlcf:reward=embedded,file={tmp_path / 'words.safetensors'}", SMALL)
+    torch.testing.assert_close(same.predict(batch).logits, expected)  # "a photo of a", learned
+    spec = f"rlcf:reward=embedded,file={tmp_path / 'coop.safetensors'}"
+    method = create_method(spec, SMALL)
+    assert not torch.allclose(method.predict(batch).logits, expected, atol=1e-2)
+    still = create_method(f"{spec},steps=0", SMALL).predict(batch).logits
+    coop = create_method(f"coop:file={tmp_path / 'coop.safetensors'}").predict(batch).logits
+    torch.testing.assert_close(still, coop)
+    assert all("vectors" not in text for text in told) and told  # the second teacher is told words
+    assert (method.name, plain.name) == ("rlcf[coop,reward=embedded]", "rlcf[reward=embedded]")
+    assert method.settings["uses_training_data"] == "yes" and method.settings["file"] == "coop.safetensors"
+    assert set(method.settings) - set(plain.settings) == {"file", "sha256", "transfer", "uses_training_data"}
+    for one, words_of_it in ((spec, "; from CoOp's context"), ("rlcf:reward=embedded", "without its start from CoOp")):
+        made = create_method(one, MethodOptions(protocol="published"))
+        assert words_of_it in str(made.settings["published"])
+
+
+def test_rlcf_refuses_a_learned_context_of_others(
+    open_teacher: OpenTeacher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rlcf, "load_teacher", lambda spec, device: FakeTeacher(dim=16, name="second"))
+    path = tmp_path / "coop.safetensors"
+    spec = f"rlcf:reward=embedded,file={path}"
+    with pytest.raises(UsageError, match="cannot be read"):
+        create_method(spec)
+    names = json.dumps(["zebra", "horse"])
+    for origin, message in (
+        ({"teacher": "another"}, "coop was learned with another, but the teacher is open"),
+        ({"class_names": names}, "learned for 2 class names.*7 of the 7 given.*transfer=true"),
+    ):
+        write_learned_prompt(path, LearnedPrompt(context=torch.zeros(4, 16), origin=origin))
+        with pytest.raises(UsageError, match=message):
+            create_method(spec, SMALL).predict(make_batch(1, open_teacher))
+    answer = create_method(f"{spec},transfer=true", SMALL).predict(make_batch(1, open_teacher))
+    assert answer.logits.isfinite().all()
+    with pytest.raises(UsageError, match="learned by CoCoOp: use it with cocoop"):
+        create_method(f"rlcf:reward=embedded,file={learned_prompt('cocoop')}")
+    with pytest.raises(UsageError, match="its own words"):
+        create_method(f"{spec},prompt=art of a {{}}")
+    with pytest.raises(UsageError, match="none is named"):
+        create_method("rlcf:reward=embedded,transfer=true")
 
 
 def test_dynaprompt_depends_on_the_order_and_forgets_on_reset(open_teacher: OpenTeacher) -> None:

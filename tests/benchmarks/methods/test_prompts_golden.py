@@ -198,7 +198,7 @@ def test_coop_and_cocoop_and_tpt_from_there(path: Path, tmp_path: Path) -> None:
         if name == "coop":
             close(tuned._start.features, golden["coop_text_features"])
     assert isinstance(tuned, TPTCoCoOp)
-    contexts = torch.stack([tuned._learned.for_image(feature) for feature in features[:, 0]])
+    contexts = torch.stack([tuned.learned.prompt.for_image(feature) for feature in features[:, 0]])
     close(contexts, golden["tpt_cocoop_context_first"])
     pairs = zip(normalize(features, dim=2), features[:, 0], strict=True)
     close(torch.stack([tuned.tune(*pair).context for pair in pairs]), golden["tpt_cocoop_context"])

@@ -113,10 +113,11 @@ class AsPublished:
         """What is used for the data set begun, for the record: settings that differ by data set, prompts and views."""
         assert self._dataset is not None
         views = "AugMix" if self._published.augmented(self._dataset) else "crops"
+        mine = self._method.settings
         return {
-            **{name: self._method.settings[name] for name in self._values if name in self._method.settings},
+            **{name: mine[name] for name in mine if name in self._values or name not in self.settings},
             "prompts": self._published.prompts,
-            **({"view_policy": views} if "views" in self._method.settings else {}),
+            **({"view_policy": views} if "views" in mine else {}),
             **({"descriptors": file.name, "descriptors_sha256": file.digest} if (file := self.described) else {}),
         }
 

@@ -129,6 +129,7 @@ def test_descriptors_are_a_users_file_for_the_methods_that_take_them(tmp_path: P
     schema("benchmarks/run.schema.json").validate(json.loads(Path("run/run.json").read_text()))
     again = bench("digits", "--protocol", "published", *arguments[5:], "--out", "run")
     assert again.exit_code == 2 and 'descriptors: "yes" before, "no" now' in again.stderr
+    assert "published:" not in again.stderr  # the same in prose
 
 
 def test_the_default_folder_says_data_and_teacher() -> None:

@@ -230,6 +230,16 @@ def test_tda_of_confident_views_is_what_a_slow_one_written_apart_gives(alpha: fl
     assert not torch.allclose(image, ours, atol=0.1)
 
 
+def test_an_image_with_a_broken_view_leaves_nothing_in_tdas_caches() -> None:
+    golden = read_golden(GOLDEN / "boostadapter_seed0.npz")
+    views, text = golden["views"].clone(), golden["text_features"]
+    others = [index for index in range(len(views)) if index != 3]
+    expected = answers("tda:mode=mean,views=32", views[others], text)[0]
+    views[3, 5] = torch.nan
+    ours = answers("tda:mode=mean,views=32", views, text)[0]
+    assert ours[3].isnan().all() and torch.equal(ours[others], expected)
+
+
 def test_tda_of_images_has_no_settings_of_views() -> None:
     image, mean = create_method("tda"), create_method("tda:mode=mean")
     assert set(mean.settings) - set(image.settings) == {"mode", "views", "min_area", "keep"}

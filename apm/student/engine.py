@@ -23,7 +23,7 @@ from torch import Tensor
 
 from apm.student.cells import Cells
 from apm.student.config import APMConfig, Distil, Loss
-from apm.student.engine_adam import SPAN, AdamRows
+from apm.student.engine_adam import AdamRows
 from apm.student.engine_losses import FieldLosses, Locations
 from apm.student.engine_readout import MeanPooling, Parameters, Pooling, QueryPooling
 from apm.student.engine_token import TokenLoss
@@ -47,7 +47,7 @@ class Engine:
     """B students in parallel: `load` images and targets, `reset`, `run` K steps, read `token`, `fold`.
 
     Attributes:
-        weights, gradients: name -> (B, *shape) views, named as in `apm.student.model.APM`; float32.
+        weights, gradients: name -> (B, *shape) views, named as in `apm.student.model.APM`; float32, but see `AdamRows`.
         rows: the parameters, and all that Adam keeps of them.
         token: (B, D) of the latest evaluation; ``loss``, ``cosine``: (B,), of that token against the target.
         frozen: (B,) 1.0 where a sample takes no more steps (tolerance reached, or not finite), else 0.0.
@@ -131,18 +131,19 @@ class Engine:
         self.finite = torch.ones(batch, dtype=torch.bool, device=device)
 
         self._axis = axis_code(torch.arange(grid), config.position_dim // 2).to(device).expand(batch, -1, -1)
-        self._sums, self._d_sums = buffer(2 * grid, first), buffer(2 * grid, first)
+        self._sums, self._d_sums = buffer(first, 2 * grid), buffer(2 * grid, first)
         count = config.cells
         self._h1, self._d1 = buffer(count, first, dtype=dtype), buffer(count, first, dtype=dtype)
         self._h2, self._d2 = buffer(count, second, dtype=dtype), buffer(count, second, dtype=dtype)
         self._h3, self._d3 = buffer(count, third), buffer(count, third)
         if self._half:
             self._sums_half, self._d_sums_half = (
-                buffer(2 * grid, first, dtype=dtype),
+                buffer(first, 2 * grid, dtype=dtype),
                 buffer(2 * grid, first, dtype=dtype),
             )
             self._h3_half, self._d3_half = buffer(count, third, dtype=dtype), buffer(count, third, dtype=dtype)
-            self._scratch = torch.zeros(min(SPAN, max(first * second, second * third)), dtype=dtype, device=device)
+            on_cpu = self.device.type == "cpu"
+            self._turned = torch.zeros(count * max(config.hidden) if on_cpu else 0, dtype=dtype, device=device)
         else:
             self._sums_half, self._d_sums_half = self._sums, self._d_sums
             self._h3_half, self._d3_half = self._h3, self._d3
@@ -202,13 +203,13 @@ class Engine:
 
         by_column, by_x, by_y = w["mlp.layer1.weight"].split((self.config.cells, half, half), dim=2)
         shared = product(self.column, by_column.mT) + w["mlp.layer1.bias"][:, None]  # (B, 1, H1)
-        product(self._axis, by_y.mT, out=self._sums[:, :grid])
-        product(self._axis, by_x.mT, out=self._sums[:, grid:])
-        self._sums[:, :grid] += shared  # every location lies in exactly one row
+        product(by_y, self._axis.mT, out=self._sums[:, :, :grid])  # weights to the left: faster than the transpose
+        product(by_x, self._axis.mT, out=self._sums[:, :, grid:])
+        self._sums[:, :, :grid] += shared.mT  # every location lies in exactly one row
         self._halve(self._sums, self._sums_half)
 
         h1, h2, h3_half, h3 = self._h1[:, :n], self._h2[:, :n], self._h3_half[:, :n], self._h3[:, :n]
-        product(at.selector.T.expand(batch, -1, -1), self._sums_half, out=h1)
+        product(at.selector.T.expand(batch, -1, -1), self._sums_half.mT, out=h1)
         if at.guide is not None:
             accumulate(at.guide, w["mlp.guide.weight"].to(h1.dtype).mT, out=h1)
         h1.relu_()
@@ -368,18 +369,19 @@ class Engine:
         return graph
 
     def _weight_gradient(self, d_output: Tensor, inputs: Tensor, out: Tensor) -> None:
-        """Write d_output' inputs, (B, n, m)' (B, n, k) -> (B, m, k), straight into what Adam reads, in float32."""
+        """Write d_output' inputs, (B, n, m)' (B, n, k) -> (B, m, k), straight into what Adam reads."""
         if not self._half:
             product(d_output.mT, inputs, out=out)
         elif self.device.type == "cuda":
             torch.bmm(d_output.mT, inputs, out_dtype=torch.float32, out=out)
-        else:  # no CPU kernel has a wider output: round once, then widen
-            rows = max(1, SPAN // inputs.shape[2])
+        else:
             for d, x, o in zip(d_output, inputs, out, strict=True):
-                for some, wide in zip(d.T.split(rows), o.split(rows), strict=True):
-                    narrow = self._scratch[: wide.numel()].view(wide.shape)
-                    torch.mm(some, x, out=narrow)
-                    wide.copy_(narrow)
+                # A CPU's bfloat16 kernels take up to twice as long with a transposed left factor
+                left = self._turned[: d.numel()].view(d.T.shape).copy_(d.T)
+                if o.dtype == left.dtype:
+                    torch.mm(left, x, out=o)
+                else:
+                    o.copy_(left @ x)
 
     def _halve(self, source: Tensor, target: Tensor) -> None:
         """Convert between a float32 buffer and its bfloat16 twin; nothing to do where they are one."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
-from apm.student.engine_adam import SPAN
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
 from apm.test_time.inputs import student_inputs
@@ -125,7 +124,7 @@ def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str
         ``products``: the six large products, bare; ``adam``: Adam's traffic at the bandwidth of scaling an array in
         place; ``whole``: the step; ``ratio``: the whole to the sum of the two, round by round. Where the rest goes:
         ``first``, the first layer's products; ``readout``, forward and backward; ``update``, what Adam's pass really
-        takes, in bfloat16 with new copies of the weights; ``widening`` of their gradients, in bfloat16 on a CPU alone.
+        takes, in bfloat16 with the widening of gradients and new copies of the weights.
     """
     precision, device = options.chosen_precision, options.device
     stream, traffic = stream_probe(config, 1, device)
@@ -139,8 +138,6 @@ def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str
         "readout": _readout(engine, count),
         "update": engine.update,
     }
-    if precision == "bf16" and device.type == "cpu":
-        works["widening"] = _widening(config)
     times = interleaved(works, device, options.rounds)
     passes = ADAM_BYTES * trained_parameters(config) / traffic
     times["adam"] = [seconds * passes for seconds in times["adam"]]
@@ -159,19 +156,6 @@ def _readout(engine: Engine, count: int) -> Callable[[], object]:
     def run() -> None:
         engine.pooling.forward(hidden, positions)
         engine.pooling.backward(d_token, out=d_hidden)
-
-    return run
-
-
-def _widening(config: APMConfig) -> Callable[[], object]:
-    """The middle layers' gradients from bfloat16 to float32, a span at a time that is in the cache already."""
-    h1, h2, h3 = config.hidden
-    wide = torch.zeros(h1 * h2 + h2 * h3)
-    narrow = torch.ones(min(SPAN, len(wide)), dtype=torch.bfloat16)
-
-    def run() -> None:
-        for part in wide.split(len(narrow)):
-            part.copy_(narrow[: len(part)])
 
     return run
 
@@ -225,15 +209,14 @@ QUERIES = Kind(
             }
         ),
         "Beside its products and Adam's traffic, a step has the first layer (its weights are read twice and their "
-        "gradient\nwritten, whatever the number of locations), in bf16 the weights' copies and the widening of their "
-        "gradients, and the\nreadout.",
+        "gradient\nwritten, whatever the number of locations), in bf16 the conversions of gradients and weights, and "
+        "the readout.",
         Table(
             {
                 "locations": "{queries}",
                 "first layer": "{first}",
                 "readout": "{readout}",
-                "gradients to float32": "{widening}",
-                "Adam and the weights' copies": "{update}",
+                "Adam with all conversions": "{update}",
             },
             lambda record: [{**row, **row["step"]} for row in record["rows"] if "first" in row["step"]],
         ),

@@ -41,7 +41,8 @@ def six_products(
     jobs = []
     for inputs, outputs in ((h1, h2), (h2, h3)):
         x, d, weight = numbers(n, inputs), numbers(n, outputs), numbers(outputs, inputs)
-        jobs += [(x, weight.mT, d.clone()), (d.mT, x, weight.clone()), (d, weight, x.clone())]
+        turned = d.mT.contiguous() if device.type == "cpu" and precision == "bf16" else d.mT
+        jobs += [(x, weight.mT, d.clone()), (turned, x, weight.clone()), (d, weight, x.clone())]
     return _products(jobs)
 
 
@@ -53,9 +54,11 @@ def first_layer(config: APMConfig, device: torch.device) -> Callable[[], object]
     gradient, jobs = weight.clone(), []
     for rows, start, width in ((1, 0, config.cells), *((grid, config.cells + side, half) for side in (0, half))):
         x, d, part = numbers(rows, width), numbers(rows, h1), slice(start, start + width)
-        jobs += [(x, weight[..., part].mT, d.clone()), (d.mT, x, gradient[..., part])]
-        if not start:  # the column's gradient leads on to the filter's
-            jobs.append((d, weight[..., part], x.clone()))
+        jobs.append((d.mT, x, gradient[..., part]))
+        if start:
+            jobs.append((weight[..., part], x.mT, d.mT.clone()))
+        else:  # the column's gradient leads on to the filter's
+            jobs += [(x, weight[..., part].mT, d.clone()), (d, weight[..., part], x.clone())]
     return _products(jobs)
 
 

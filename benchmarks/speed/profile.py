@@ -90,12 +90,14 @@ def engine_bytes(config: APMConfig, precision: str = "fp32", batch: int = 1) -> 
     small = 2 if half else 4  # bytes of what the two middle layers multiply
     sums = 2 * 2 * config.grid * h1  # rows and columns of the grid, and their gradients
     hidden = 2 * config.cells * (small * (h1 + h2) + 4 * h3 + (2 * h3 if half else 0))
-    copies = 2 * (h1 * h2 + h2 * h3) if half else 0
+    middle = h1 * h2 + h2 * h3
+    copies = 2 * middle if half else 0
     shared = 4 * parameters + config.cells * (small * 2 * config.grid + 4 * config.dim)
     return {
-        "initial state and codes, shared": shared + (2 * min(SPAN, max(h1 * h2, h2 * h3)) if half else 0),
+        "initial state and codes, shared": shared
+        + (4 * min(SPAN, middle) + 2 * config.cells * max(config.hidden) if half else 0),
         "weights": batch * (4 * parameters + copies),
-        "gradients": batch * 4 * parameters,
+        "gradients": batch * (4 * parameters - (2 * middle if half else 0)),
         "Adam's moments": batch * 8 * parameters,
         "hidden layers and their gradients": batch * (hidden + sums * (4 + (2 if half else 0))),
         "patches": batch * 4 * 3 * config.patch_size**2 * config.cells,

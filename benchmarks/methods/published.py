@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from apm.errors import unknown
+from apm.errors import UsageError, unknown
 from apm.labels import PROMPT_NAMES, prompt_templates
 from apm.teachers.base import Teacher
 from apm.text.descriptors import Combination, Descriptors, described_head
@@ -103,7 +103,10 @@ class AsPublished:
         values = self._published.values(dataset)
         if self._published.descriptors and self._options.descriptors:
             self.described = self._options.descriptors[dataset]
-            self.described.of(labels)
+            try:
+                self.described.of(labels)
+            except UsageError as error:
+                raise UsageError(f"{dataset}: {error}") from None
         if self._dataset is None or values != self._values:
             self._method = self._make(replace(self._options, published=values))
         self._dataset, self._values = dataset, values

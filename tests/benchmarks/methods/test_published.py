@@ -277,7 +277,7 @@ def test_records_and_tables_say_which_descriptors_were_used(tmp_path: Path) -> N
     with pytest.raises(UsageError, match=f"of the classes: SHA-256 {digest}… before, SHA-256 .*… now"):
         run("with", changed)
     fewer = descriptors_of(tmp_path / "fewer.json", dataset.class_names[1:], "runs")
-    with pytest.raises(UsageError, match=r'fewer.json describes 2 classes, but not 1 of the 3 asked for: "cat"'):
+    with pytest.raises(UsageError, match=r'pets: fewer.json describes 2 classes, but not 1 of the 3 asked for: "cat"'):
         run("fewer", fewer)
     assert not (tmp_path / "fewer" / "run.json").exists()
 

@@ -6,12 +6,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from apm.errors import unknown
 
 from ..studies.study import run
-from .kind import RESULTS
+from .kind import DOCS, OUT, add
 
 HELP = """usage: python -m apm.benchmarks.speed [KIND] [options]
 
@@ -47,9 +46,7 @@ def _do(name: str, rest: list[str]) -> None:
 
     if name == "report":
         parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.speed report")
-        parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
-        parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
-        given = parser.parse_args(rest)
+        given = add(parser, {**OUT, **DOCS}).parse_args(rest)
         for path in write_report(given.out, given.docs):
             print(path, file=sys.stderr)
     elif name in KINDS:

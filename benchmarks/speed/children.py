@@ -31,11 +31,7 @@ def run_apart(command: Sequence[str], *, threads: int | None = None, **how: Any)
 
 
 def must_run(command: Sequence[str], *, threads: int | None = None) -> Done:
-    """Run a command that must not fail.
-
-    Raises:
-        ApmError: it did; with its last words.
-    """
+    """Run a command that must not fail; raises an `ApmError` with its last words where it does."""
     done = run_apart(command, threads=threads)
     if done.returncode:
         raise ApmError(f"{' '.join(command[:4])} … failed:\n{done.stderr[-2000:]}")
@@ -43,15 +39,17 @@ def must_run(command: Sequence[str], *, threads: int | None = None) -> Done:
 
 
 def peak_bytes(command: Sequence[str]) -> int:
-    """The most memory that a command's process had resident at a time.
+    """The most memory that a command's process, which must not fail, had resident at a time.
 
     A small process of its own starts it: Linux charges a child with what its parent held when it was started.
-
-    Raises:
-        ApmError: it failed; with its last words.
     """
     held = int(must_run([sys.executable, "-c", _WATCH, *command]).stdout)
     return held * (1 if sys.platform == "darwin" else 1024)
+
+
+def apm(*words: object) -> list[str]:
+    """The command ``apm`` with these words."""
+    return [sys.executable, "-m", "apm", *map(str, words)]
 
 
 def many(processes: int, module: str, *arguments: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,57 @@ from apm.text.zeroshot import ZeroShotHead
 from ..datasets import Dataset, open_dataset
 from ..studies.study import numbers
 from ..tables.stats import mcnemar, standard_error
-from .kind import Kind
+from .kind import kind
 from .machine import first_layer, six_products, stream_probe
 from .options import Options, Record, loaded_engine
-from .plots import Panel, Row, at_sizes, column
+from .plots import at_sizes, column, curves
 from .profile import ADAM_BYTES, step_flops, trained_parameters
-from .tables import Table, shown
-from .timing import interleaved, spread, synchronize
+from .tables import Row
+from .timing import Spread, Work, interleaved, spread, spreads, synchronize
+
+Answer = tuple[int, float, float]
+"""The label predicted, the cosine to the teacher, the seconds."""
 
 
-def measure_queries(options: Options) -> Record:
-    """Load what is named, and see what `sweep_queries` says of it."""
+def _agreement(axes: Any, record: Row) -> None:
+    rows = record["rows"]
+    counts, errors = column(rows, "queries"), column(rows, "standard_error")
+    axes.plot(counts, column(rows, "agreement"), "o-", label="agrees with the teacher")
+    axes.errorbar(counts, column(rows, "accuracy"), yerr=errors, fmt="s-", capsize=2, label="accuracy")
+    axes.axhline(record["summary"]["teacher_accuracy"], color="grey", linestyle=":", label="teacher's accuracy")
+    axes.set(xlabel="locations a step", ylim=(-0.06, 1.06))
+    at_sizes(axes, counts)
+    axes.figure.legend(loc="outside lower center", ncols=3)
+
+
+@kind(
+    "| locations a step | agrees with the teacher | accuracy | lost / won against all | cosine to the teacher "
+    "| one image | GFLOP a step |\n"
+    "| {queries} | {agreement:.1%} | {accuracy:.1%} ± {standard_error:.1%} | {lost} / {won} (p = {mcnemar_p:.2g}) "
+    "| {cosine:.4f} | {seconds} | {flops:G,.2f} |",
+    "{images} images of {classes} classes, {steps} steps, {precision}; the teacher `{teacher}` itself: "
+    "{teacher_accuracy:.1%}.",
+    """
+    | locations | six products     | Adam's traffic | one step      | ÷ their sum    |
+    | {queries} | {step[products]} | {step[adam]}   | {step[whole]} | {step[ratio]:x} |
+
+    Beside its products and Adam's traffic, a step has the first layer (its weights are read twice and their gradient
+    written, whatever the number of locations), in bf16 the conversions of gradients and weights, and the readout.
+    """,
+    (
+        lambda record: [{**row, **row["step"]} for row in record["rows"] if "first" in row["step"]],
+        """
+        | locations | first layer | readout   | Adam with all conversions |
+        | {queries} | {first}     | {readout} | {update}                  |
+        """,
+    ),
+    title="Fewer queries a step",
+    shared={"teacher": "embedded", "root": None, "limit": 100, "steps": 50},
+    own={"--counts": {"type": numbers, "help": "the numbers of locations: 64,256"}},
+    panels=[_agreement, curves("queries", {"seconds": ""}, "locations a step", "seconds per image")],
+)
+def queries(options: Options) -> Record:
+    """Fewer queries a step, on real images: agreement, accuracy, seconds."""
     dataset = open_dataset("folder", options.root, limit=options.limit)
     return sweep_queries(options, load_teacher(options.teacher, device=options.device), dataset)
 
@@ -62,7 +102,7 @@ def sweep_queries(options: Options, teacher: Teacher, dataset: Dataset) -> Recor
     def predicted(token: Tensor) -> int:
         return int(head.logits(token)[0].argmax())
 
-    found: dict[int, list[tuple[int, float, float]]] = {count: [] for count in counts}
+    found: dict[int, list[Answer]] = {count: [] for count in counts}
     of_teacher = []
     for turn, sample in enumerate(dataset.samples):
         seen = student_inputs([sample.load()], teacher, trainers[counts[0]].model)
@@ -77,17 +117,12 @@ def sweep_queries(options: Options, teacher: Teacher, dataset: Dataset) -> Recor
             seconds = time.perf_counter() - begun
             found[count].append((predicted(result.tokens), float(result.final_cosines[0]), seconds))
 
-    truth, theirs = np.asarray([sample.label for sample in dataset.samples]), np.asarray(of_teacher)
-    with_all = np.asarray([prediction for prediction, _, _ in found[config.cells]]) == truth
-    rows = [
-        {
-            "queries": count,
-            **_scored(found[count], truth, theirs, with_all),
-            "flops": step_flops(config, count),
-            "step": parts_of_a_step(options, config, count),
-        }
-        for count in counts
-    ]
+    truth, theirs = np.array([sample.label for sample in dataset.samples]), np.array(of_teacher)
+    with_all = np.array([prediction for prediction, _, _ in found[config.cells]]) == truth
+    rows = []
+    for count in counts:
+        costs = {"flops": step_flops(config, count), "step": parts_of_a_step(options, config, count)}
+        rows.append({"queries": count, **_scored(found[count], truth, theirs, with_all), **costs})
     settings: dict[str, Any] = {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
     settings |= {"images": len(dataset.samples), "classes": len(dataset.class_names), "steps": options.steps}
     settings |= {"precision": options.chosen_precision, "teacher": teacher.identity}
@@ -95,18 +130,15 @@ def sweep_queries(options: Options, teacher: Teacher, dataset: Dataset) -> Recor
 
 
 def _scored(
-    answers: Sequence[tuple[int, float, float]],
-    truth: NDArray[np.int64],
-    theirs: NDArray[np.int64],
-    with_all: NDArray[np.bool_],
+    answers: Sequence[Answer], truth: NDArray[np.int64], theirs: NDArray[np.int64], with_all: NDArray[np.bool_]
 ) -> Record:
-    """Scores of the answers (prediction, cosine, seconds) beside the truth, the teacher and a step of all locations."""
-    predicted, cosines, seconds = zip(*answers, strict=True)
-    correct = np.asarray(predicted) == truth
+    """Scores of the answers beside the truth, the teacher and a step of all locations."""
+    predicted, cosines, seconds = map(np.array, zip(*answers, strict=True))
+    correct = predicted == truth
     accuracy = float(correct.mean())
     lost, won = int((with_all & ~correct).sum()), int((~with_all & correct).sum())
     return {
-        "agreement": float((np.asarray(predicted) == theirs).mean()),
+        "agreement": float((predicted == theirs).mean()),
         "accuracy": accuracy,
         "standard_error": standard_error(accuracy, len(correct)),
         "lost": lost,  # correct with all locations, wrong with these; won the other way round
@@ -117,7 +149,7 @@ def _scored(
     }
 
 
-def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str, dict[str, float | int]]:
+def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str, Spread]:
     """Seconds of one step of ``count`` locations beside what it cannot do without, in turn in the same rounds.
 
     Returns:
@@ -139,14 +171,11 @@ def parts_of_a_step(options: Options, config: APMConfig, count: int) -> dict[str
         "update": engine.update,
     }
     times = interleaved(works, device, options.rounds)
-    passes = ADAM_BYTES * trained_parameters(config) / traffic
-    times["adam"] = [seconds * passes for seconds in times["adam"]]
-    parts = zip(times["whole"], times["products"], times["adam"], strict=True)
-    times["ratio"] = [whole / (products + adam) for whole, products, adam in parts]
-    return {name: spread(values) for name, values in times.items()}
+    times["adam"] = times["adam"] * (ADAM_BYTES * trained_parameters(config) / traffic)
+    return spreads({**times, "ratio": times["whole"] / (times["products"] + times["adam"])})
 
 
-def _readout(engine: Engine, count: int) -> Callable[[], object]:
+def _readout(engine: Engine, count: int) -> Work:
     """The readout of so many locations, forward and backward, of made-up numbers."""
     config, device = engine.config, engine.device
     hidden = torch.rand(1, count, config.hidden[2], device=device)
@@ -163,63 +192,3 @@ def _readout(engine: Engine, count: int) -> Callable[[], object]:
 def _fewer(config: APMConfig, count: int) -> int | None:
     """As the engine is told: None means all locations."""
     return None if count == config.cells else count
-
-
-def _plot(figure: Any, record: Row) -> None:
-    left, right = figure.subplots(1, 2)
-    rows = record["rows"]
-    counts, errors = column(rows, "queries"), column(rows, "standard_error")
-    left.plot(counts, column(rows, "agreement"), "o-", label="agrees with the teacher")
-    left.errorbar(counts, column(rows, "accuracy"), yerr=errors, fmt="s-", capsize=2, label="accuracy")
-    left.axhline(record["summary"]["teacher_accuracy"], color="grey", linestyle=":", label="teacher's accuracy")
-    left.set(xlabel="locations a step", ylim=(-0.06, 1.06))
-    at_sizes(left, counts)
-    Panel("queries", {"seconds": ""}, "locations a step", "seconds per image").draw(right, record)
-    figure.legend(loc="outside lower center", ncols=3)
-
-
-QUERIES = Kind(
-    name="queries",
-    question="fewer queries a step, on real images: agreement, accuracy, seconds",
-    title="Fewer queries a step",
-    shared={"teacher": "embedded", "root": None, "limit": 100, "steps": 50},
-    arguments=lambda parser: parser.add_argument("--counts", type=numbers, help="the numbers of locations: 64,256"),
-    measure=measure_queries,
-    table=shown(
-        Table(
-            {
-                "locations a step": "{queries}",
-                "agrees with the teacher": "{agreement:.1%}",
-                "accuracy": "{accuracy:.1%} ± {standard_error:.1%}",
-                "lost / won against all": "{lost} / {won} (p = {mcnemar_p:.2g})",
-                "cosine to the teacher": "{cosine:.4f}",
-                "one image": "{seconds}",
-                "GFLOP a step": "{flops:G,.2f}",
-            }
-        ),
-        "{images} images of {classes} classes, {steps} steps, {precision}; the teacher `{teacher}` itself: "
-        "{teacher_accuracy:.1%}.",
-        Table(
-            {
-                "locations": "{queries}",
-                "six products": "{step[products]}",
-                "Adam's traffic": "{step[adam]}",
-                "one step": "{step[whole]}",
-                "÷ their sum": "{step[ratio]:x}",
-            }
-        ),
-        "Beside its products and Adam's traffic, a step has the first layer (its weights are read twice and their "
-        "gradient\nwritten, whatever the number of locations), in bf16 the conversions of gradients and weights, and "
-        "the readout.",
-        Table(
-            {
-                "locations": "{queries}",
-                "first layer": "{first}",
-                "readout": "{readout}",
-                "Adam with all conversions": "{update}",
-            },
-            lambda record: [{**row, **row["step"]} for row in record["rows"] if "first" in row["step"]],
-        ),
-    ),
-    plot=_plot,
-)

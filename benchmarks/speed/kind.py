@@ -15,10 +15,25 @@ from typing import Any
 from apm.devices import pick_device
 from apm.errors import UsageError
 
-from ..studies.study import SHARED, Study, read_record
+from ..studies.study import Study, read_record
 from .options import Options, Record
+from .plots import Panel
+from .tables import Row, Rows, shown
 
-RESULTS = Path("benchmarks/results")
+STUDENT = {"preset": "paper", "precision": "auto", "device": "auto"}
+Arguments = Mapping[str, Mapping[str, Any]]
+"""Flag → what argparse is told."""
+OUT: Arguments = {
+    "--out": {
+        "type": Path,
+        "default": Path("benchmarks/results"),
+        "help": "folder of the records (default: %(default)s)",
+    }
+}
+DOCS: Arguments = {
+    "--docs": {"type": Path, "default": Path("docs"), "help": "folder of the page (default: %(default)s)"}
+}
+PHOTOGRAPH: Arguments = {"--photograph": {"type": Path, "help": "the file (default: scikit-image's cat)"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +42,25 @@ class Kind(Study):
 
     Args:
         title: of the section.
-        plot: draws a record into a figure; None: the section is a table only.
+        own: arguments that it alone takes.
+        panels: of its plot; none: the section is a table only.
         rounds: repetitions, where ``--rounds`` does not say otherwise.
         on_cpu: whether it is of the CPU, whatever other device there is.
     """
 
     title: str
     measure: Callable[[Any], Record]
+    table: Callable[[Row], str]
     shared: Mapping[str, Any] = field(default_factory=dict)
-    plot: Callable[[Any, Record], None] | None = None
+    own: Arguments = field(default_factory=dict)
+    panels: Sequence[Panel] = ()
     rounds: int = 9
     on_cpu: bool = False
 
     def __post_init__(self) -> None:
-        """Find the records by their names."""
+        """Find the records by their names; take what all kinds are told of the student."""
         object.__setattr__(self, "results", self.results or file_name(self.name, "*", "*"))
+        object.__setattr__(self, "shared", {**self.shared, **STUDENT})
 
     @property
     def module(self) -> str:
@@ -51,26 +70,19 @@ class Kind(Study):
     def read(self, arguments: Sequence[str] | None = None) -> Options:
         """Read the command line, and settle what depends on the device."""
         options = Options(**vars(super().read(arguments)))
-        for name, flag in {"images": "limit", **{name: name for name in ("rounds", "batch", "dim", "steps")}}.items():
-            if (value := vars(options).get(flag)) is not None and value < 1:
+        for name in {"limit", "rounds", "batch", "steps"} & vars(options).keys():
+            if (value := getattr(options, name)) is not None and value < 1:
                 raise UsageError(f"--{name} must be 1 or more, not {value}.")
         options.device = pick_device("cpu" if self.on_cpu else str(options.device))
         options.rounds = options.rounds or (2 if options.quick else self.rounds)
-        options.batch = options.batch or (16 if options.device.type == "cuda" and not options.quick else 1)
         options.record = options.out / file_name(self.name, options.shown_preset, options.device.type)
         return options
 
     def outputs(self, parser: argparse.ArgumentParser) -> None:
-        """Add the arguments of all kinds: the student's sizes, device, repetitions, folder of the records."""
-        for name, default in {"preset": "paper", "precision": "auto", "device": "auto"}.items():
-            flags, told = SHARED[name]
-            parser.add_argument(*flags, dest=name, default=default, **told)
-        parser.add_argument("--dim", type=int, default=512, help="D, the token's width, where no teacher gives it")
-        parser.add_argument("--readout", default="query", choices=("query", "mean"))
-        parser.add_argument("--rounds", type=int, help=f"repetitions (default: {self.rounds})")
-        parser.add_argument("--batch", type=int, help="students side by side (default: 1 on a CPU, 16 on a GPU)")
-        parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; times mean nothing")
-        parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+        """Add its own arguments, and those of all kinds: repetitions, folder of the records."""
+        rounds = {"type": int, "help": f"repetitions (default: {self.rounds})"}
+        quick = {"action": "store_true", "help": "tiny sizes, to see that it runs; times mean nothing"}
+        add(parser, {**self.own, "--rounds": rounds, "--quick": quick, **OUT})
 
     def run(self, options: argparse.Namespace) -> None:
         """Measure and write the record, or read one; print its table."""
@@ -85,6 +97,27 @@ class Kind(Study):
         record["environment"]["load_average"] = {"before": before, "after": load_average()}
         about = {"date": begun.isoformat(timespec="seconds"), "wall_seconds": time.perf_counter() - clock}
         return {"kind": self.name, **record, **about}
+
+
+def kind(
+    *parts: str | tuple[Rows, str], of: type[Kind] = Kind, **more: Any
+) -> Callable[[Callable[[Any], Record]], Kind]:
+    """Make a kind of a function that measures: its name, its first line the question, its records `shown` so."""
+
+    def make(measure: Callable[[Any], Record]) -> Kind:
+        question = (measure.__doc__ or "").partition("\n")[0]
+        return of(
+            **{"name": measure.__name__, "question": question, "measure": measure, "table": shown(*parts), **more}
+        )
+
+    return make
+
+
+def add(parser: argparse.ArgumentParser, arguments: Arguments) -> argparse.ArgumentParser:
+    """Add these arguments."""
+    for flag, told in arguments.items():
+        parser.add_argument(flag, **told)
+    return parser
 
 
 def file_name(kind: str, preset: str, device: str) -> str:
@@ -109,3 +142,12 @@ def read_all(folder: Path, pattern: str = "speed-*.json") -> list[Record]:
 def load_average() -> list[float] | None:
     """Processes that wanted to run, on average over 1, 5 and 15 minutes; None where the system does not tell."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def photograph_of(options: Options) -> Path:
+    """The file that was named, or scikit-image's cat."""
+    if options.photograph is not None:
+        return Path(options.photograph)
+    import skimage
+
+    return Path(skimage.__file__).parent / "data" / "chelsea.png"

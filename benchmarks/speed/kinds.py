@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from . import features, fewer_queries, gpu_report, pipeline, scaling, segments, startup, step, tuning
+from .features import features
+from .fewer_queries import queries
+from .gpu import gpu
 from .kind import Kind
+from .pipeline import images, labels, processes
+from .scaling import batch, grid, patches, steps
+from .segments import segment
+from .startup import startup
+from .step import step
+from .tuning import tuning
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        step.STEP,
-        scaling.STEPS,
-        scaling.GRID,
-        scaling.PATCHES,
-        scaling.BATCH,
-        pipeline.LABELS,
-        pipeline.IMAGES,
-        pipeline.PROCESSES,
-        segments.SEGMENT,
-        fewer_queries.QUERIES,
-        startup.STARTUP,
-        tuning.TUNING,
-        features.FEATURES,
-        gpu_report.GPU,
-    )
-}
+_STUDENT = (step, steps, grid, patches, batch)
+_ANSWERS = (labels, images, processes, segment, queries, startup, tuning)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*_STUDENT, *_ANSWERS, features, gpu)}

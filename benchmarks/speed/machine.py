@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,11 +14,12 @@ from apm.student.config import APMConfig
 from apm.student.matmul import product
 
 from .profile import ADAM_BYTES, middle_flops, trained_parameters
+from .timing import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def rate_probe(config: APMConfig, precision: str, batch: int, device: torch.device) -> tuple[Callable[[], object], int]:
+def rate_probe(config: APMConfig, precision: str, batch: int, device: torch.device) -> tuple[Work, int]:
     """The two large products of a forward pass (layers 2 and 3), bare and into memory that is there already.
 
     Returns:
@@ -25,12 +28,12 @@ def rate_probe(config: APMConfig, precision: str, batch: int, device: torch.devi
     numbers = partial(_random, batch, DTYPES[precision], device)
     (h1, h2, h3), n = config.hidden, config.cells
     jobs = [(numbers(n, i), numbers(i, o), numbers(n, o)) for i, o in ((h1, h2), (h2, h3))]
-    return _products(jobs), batch * middle_flops(config) // 3
+    return partial(_multiply, jobs), batch * middle_flops(config) // 3
 
 
 def six_products(
     config: APMConfig, precision: str, batch: int, device: torch.device, *, queries: int | None = None
-) -> Callable[[], object]:
+) -> Work:
     """All six large products of a step, laid out in memory as the engine has them: the floor as its own code meets it.
 
     Forward, weight gradient and input gradient of layers 2 and 3, at so many locations (None: all); weights are stored
@@ -43,10 +46,10 @@ def six_products(
         x, d, weight = numbers(n, inputs), numbers(n, outputs), numbers(outputs, inputs)
         turned = d.mT.contiguous() if device.type == "cpu" and precision == "bf16" else d.mT
         jobs += [(x, weight.mT, d.clone()), (turned, x, weight.clone()), (d, weight, x.clone())]
-    return _products(jobs)
+    return partial(_multiply, jobs)
 
 
-def first_layer(config: APMConfig, device: torch.device) -> Callable[[], object]:
+def first_layer(config: APMConfig, device: torch.device) -> Work:
     """All products of the first layer, in its cheap form, of one student: the same at any number of locations."""
     numbers = partial(_random, 1, torch.float32, device)
     h1, half, grid = config.hidden[0], config.position_dim // 2, config.grid
@@ -59,15 +62,12 @@ def first_layer(config: APMConfig, device: torch.device) -> Callable[[], object]
             jobs.append((weight[..., part], x.mT, d.mT.clone()))
         else:  # the column's gradient leads on to the filter's
             jobs += [(x, weight[..., part].mT, d.clone()), (d, weight[..., part], x.clone())]
-    return _products(jobs)
+    return partial(_multiply, jobs)
 
 
-def _products(jobs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
-    def run() -> None:
-        for a, b, out in jobs:
-            product(a, b, out=out)
-
-    return run
+def _multiply(jobs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for a, b, out in jobs:
+        product(a, b, out=out)
 
 
 def _random(batch: int, dtype: torch.dtype, device: torch.device, rows: int, cols: int) -> Tensor:
@@ -76,7 +76,7 @@ def _random(batch: int, dtype: torch.dtype, device: torch.device, rows: int, col
     return torch.randn(batch, rows, cols, generator=generator, device=device).to(dtype)
 
 
-def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[Callable[[], object], int]:
+def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[Work, int]:
     """One array as large as a student's parameters, scaled in place.
 
     So are six of Adam's seven streams, a number read and written back; but there is next to nothing to compute.
@@ -85,11 +85,11 @@ def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[C
         What to time, and the bytes that it reads and writes.
     """
     values = torch.ones(batch * trained_parameters(config), device=device)
-    return lambda: values.mul_(1.0), 8 * len(values)
+    return partial(values.mul_, 1.0), 8 * len(values)
 
 
-def floor(config: APMConfig, *, rate: float, bandwidth: float, queries: int | None = None) -> dict[str, float]:
-    """The minimum of seconds that one step of one student can take.
+def floor(config: APMConfig, *, rate: Any, bandwidth: Any, queries: int | None = None) -> dict[str, Any]:
+    """The minimum of seconds that one step of one student can take, at rates that are numbers or arrays of them.
 
     Args:
         config: sizes.
@@ -102,4 +102,4 @@ def floor(config: APMConfig, *, rate: float, bandwidth: float, queries: int | No
         ``seconds``, the larger of the two.
     """
     compute, memory = middle_flops(config, queries) / rate, ADAM_BYTES * trained_parameters(config) / bandwidth
-    return {"compute": compute, "memory": memory, "seconds": max(compute, memory)}
+    return {"compute": compute, "memory": memory, "seconds": np.maximum(compute, memory)}

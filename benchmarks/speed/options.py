@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -17,24 +17,24 @@ from apm.student.engine import Engine
 from apm.student.matmul import measured_precision
 from apm.student.model import APM, draw_parameters
 
+DIM = 512
+"""D, the token's width, where no teacher gives it."""
 TINY = APMConfig(
     dim=32, image_size=32, patch_size=8, position_dim=16, hidden=(32, 16, 16), heads=4, rgb_hidden=8, init_std=0.1
 )
 """The student of ``--quick``: large enough to run every line, too small for any number to mean something."""
 
 Record = dict[str, Any]
+Products = Literal["fp32", "bf16"]
 
 
 class Options(Namespace):
-    """Sizes, device and repetitions, which all measurements are told; beside them a kind's own arguments."""
+    """Size, device and repetitions, which all measurements are told; beside them a kind's own arguments."""
 
     preset: str = "paper"
-    dim: int = 512
-    readout: Literal["query", "mean"] = "query"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: torch.device = torch.device("cpu")
     rounds: int = 9
-    batch: int = 1
     quick: bool = False
 
     def but(self, **changes: Any) -> Options:
@@ -47,24 +47,21 @@ class Options(Namespace):
 
     @property
     def config(self) -> APMConfig:
-        if self.quick:
-            return replace(TINY, readout=self.readout)
-        return APMConfig.preset(self.preset, dim=self.dim, readout=self.readout)
+        return TINY if self.quick else APMConfig.preset(self.preset, dim=DIM)
 
     @property
-    def chosen_precision(self) -> Literal["fp32", "bf16"]:
-        return measured_precision(self.device) if self.precision == "auto" else self.precision
-
-    @property
-    def precisions(self) -> tuple[Literal["fp32", "bf16"], ...]:
-        """What a comparison of precisions measures: the one asked for; else fp32, and bf16 where it is worth having."""
-        if self.precision != "auto":
-            return (self.precision,)
-        return ("fp32", "bf16") if self.chosen_precision == "bf16" else ("fp32",)
+    def of_commands(self) -> str:
+        """The preset that `apm`'s commands are told, which have no tiny one."""
+        return "small" if self.quick else self.preset
 
     @property
     def shown_preset(self) -> str:
         return "tiny" if self.quick else self.preset
+
+    @property
+    def chosen_precision(self) -> Products:
+        """Of the products: the one asked for, else the one that is faster on the device."""
+        return measured_precision(self.device) if self.precision == "auto" else self.precision
 
     def found(self, rows: Sequence[Record], summary: Mapping[str, Any] | None = None, **more: Any) -> Record:
         """What was measured under which settings (``more`` among them), as a record has it."""
@@ -82,12 +79,7 @@ def images_and_targets(config: APMConfig, count: int, device: torch.device) -> t
 
 
 def loaded_engine(
-    config: APMConfig,
-    precision: Literal["fp32", "bf16"],
-    device: torch.device,
-    *,
-    batch: int = 1,
-    queries: int | None = None,
+    config: APMConfig, precision: Products, device: torch.device, *, batch: int = 1, queries: int | None = None
 ) -> Engine:
     """An engine with images and targets in it, ready to step."""
     initial = draw_parameters(config, np.random.Generator(np.random.PCG64(0)))

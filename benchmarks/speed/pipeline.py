@@ -30,10 +30,9 @@ from apm.text.zeroshot import ZeroShotHead
 
 from ..studies.study import numbers
 from .children import many, must_run
-from .kind import Kind
+from .kind import kind
 from .options import Options, Record, images_and_targets
-from .plots import Panel, side_by_side
-from .tables import Table, shown
+from .plots import curves
 from .timing import interleaved, seconds, spread
 
 CHECKPOINTS = (10, 30, 100, 300, 1000, 3000, 10_000)
@@ -41,7 +40,18 @@ PHOTOGRAPH = (500, 375)
 """Width and height of the JPEG that is decoded, the usual size in ImageNet."""
 
 
-def sweep_labels(options: Options) -> Record:
+@kind(
+    """
+    | labels   | one answer | text features, once  | held                  |
+    | {labels} | {seconds}  | {text_seconds:.2f} s | {head_bytes:M.1f} MB  |
+
+    An answer: decoding, teacher, {steps} steps, ranking.
+    """,
+    title="Time against the number of labels",
+    shared={"teacher": "embedded", "steps": 20},
+    panels=[curves("labels", {"seconds": "one answer", "text_seconds": "text features, once"}, log=True)],
+)
+def labels(options: Options) -> Record:
     """Seconds of one answer against the number of labels, and of their text features, which are made once."""
     teacher = load_teacher(options.teacher, device=options.device)
     works, text_seconds = {}, {}
@@ -52,19 +62,28 @@ def sweep_labels(options: Options) -> Record:
             text_seconds[count] = seconds(encode, options.device)
             works[count] = partial(_classifier(options, teacher, labels), path)
         times = interleaved(works, options.device, options.rounds)
-    rows = [
-        {
-            "labels": count,
-            "seconds": spread(found),
-            "text_seconds": text_seconds[count],
-            "head_bytes": 4 * count * teacher.dim,
-        }
-        for count, found in times.items()
-    ]
+    rows: list[Record] = []
+    for count, found in times.items():
+        row = {"labels": count, "seconds": spread(found), "text_seconds": text_seconds[count]}
+        rows.append({**row, "head_bytes": 4 * count * teacher.dim})
     return options.found(rows, teacher=teacher.identity, steps=options.steps)
 
 
-def sweep_images(options: Options) -> Record:
+@kind(
+    """
+    | images so far | time so far     | images/s since the row above | memory of the process      |
+    | {images}      | {seconds:.1f} s | {images_per_second:.2f}      | {resident_bytes:M,.0f} MB  |
+
+    Files to answers, {steps} steps each, in one stream.
+    """,
+    title="A long stream of images",
+    shared={"teacher": "embedded", "steps": 2, "limit": CHECKPOINTS[-1]},
+    panels=[
+        curves("images", {"images_per_second": ""}, "images so far", "images/s"),
+        curves("images", {"resident_bytes": ""}, "images so far", "memory of the process, MB", unit=1e6),
+    ],
+)
+def images(options: Options) -> Record:
     """Throughput and memory in one long stream of files, looked at after so many images.
 
     Throughput is that since the checkpoint before; memory is that of the process at this moment.
@@ -77,29 +96,41 @@ def sweep_images(options: Options) -> Record:
         classifier(path)
         begun = last = time.perf_counter()
         done = 0
-        for number, answer in enumerate(classifier.classify(repeat(path, checkpoints[-1])), start=1):
+        for number, answer in enumerate(classifier.classify(repeat(path, options.limit)), start=1):
             if answer.error is not None:
                 raise ApmError(answer.error)
             if number in checkpoints:
                 now = time.perf_counter()
-                rate = (number - done) / (now - last)
-                row = {"images": number, "seconds": now - begun, "images_per_second": rate}
+                row = {"images": number, "seconds": now - begun, "images_per_second": (number - done) / (now - last)}
                 rows.append({**row, "resident_bytes": resident_bytes()})
                 last, done = now, number
     return options.found(rows, teacher=teacher.identity, steps=options.steps)
 
 
-def sweep_processes(options: Options) -> Record:
+@kind(
+    """
+    | processes   | threads each | time      | images/s                |
+    | {processes} | {threads}    | {seconds} | {images_per_second:.2f} |
+
+    {images} images of {steps} steps under `torchrun`; start-up is not counted.
+    """,
+    title="Processes",
+    shared={"steps": 20, "limit": 32},
+    own={"--processes": {"type": numbers, "default": [1, 2, 4], "help": "1,2,4"}},
+    panels=[curves("processes", {"images_per_second": ""}, ylabel="images/s")],
+    rounds=3,
+)
+def processes(options: Options) -> Record:
     """Images a second of one machine's processes under torch's launcher, which share its cores evenly."""
-    told = {name: getattr(options, name) for name in ("preset", "dim", "readout", "quick", "limit", "steps")}
+    told = {name: getattr(options, name) for name in ("preset", "quick", "limit", "steps")}
     told |= {"device": str(options.device), "precision": options.chosen_precision}
     rows = []
     for count in options.some(options.processes):
         threads = max(1, (os.cpu_count() or 1) // count)
         command = many(count, f"{__package__}.pipeline", json.dumps(told))
-        values = [float(must_run(command, threads=threads).stdout) for _ in range(options.rounds)]
-        rate = spread([options.limit / value for value in values])
-        rows.append({"processes": count, "threads": threads, "seconds": spread(values), "images_per_second": rate})
+        values = np.array([float(must_run(command, threads=threads).stdout) for _ in range(options.rounds)])
+        row = {"processes": count, "threads": threads, "seconds": spread(values)}
+        rows.append({**row, "images_per_second": spread(options.limit / values)})
     return options.found(rows, images=options.limit, steps=options.steps)
 
 
@@ -131,11 +162,7 @@ def resident_bytes() -> int | None:
 
 def _classifier(options: Options, teacher: Teacher, labels: Sequence[str]) -> Classifier:
     student = StudentOptions(
-        preset="small" if options.quick else options.preset,
-        readout=options.readout,
-        steps=options.steps,
-        precision=options.precision,
-        queries="all",
+        preset=options.of_commands, steps=options.steps, precision=options.precision, queries="all"
     )
     return Classifier(teacher, labels=labels, prompts="single", student=student, device=str(options.device))
 
@@ -150,69 +177,6 @@ def _photograph() -> Iterator[Path]:
         Image.fromarray(small).resize(PHOTOGRAPH, Image.Resampling.BICUBIC).save(path, quality=90)
         yield path
 
-
-LABELS = Kind(
-    name="labels",
-    question="against the number of labels",
-    title="Time against the number of labels",
-    shared={"teacher": "embedded", "steps": 20},
-    measure=sweep_labels,
-    table=shown(
-        Table(
-            {
-                "labels": "{labels}",
-                "one answer": "{seconds}",
-                "text features, once": "{text_seconds:.2f} s",
-                "held": "{head_bytes:M.1f} MB",
-            }
-        ),
-        "An answer: decoding, teacher, {steps} steps, ranking.",
-    ),
-    plot=side_by_side(Panel("labels", {"seconds": "one answer", "text_seconds": "text features, once"}, log=True)),
-)
-IMAGES = Kind(
-    name="images",
-    question="one long stream: throughput and memory",
-    title="A long stream of images",
-    shared={"teacher": "embedded", "steps": 2, "limit": CHECKPOINTS[-1]},
-    measure=sweep_images,
-    table=shown(
-        Table(
-            {
-                "images so far": "{images}",
-                "time so far": "{seconds:.1f} s",
-                "images/s since the row above": "{images_per_second:.2f}",
-                "memory of the process": "{resident_bytes:M,.0f} MB",
-            }
-        ),
-        "Files to answers, {steps} steps each, in one stream.",
-    ),
-    plot=side_by_side(
-        Panel("images", {"images_per_second": ""}, "images so far", "images/s"),
-        Panel("images", {"resident_bytes": ""}, "images so far", "memory of the process, MB", unit=1e6),
-    ),
-)
-PROCESSES = Kind(
-    name="processes",
-    question="processes under torch's launcher",
-    title="Processes",
-    shared={"steps": 20, "limit": 32},
-    arguments=lambda parser: parser.add_argument("--processes", type=numbers, default=[1, 2, 4], help="1,2,4"),
-    measure=sweep_processes,
-    table=shown(
-        Table(
-            {
-                "processes": "{processes}",
-                "threads each": "{threads}",
-                "time": "{seconds}",
-                "images/s": "{images_per_second:.2f}",
-            }
-        ),
-        "{images} images of {steps} steps under `torchrun`; start-up is not counted.",
-    ),
-    plot=side_by_side(Panel("processes", {"images_per_second": ""}, ylabel="images/s")),
-    rounds=3,
-)
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])

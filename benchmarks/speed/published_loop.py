@@ -40,7 +40,6 @@ class PublishedLoop:
         target: Tensor,
         *,
         lr: float = 1e-4,
-        copies: int = COPIES,
         rows: int = ROWS,
         towers: Callable[[], object] | None = None,
     ) -> None:
@@ -48,8 +47,8 @@ class PublishedLoop:
         self.model = APM(config).to(image.device)
         self.adam = torch.optim.Adam(self.model.parameters(), lr=lr)
         self.rows, self.towers, self.with_positions = rows, towers, config.readout == "query"
-        self.images = image.repeat(copies, 1, 1, 1)
-        self.targets = target.repeat(copies, 1)
+        self.images = image.repeat(COPIES, 1, 1, 1)
+        self.targets = target.repeat(COPIES, 1)
         self.colours = F.adaptive_avg_pool2d(self.images, config.grid).flatten(2).mT  # (copies, N, 3)
         where = grid_locations(config.grid)
         self.codes = position_code(*where, config.position_dim).to(image)

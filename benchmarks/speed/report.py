@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,7 @@ from apm.images.files import write_atomically
 
 from .kind import read_all
 from .kinds import KINDS
-from .tables import provenance
-
-Record = Mapping[str, Any]
+from .tables import Row, provenance
 
 HEADER = """# Speed
 
@@ -45,31 +43,34 @@ def write_report(records: Path, docs: Path) -> list[Path]:
     """
     found = read_all(records)
     docs.mkdir(parents=True, exist_ok=True)
-    written = [plot(record, docs) for record in found if KINDS[record["kind"]].plot is not None]
+    written = [plot(record, docs) for record in found if KINDS[record["kind"]].panels]
     page = docs / "speed.md"
     write_atomically(page, page_of(found).encode())
     return [*written, page]
 
 
-def page_of(records: Sequence[Record]) -> str:
+def page_of(records: Sequence[Row]) -> str:
     """The whole page, as markdown."""
     parts = [HEADER]
-    on_gpu = {record["file"]: record["environment"]["device"].startswith("cuda") for record in records}
     for name, kind in KINDS.items():
         for record in (one for one in records if one["kind"] == name):
             settings = record["settings"]
             what = settings["model"] if "model" in settings else f"{settings['preset']} student"
-            title = f"{kind.title} ({what}, {'GPU' if on_gpu[record['file']] else 'CPU'})"
+            title = f"{kind.title} ({what}, {'GPU' if _on_gpu(record) else 'CPU'})"
             parts.append(f"## {title}\n\n{kind.table(record)}")
-            if kind.plot is not None:
+            if kind.panels:
                 parts.append(f"![{title}]({plot_name(record)})\n")
             parts.append(provenance(record))
-    if not any(on_gpu.values()):
+    if not any(map(_on_gpu, records)):
         parts.append(NO_GPU)
     return "\n".join(parts).rstrip() + "\n"
 
 
-def plot(record: Record, folder: Path) -> Path:
+def _on_gpu(record: Row) -> bool:
+    return str(record["environment"]["device"]).startswith("cuda")
+
+
+def plot(record: Row, folder: Path) -> Path:
     """Draw a record, whose kind has a plot, into ``folder``; returns the file. The same record gives the same bytes."""
     import matplotlib
 
@@ -79,19 +80,18 @@ def plot(record: Record, folder: Path) -> Path:
     return path
 
 
-def drawn(record: Record) -> Any:
+def drawn(record: Row) -> Any:
     """The figure of a record whose kind has a plot."""
     from matplotlib.figure import Figure
 
-    draw = KINDS[record["kind"]].plot
-    assert draw is not None
+    panels = KINDS[record["kind"]].panels
     figure = Figure(figsize=(7, 3.2), layout="constrained")
-    draw(figure, dict(record))
-    for axes in figure.axes:
+    for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        draw(axes, record)
         axes.set_xmargin(0.06)
     return figure
 
 
-def plot_name(record: Record) -> str:
+def plot_name(record: Row) -> str:
     """The plot lies beside the page, named as its record."""
     return str(Path(record["file"]).with_suffix(".svg"))

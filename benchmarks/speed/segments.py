@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from apm.classifier import Classifier
@@ -21,22 +18,54 @@ from apm.test_time.label_maps import LR, VIEWS
 from apm.test_time.options import StudentOptions
 
 from ..studies.study import numbers
-from .children import peak_bytes
-from .kind import Kind
+from .children import apm, peak_bytes
+from .kind import PHOTOGRAPH, kind, photograph_of
 from .options import Options, Record
-from .plots import Panel, Row, side_by_side
-from .startup import photograph_argument, photograph_of
-from .tables import Table, shown
-from .timing import Work, interleaved, spread
+from .plots import curves
+from .tables import Row
+from .timing import Work, interleaved, spreads
 
 LABELS = ("cat", "dog", "wall", "sofa", "carpet", "grass", "sky", "tree", "person", "car")
 
 
-def sweep_segment(options: Options) -> Record:
-    """Seconds of one photograph and memory of the command, against views at the usual places, and the reverse.
+def _along(key: str, record: Row, **kept: int) -> list[Row]:
+    ((other, usual),) = kept.items()
+    return sorted((row for row in record["rows"] if row[other] == usual), key=lambda row: row[key])
 
-    Views are looks of the teacher at each tile. Memory is the most that `apm segment` holds, all that it loads
-    included, in a process of its own for each row.
+
+@kind(
+    """
+    | views of a tile | places along the shorter side | one photograph | of it views | memory of the command  |
+    | {views}         | {places}                      | {seconds}      | {looking}   | {peak_bytes:M,.0f} MB  |
+    """,
+    "A photograph of {size[0]} × {size[1]} pixels, {tiles} tiles with a student each, {steps} steps; from the file "
+    "to the map, without start-up. Memory is the most that `apm segment` held, all that it loads included.",
+    title="Segmentation: time and memory against views and places",
+    shared={"steps": 150},
+    own={
+        **PHOTOGRAPH,
+        "--views": {"type": numbers, "default": [1, 4, 8, 16, 32, 64], "help": "1,2,4"},
+        "--places": {"type": numbers, "default": [28, 56, 112, 224], "help": "28,56"},
+    },
+    panels=[
+        curves(
+            "views",
+            {"seconds": "whole", "looking": "views"},
+            "views of a tile",
+            log=True,
+            rows=partial(_along, "views", places=PLACES),
+        ),
+        curves(
+            "places", {"seconds": "whole"}, "places along the shorter side", rows=partial(_along, "places", views=VIEWS)
+        ),
+    ],
+    rounds=3,
+)
+def segment(options: Options) -> Record:
+    """`apm segment` against views and places, with its memory.
+
+    Views, looks of the teacher at each tile, vary at the usual places, and the reverse. Seconds are of one photograph;
+    memory is the most that the command holds, all that it loads included, in a process of its own for each row.
     """
     teacher, photograph = load_teacher("embedded", device=options.device), photograph_of(options)
     views, places = options.some(options.views), options.some(options.places)
@@ -45,28 +74,28 @@ def sweep_segment(options: Options) -> Record:
         points.append((VIEWS, PLACES))
     image = load_image(photograph).image
     tiles = [image.crop((x, y, x + side, y + side)) for x, y, side in tiles_of(*image.size)]
-    works: dict[str, Work] = {}
+    works: dict[Any, Work] = {}
     for count, fine in points:
-        student = _student(options, count)
-        classifier = Classifier(teacher, labels=LABELS, student=student, device=str(options.device))
-        works[f"{count},{fine}"] = partial(classifier.segment, photograph, places=fine)
-        works[f"{count}"] = partial(_look, teacher, tiles, count)
-    times = interleaved(works, options.device, options.rounds)
-    rows = []
-    for count, fine in points:
+        classifier = Classifier(teacher, labels=LABELS, student=_student(options, count), device=str(options.device))
+        works[count, fine] = partial(classifier.segment, photograph, places=fine)
+        works[count] = partial(_look, teacher, tiles, count)
+    times, rows = spreads(interleaved(works, options.device, options.rounds)), []
+    for point in points:
         with tempfile.TemporaryDirectory() as out:
-            command = _command(options, photograph, Path(out), views=count, places=fine)
-            held = peak_bytes(command)
-        taken, looking = spread(times[f"{count},{fine}"]), spread(times[f"{count}"])
-        rows.append({"views": count, "places": fine, "seconds": taken, "looking": looking, "peak_bytes": held})
+            held = peak_bytes(_command(options, photograph, out, *point))
+        row = {"views": point[0], "places": point[1], "seconds": times[point], "looking": times[point[0]]}
+        rows.append({**row, "peak_bytes": held})
     return options.found(rows, teacher=teacher.identity, steps=options.steps, size=list(image.size), tiles=len(tiles))
 
 
 def _student(options: Options, views: int) -> StudentOptions:
-    preset = "small" if options.quick else options.preset
-    precision = "fp32" if options.precision == "auto" else options.precision  # as `apm segment` has it
     return StudentOptions(
-        preset=preset, steps=options.steps, lr=LR, distil="grid", grid_views=views, precision=precision
+        preset=options.of_commands,
+        steps=options.steps,
+        lr=LR,
+        distil="grid",
+        grid_views=views,
+        precision="fp32" if options.precision == "auto" else options.precision,  # as `apm segment` has it
     )
 
 
@@ -75,60 +104,9 @@ def _look(teacher: Teacher, tiles: Sequence[Any], views: int) -> None:
         looks(tile, teacher, views, seed=0, sample_id="tile")
 
 
-def _command(options: Options, photograph: Path, out: Path, *, views: int, places: int) -> list[str]:
+def _command(options: Options, photograph: object, out: object, views: int, places: int) -> list[str]:
     student = _student(options, views)
-    told = {
-        "labels": ",".join(LABELS),
-        "teacher": "embedded",
-        "device": options.device,
-        "preset": student.preset,
-        "precision": student.precision,
-        "steps": student.steps,
-        "grid-views": views,
-        "places": places,
-        "out": out,
-    }
-    words = [f"--{name}={value}" for name, value in told.items()]
-    return [sys.executable, "-m", "apm", "segment", str(photograph), *words]
-
-
-def _along_views(record: Row) -> list[Row]:
-    return sorted((row for row in record["rows"] if row["places"] == PLACES), key=lambda row: row["views"])
-
-
-def _along_places(record: Row) -> list[Row]:
-    return sorted((row for row in record["rows"] if row["views"] == VIEWS), key=lambda row: row["places"])
-
-
-def _arguments(parser: ArgumentParser) -> None:
-    photograph_argument(parser)
-    parser.add_argument("--views", type=numbers, default=[1, 4, 8, 16, 32, 64], help="1,2,4")
-    parser.add_argument("--places", type=numbers, default=[28, 56, 112, 224], help="28,56")
-
-
-SEGMENT = Kind(
-    name="segment",
-    question="`apm segment` against views and places, with its memory",
-    title="Segmentation: time and memory against views and places",
-    shared={"steps": 150},
-    arguments=_arguments,
-    measure=sweep_segment,
-    table=shown(
-        Table(
-            {
-                "views of a tile": "{views}",
-                "places along the shorter side": "{places}",
-                "one photograph": "{seconds}",
-                "of it views": "{looking}",
-                "memory of the command": "{peak_bytes:M,.0f} MB",
-            }
-        ),
-        "A photograph of {size[0]} × {size[1]} pixels, {tiles} tiles with a student each, {steps} steps; from the file "
-        "to the map, without start-up. Memory is the most that `apm segment` held, all that it loads included.",
-    ),
-    plot=side_by_side(
-        Panel("views", {"seconds": "whole", "looking": "views"}, "views of a tile", log=True, rows=_along_views),
-        Panel("places", {"seconds": "whole"}, "places along the shorter side", rows=_along_places),
-    ),
-    rounds=3,
-)
+    told = {name: getattr(student, name) for name in ("preset", "precision", "steps")}
+    told |= {"labels": ",".join(LABELS), "teacher": "embedded", "device": options.device}
+    told |= {"grid-views": views, "places": places, "out": out}
+    return apm("segment", photograph, *(f"--{name}={value}" for name, value in told.items()))

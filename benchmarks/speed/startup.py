@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from argparse import ArgumentParser
 from collections import Counter
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from .children import must_run
-from .kind import Kind
+from .children import apm, must_run
+from .kind import PHOTOGRAPH, kind, photograph_of
 from .options import Options, Record
-from .tables import Table, shown
 from .timing import repeated, spread
 
 PACKAGES = 10
@@ -45,30 +43,46 @@ from apm.student.matmul import measured_precision
 measured_precision(torch.device("cpu")); mark("choose the precision")
 classifier = apm.classifier.Classifier(teacher, labels=list(dict.fromkeys(labels)), device="cpu",
                                        student=apm.StudentOptions(preset=preset)); mark("draw the student")
-answer = classifier(path); mark("decode, teacher, readout")
+(answer,) = classifier.classify([path]); mark("decode, teacher, readout")
+if answer.error is not None:
+    sys.exit(answer.error)
 spans["adaptation"] = answer.adaptation.seconds
 spans["decode, teacher, readout"] -= spans["adaptation"]
 print(json.dumps(spans))
 """
 
 
-def measure_startup(options: Options) -> Record:
-    """Record the seconds of `apm --help` and of `apm classify PHOTOGRAPH` without any cache of ours, and its stages.
+@kind(
+    (lambda record: [row for row in record["rows"] if not row["stage"]], "| command | time |\n| {what} | {seconds} |"),
+    (lambda record: [row for row in record["rows"] if row["stage"]], "| its stages | time |\n| {what} | {seconds} |"),
+    (
+        lambda record: [{"package": name, "seconds": own} for name, own in record["summary"]["imports"].items()],
+        """
+        | imported (python -X importtime, which is slower) | its own modules |
+        | `{package}`                                      | {seconds:m3} ms |
+        """,
+    ),
+    title="A cold start",
+    shared={"teacher": "embedded"},
+    own=PHOTOGRAPH,
+    rounds=3,
+    on_cpu=True,
+)
+def startup(options: Options) -> Record:
+    """Where the seconds of a cold start go: of `apm --help`, and of `apm classify PHOTOGRAPH` without caches of ours.
 
     Files are in the system's cache from the second repetition on: what is measured is work, not the disk.
     """
-    photograph, teacher = str(photograph_of(options)), options.teacher
-    preset = "small" if options.quick else options.preset
-    classify = ("classify", photograph, "--teacher", teacher, "--preset", preset, "--device", "cpu")
+    photograph, teacher, preset = photograph_of(options), options.teacher, options.of_commands
+    classify = apm("classify", photograph, "--teacher", teacher, "--preset", preset, "--device", "cpu")
     rows = []
-    for name, arguments in {"apm --help": ("--help",), "apm classify (all of it, cold)": classify}.items():
-        command = [sys.executable, "-m", "apm", *arguments]
-        times = repeated(lambda command=command: must_run(command), torch.device("cpu"), options.rounds)  # type: ignore[misc]
+    for name, command in {"apm --help": apm("--help"), "apm classify (all of it, cold)": classify}.items():
+        times = repeated(partial(must_run, command), torch.device("cpu"), options.rounds)
         rows.append({"what": name, "stage": False, "seconds": spread(times)})
-    child = [sys.executable, "-c", _CHILD, teacher, photograph, preset]
+    child = [sys.executable, "-c", _CHILD, teacher, str(photograph), preset]
     spans = [json.loads(must_run(child).stdout.splitlines()[-1]) for _ in range(options.rounds)]
     rows += [{"what": stage, "stage": True, "seconds": spread([span[stage] for span in spans])} for stage in spans[0]]
-    listing = must_run([sys.executable, "-X", "importtime", "-m", "apm", *classify, "--steps", "1"]).stderr
+    listing = must_run([sys.executable, "-X", "importtime", *classify[1:], "--steps", "1"]).stderr
     return options.found(rows, {"imports": dict(by_package(listing).most_common(PACKAGES))}, teacher=teacher)
 
 
@@ -78,37 +92,3 @@ def by_package(listing: str) -> Counter[str]:
     for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", listing, flags=re.MULTILINE):
         seconds[module.partition(".")[0]] += int(own) / 1e6  # type: ignore[assignment]
     return seconds
-
-
-def photograph_of(options: Options) -> Path:
-    """The file that was named, or scikit-image's cat."""
-    if options.photograph is not None:
-        return Path(options.photograph)
-    import skimage
-
-    return Path(skimage.__file__).parent / "data" / "chelsea.png"
-
-
-def photograph_argument(parser: ArgumentParser) -> None:
-    """Add ``--photograph``."""
-    parser.add_argument("--photograph", type=Path, help="the file (default: scikit-image's cat)")
-
-
-STARTUP = Kind(
-    name="startup",
-    question="where the seconds of a cold start go",
-    title="A cold start",
-    shared={"teacher": "embedded"},
-    arguments=photograph_argument,
-    measure=measure_startup,
-    table=shown(
-        Table({"command": "{what}", "time": "{seconds}"}, lambda record: [r for r in record["rows"] if not r["stage"]]),
-        Table({"its stages": "{what}", "time": "{seconds}"}, lambda record: [r for r in record["rows"] if r["stage"]]),
-        Table(
-            {"imported (python -X importtime, which is slower)": "`{package}`", "its own modules": "{seconds:m3} ms"},
-            lambda record: [{"package": p, "seconds": s} for p, s in record["summary"]["imports"].items()],
-        ),
-    ),
-    rounds=3,
-    on_cpu=True,
-)

@@ -1,23 +1,24 @@
-"""How records are shown in words: tables and sentences, each a format string over what was measured."""
+"""How records are shown in words: texts, and tables, in which braces name what was measured."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
 from ..studies.study import markdown
 
 Row = Mapping[str, Any]
-SCALES = {"G": 1e9, "M": 1e6, "m": 1e-3, "u": 1e-6}
+Rows = Callable[[Row], Iterable[Row]]
+SCALES = {"T": 1e12, "G": 1e9, "M": 1e6, "m": 1e-3, "u": 1e-6}
 
 
 class _Words(Formatter):
     """Formats what was measured.
 
     Of a time with its spread ``{}`` is all of it, of a ratio ``{:x}``; with a number's format, its median. Before that,
-    ``G``, ``M``, ``m`` and ``u`` divide by 1e9, 1e6, 1e-3 and 1e-6. What is not there, or counts no operation, is –.
+    ``T``, ``G``, ``M``, ``m`` and ``u`` divide by 1e12 … 1e-6. What is not there, or counts no operation, is –.
     """
 
     def get_value(self, key: int | str, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -28,74 +29,62 @@ class _Words(Formatter):
             return "–"
         if isinstance(value, Mapping):
             if spec in ("", "x"):
-                return (ratio_text if spec else time_text)(value)
+                return _spread(value, ratio=bool(spec))
             value = value["median"]
         if spec[:1] in SCALES:
             value, spec = value / SCALES[spec[0]], spec[1:]
-        return digits(value) if spec == "3" else format(value, spec or ("," if type(value) is int else ""))
+        return _digits(value) if spec == "3" else format(value, spec or ("," if type(value) is int else ""))
 
 
 words = _Words()
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of a record.
+def shown(*parts: str | tuple[Rows, str]) -> Callable[[Row], str]:
+    """How the records of a kind are shown: the parts, each of paragraphs and tables with an empty line between them.
 
-    Attributes:
-        columns: title → format string over a row.
-        rows: of a record.
+    A table is two lines in bars: its titles, and the cells of every row; none where there are no rows. Its rows are the
+    record's, or what comes with its part. A paragraph has values of settings and summary; a line of it that names
+    something which a record has not is left out.
     """
-
-    columns: Mapping[str, str]
-    rows: Callable[[Row], Iterable[Row]] = lambda record: record["rows"]
-
-
-def table(columns: Mapping[str, str], rows: Iterable[Row]) -> str:
-    """A table in markdown: title → format string over a row. Nothing where there are no rows."""
-    cells = [[words.format(cell, **row) for cell in columns.values()] for row in rows]
-    return markdown(columns, cells, text=None) + "\n" if cells else ""
-
-
-def shown(*parts: Table | str) -> Callable[[Row], str]:
-    """How the records of a kind are shown: tables, and paragraphs with values of their settings and summary in braces.
-
-    A line of a paragraph that names something which a record has not is left out.
-    """
+    pairs = [(lambda record: record["rows"], part) if isinstance(part, str) else part for part in parts]
 
     def show(record: Row) -> str:
         known = {**record["settings"], **record["summary"]}
-        found = [
-            table(part.columns, part.rows(record)) if isinstance(part, Table) else _paragraph(part, known)
-            for part in parts
-        ]
-        return "\n".join(filter(None, found))
+        found = []
+        for rows, part in pairs:
+            for block in re.split(r"\n\s*\n", part.strip()):
+                lines = [re.sub(r"\s+", " ", line.strip()) for line in block.splitlines()]
+                made = _table(lines, rows(record)) if block.lstrip().startswith("|") else _paragraph(lines, known)
+                found.append(made)
+        return "\n".join(f"{text}\n" for text in found if text)
 
     return show
 
 
-def _paragraph(text: str, known: Mapping[str, Any]) -> str:
+def _table(lines: Iterable[str], rows: Iterable[Row]) -> str:
+    titles, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    made = [[words.format(cell, **row) for cell in cells] for row in rows]
+    return markdown(titles, made, text=None) if made else ""
+
+
+def _paragraph(lines: Iterable[str], known: Row) -> str:
     def complete(line: str) -> bool:
         names = (name for _, name, _, _ in words.parse(line) if name)
         return all(words.get_field(name, (), known)[0] is not None for name in names)
 
-    lines = "\n".join(filter(complete, text.strip().splitlines()))
-    return words.format(lines, **known) + "\n" if lines else ""
+    return "\n".join(words.format(line, **known) for line in lines if complete(line))
 
 
-def time_text(values: Row) -> str:
-    """Median and quartiles in a common unit, three digits."""
-    factor, unit = (1.0, "s") if values["median"] >= 1 else (1e3, "ms") if values["median"] >= 1e-3 else (1e6, "µs")
-    median, q1, q3 = (digits(values[name] * factor) for name in ("median", "q1", "q3"))
-    return f"{median} {unit} ({q1}–{q3}, {values['n']})"
+def _spread(values: Row, *, ratio: bool) -> str:
+    """Median, quartiles and number; of a time in a common unit."""
+    median = values["median"]
+    factor, unit = (1.0, " s") if median >= 1 else (1e3, " ms") if median >= 1e-3 else (1e6, " µs")
+    factor, unit = (1.0, "") if ratio else (factor, unit)
+    middle, q1, q3 = (_digits(values[name] * factor) for name in ("median", "q1", "q3"))
+    return f"{middle}{unit} ({q1}–{q3}, {values['n']})"
 
 
-def ratio_text(values: Row) -> str:
-    """Median, quartiles and number."""
-    return f"{digits(values['median'])} ({digits(values['q1'])}–{digits(values['q3'])}, {values['n']})"
-
-
-def digits(value: float) -> str:
+def _digits(value: float) -> str:
     """Three significant digits, never an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
@@ -103,11 +92,10 @@ def digits(value: float) -> str:
 def provenance(record: Row) -> str:
     """Command, date, commit, machine and versions, in small print."""
     machine, load = record["environment"], record["environment"]["load_average"]
-    versions = machine["versions"]
     before, after = ("–" if value is None else value[0] for value in (load["before"], load["after"]))
     return (
         f"<sub>`{record['command']}` · {record['date']} · commit {machine['git_commit'] or 'unknown'} · "
         f"{machine['device_name']}, {machine['cores']} cores, {machine['threads']} threads · "
-        f"load {before} before, {after} after · torch {versions['torch']}, Python {versions['python']} · "
-        f"record `{record['file']}`</sub>\n"
+        f"load {before} before, {after} after · torch {machine['versions']['torch']}, "
+        f"Python {machine['versions']['python']} · record `{record['file']}`</sub>\n"
     )

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +19,19 @@ LONG = 3.0
 Name = TypeVar("Name")
 Work = Callable[[], object]
 """Something to be timed."""
+Spread = dict[str, float | int]
+Values = Sequence[float] | NDArray[np.float64]
 
 
-def spread(values: Sequence[float]) -> dict[str, float | int]:
+def spread(values: Values) -> Spread:
     """Median, quartiles, minimum and number of some measurements, in their own unit."""
     q1, median, q3 = np.percentile(values, (25, 50, 75))
     return {"median": float(median), "q1": float(q1), "q3": float(q3), "min": float(min(values)), "n": len(values)}
+
+
+def spreads(times: Mapping[Name, Values]) -> dict[Name, Spread]:
+    """The spread of each of several things."""
+    return {name: spread(values) for name, values in times.items()}
 
 
 def seconds(run: Work, device: torch.device) -> float:
@@ -41,8 +49,8 @@ def interleaved(
     rounds: int,
     *,
     fewer: Mapping[Name, int] | None = None,
-    warmup: int = 1,
-) -> dict[Name, list[float]]:
+    warmup: bool = True,
+) -> dict[Name, NDArray[np.float64]]:
     """Time all works in turn, round by round, each round starting with another one.
 
     What slows the machine down for a while then slows all of them down, and ratios within a round stay right.
@@ -52,31 +60,28 @@ def interleaved(
         device: whose queue to wait for.
         rounds: how often each is timed.
         fewer: rounds of those that take part in the first ones only.
-        warmup: calls of each before the first round, not timed.
+        warmup: whether each is called once before the first round, not timed.
 
     Returns:
         Seconds of every call, by name; the i-th is of round i.
     """
-    names, turns = list(works), fewer or {}
-    expected = dict.fromkeys(names, 0.0)
-    for name in names:
-        if warmup:
-            log.info("warm-up: %s", name)
-        for _ in range(warmup):
-            expected[name] = seconds(works[name], device)
-    times: dict[Name, list[float]] = {name: [] for name in works}
+    expected = dict.fromkeys(works, 0.0)
+    for name in works if warmup else ():
+        log.info("warm-up: %s", name)
+        expected[name] = seconds(works[name], device)
+    names, times = list(works), {name: list[float]() for name in works}
     for turn in range(rounds):
         log.info("round %d of %d", turn + 1, rounds)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            if turn < turns.get(name, rounds):
+            if turn < (fewer or {}).get(name, rounds):
                 if expected[name] >= LONG:
                     log.info("round %d of %d: %s, about %.0f s", turn + 1, rounds, name, expected[name])
                 times[name].append(seconds(works[name], device))
-    return times
+    return {name: np.asarray(values) for name, values in times.items()}
 
 
-def repeated(run: Work, device: torch.device, rounds: int) -> list[float]:
+def repeated(run: Work, device: torch.device, rounds: int) -> NDArray[np.float64]:
     """Seconds of each of so many calls, after one that is not timed."""
     return interleaved({"": run}, device, rounds)[""]
 

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apm.benchmarks.speed import __main__ as command
-from apm.benchmarks.speed import gpu, gpu_checks, gpu_report
+from apm.benchmarks.speed import gpu, gpu_checks
 from apm.benchmarks.speed.gpu_checks import Case, run_checks
-from apm.benchmarks.speed.options import TINY, Options
+from apm.benchmarks.speed.options import TINY
 from apm.student.cells import Cells
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
@@ -222,9 +222,9 @@ def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Answer for the processes that would be started; returns what they were asked."""
     asked: list[list[str]] = []
 
-    def run(arguments: list[str], clock: gpu.Clock, cwd: Path | None = None) -> Any:
+    def run(arguments: list[str], *, timeout: float, **_: Any) -> Any:
         asked.append(list(arguments[1:]))
-        assert clock.left > 0
+        assert 1 < timeout <= gpu.BUDGET
         out = json.dumps({"top": [{"label": "cat"}]}) if "classify" in arguments else "3 passed in 1 s"
         return gpu.subprocess.CompletedProcess(arguments, 0, out, "")
 
@@ -234,12 +234,11 @@ def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         def __call__(self, _: Path) -> Any:
             return type("Answer", (), {"top": [type("Label", (), {"label": "cat"})]})
 
-    monkeypatch.setattr(gpu, "_run", run)
+    monkeypatch.setattr(gpu, "run_apart", run)
     monkeypatch.setattr(gpu, "Classifier", Warm)
     return asked
 
 
-MEASURE = gpu.measure_gpu
 ON_A_CPU = ("--quick", "--device", "cpu", "--precision", "fp32")
 
 
@@ -251,7 +250,7 @@ def test_all_parts_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(gpu_report, "measure_gpu", lambda *given, clone: MEASURE(*given, clone=tmp_path))
+    monkeypatch.setattr(gpu, "has_tests", lambda _: True)
     where = ["--out", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
     assert command.main(["gpu", *ON_A_CPU, "--rounds", "2", "--photograph", str(picture), *where]) == 0
     (path,) = (tmp_path / "results").iterdir()
@@ -274,7 +273,7 @@ def test_all_parts_on_a_cpu(
     assert [row["precision"] for row in rows] == ["fp32"] * 5 + ["bf16"]
     assert [arguments[1] for arguments in quiet_commands] == ["pytest", "apm", *["torch.distributed.run"] * 2]
     screen = capsys.readouterr().out
-    assert "30 of 30 hold" in screen and "not reached" in screen and len(screen.splitlines()) <= 40
+    assert "30 of 30 checks hold" in screen and "not reached" in screen and len(screen.splitlines()) <= 40
     page = (tmp_path / "docs" / "speed-gpu.md").read_text(encoding="utf-8")
     assert page.count("| yes |") == 30 and "apm bench under torchrun" in page and path.name in page
 
@@ -283,21 +282,21 @@ def test_all_parts_on_a_cpu(
 def test_what_fails_is_told_and_hides_nothing(
     quiet_commands: list[list[str]], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: Options) -> Any:
+    def broken(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no memory for this")
         yield
 
-    monkeypatch.setattr(gpu, "_speed", broken)
+    monkeypatch.setitem(gpu.PARTS, "speed", broken)
     monkeypatch.setattr(gpu_checks, "LIMITS", {name: dict.fromkeys(of, 0.0) for name, of in gpu_checks.LIMITS.items()})
-    given = gpu_report.GPU.read([*ON_A_CPU, "--rounds", "1", "--photograph", str(picture)])
-    made = gpu_report.GPU.measured(given)
+    given = gpu.gpu.read([*ON_A_CPU, "--rounds", "1", "--photograph", str(picture)])
+    made = gpu.gpu.measured(given)
     missed = gpu.failures(made)
     assert any("no memory for this" in line for line in missed) and any("exceeds 0.0" in line for line in missed)
     assert {"classify", "bench"} <= {row["part"] for row in made["rows"]}
-    assert "FAILED    speed: OutOfMemoryError: no memory for this" in gpu_report.screen(made)
-    assert "**no**" in gpu_report.page([{**made, "file": "x.json"}])
+    assert "| speed: OutOfMemoryError: no memory for this |" in gpu.gpu.table(made)
+    assert "**no**" in gpu.page([{**made, "file": "x.json"}])
     monkeypatch.setattr(gpu, "BUDGET", 0.0)
-    made = gpu.measure_gpu(Options(quick=True, rounds=1, precision="fp32"), picture, clone=None)
+    made = gpu.gpu.measure(given)
     assert all("no time left" in line for line in gpu.failures(made)) and len(gpu.failures(made)) == 5
 
 
@@ -310,10 +309,7 @@ def test_without_a_gpu_the_command_says_so(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_check_that_does_not_hold_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"part": "check", "name": "token", "precision": "fp32", "distance": 1.0, "limit": 0.1, "held": False}
-    found = Options(quick=True).found(
-        [{**row, "hidden": 8, "error": None}], {"checks": 1, "checks_held": 0, "best": None}
-    )
-    monkeypatch.setattr(gpu_report, "measure_gpu", lambda *_, **__: found)
+    monkeypatch.setattr(gpu, "PARTS", {"check": lambda *_: [{**row, "hidden": 8, "error": None}]})
     where = ["--out", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
     assert command.main(["gpu", *ON_A_CPU, *where]) == 1
     assert "**no**" in (tmp_path / "docs" / "speed-gpu.md").read_text(encoding="utf-8")
@@ -321,12 +317,12 @@ def test_a_check_that_does_not_hold_is_exit_code_1(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_the_commands_of_make_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in ("_checks", "_speed"):  # what starts no process is in the tests above
-        monkeypatch.setattr(gpu, part, lambda _: iter(()))
+    for part in ("check", "speed"):  # what starts no process is in the tests above
+        monkeypatch.setitem(gpu.PARTS, part, lambda *_: ())
     results = tmp_path / "results"
     assert command.main(["gpu", *ON_A_CPU, "--out", str(results), "--docs", str(tmp_path / "docs")]) == 0
     (path,) = results.iterdir()
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert [row["part"] for row in rows] == ["classify"] * 2 + ["bench"] * 2
-    assert all(row["seconds"] for row in rows) and not any(row.get("error") for row in rows)
+    assert all(row.get("seconds") or row["wall_seconds"] for row in rows) and not any(row.get("error") for row in rows)
     assert (tmp_path / "docs" / "speed-gpu.md").is_file()

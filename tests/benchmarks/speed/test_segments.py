@@ -12,7 +12,7 @@ from PIL import Image
 from apm.benchmarks.speed import children, segments
 from apm.benchmarks.speed.kinds import KINDS
 from apm.errors import ApmError
-from tests.benchmarks.speed.test_speed import QUICK, check
+from tests.benchmarks.speed.test_speed import QUICK, measure
 from tests.fakes import FakeTeacher
 
 
@@ -30,8 +30,8 @@ def test_views_and_places_are_varied_one_at_a_time(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(segments, "PLACES", 12)
     monkeypatch.setattr(segments, "VIEWS", 4)
     monkeypatch.setattr(segments, "load_teacher", lambda *_, **__: FakeTeacher())
-    made = segments.sweep_segment(QUICK.but(rounds=1, photograph=path, views=[1, 4], places=[10, 12], steps=1))
-    rows = check(made, "segment")
+    made = measure("segment", rounds=1, photograph=path, views=[1, 4], places=[10, 12], steps=1)
+    rows = made["rows"]
     assert [(row["views"], row["places"]) for row in rows] == [(1, 12), (4, 12), (4, 10)]
     assert all(row["seconds"]["median"] > row["looking"]["median"] > 0 for row in rows)
     assert made["settings"]["tiles"] == 2 and made["settings"]["size"] == [60, 40]
@@ -47,7 +47,7 @@ def test_views_and_places_are_varied_one_at_a_time(tmp_path: Path, monkeypatch: 
 def test_the_command_that_is_measured_runs(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 40), (90, 20, 20)).save(path)
-    found = children.peak_bytes(segments._command(QUICK.but(steps=1), path, tmp_path / "out", views=1, places=8))
+    found = children.peak_bytes(segments._command(QUICK.but(steps=1), path, tmp_path / "out", 1, 8))
     assert 100e6 < found < 4e9
 
 

@@ -23,19 +23,7 @@ import apm.benchmarks
 import apm.classifier
 from apm.benchmarks.datasets import Dataset, Sample
 from apm.benchmarks.speed import __main__ as command
-from apm.benchmarks.speed import (
-    children,
-    fewer_queries,
-    kind,
-    options,
-    pipeline,
-    report,
-    scaling,
-    startup,
-    step,
-    timing,
-    tuning,
-)
+from apm.benchmarks.speed import children, fewer_queries, kind, options, pipeline, report, startup, step, timing
 from apm.benchmarks.speed.fewer_queries import sweep_queries
 from apm.benchmarks.speed.kinds import KINDS
 from apm.benchmarks.speed.machine import floor, rate_probe, stream_probe
@@ -62,6 +50,13 @@ def check(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def measure(name: str, **changes: Any) -> dict[str, Any]:
+    """What a kind finds with tiny sizes, and these changes of the options."""
+    found: dict[str, Any] = KINDS[name].measure(QUICK.but(**changes))
+    check(found, name)
+    return found
+
+
 # -- clocks and floors
 
 
@@ -72,7 +67,7 @@ def test_spread() -> None:
 def test_interleaved_gives_everybody_a_turn_in_every_round() -> None:
     calls: list[str] = []
     works = {name: lambda name=name: calls.append(name) for name in "abc"}  # type: ignore[misc]
-    times = timing.interleaved(works, CPU, 3, fewer={"c": 1}, warmup=1)
+    times = timing.interleaved(works, CPU, 3, fewer={"c": 1})
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 1}
     assert calls == ["a", "b", "c", "a", "b", "c", "b", "a", "a", "b"]  # warm-up, then each round starts elsewhere
 
@@ -165,8 +160,8 @@ def test_progress_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(options, "measured_precision", lambda _: "bf16")
     caplog.set_level("INFO")
-    made = step.measure_step(QUICK.but(rounds=3, batch=2, precision="auto", published_rounds=1))
-    rows = {(row["name"], row["precision"]): row for row in check(made, "step")}
+    made = measure("step", rounds=3, batch=2, precision="auto", published_rounds=1)
+    rows = {(row["name"], row["precision"]): row for row in made["rows"]}
     assert set(rows) == {
         *((name, precision) for name in ("six products", "engine", "optimiser") for precision in ("fp32", "bf16")),
         ("plain form", "fp32"),
@@ -203,15 +198,15 @@ def test_a_step_in_float32_touches_no_bfloat16(
     """Where bfloat16 is emulated, one step in it would take minutes."""
     monkeypatch.setattr(options, "measured_precision", lambda _: "fp32")
     with Types() as types:
-        made = step.measure_step(QUICK.but(precision=chosen, published_rounds=1))
+        made = measure("step", precision=chosen, batch=None, published_rounds=1)
     assert torch.float32 in types.seen and torch.bfloat16 not in types.seen
-    assert {row["precision"] for row in check(made, "step")} == {"fp32"}
+    assert {row["precision"] for row in made["rows"]} == {"fp32"}
     assert report.plot({**made, "kind": "step", "file": "step.json"}, tmp_path).is_file()
 
 
 def test_bf16_alone_can_be_asked_for() -> None:
-    made = step.measure_step(QUICK.but(precision="bf16", published_rounds=0))
-    rows = {(row["name"], row["precision"]): row for row in check(made, "step")}
+    made = measure("step", precision="bf16", batch=None, published_rounds=0)
+    rows = {(row["name"], row["precision"]): row for row in made["rows"]}
     assert ("engine", "bf16") in rows and ("engine", "fp32") not in rows
     assert "ratio_to_floor" not in rows["plain form", "fp32"]  # its floor was not measured
 
@@ -233,8 +228,8 @@ def test_step_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
         "published fp32": 180.0,
     }
     monkeypatch.setattr(options, "measured_precision", lambda _: "bf16")
-    monkeypatch.setattr(step, "interleaved", lambda works, *_, **__: {name: [known[name]] * 2 for name in works})
-    made = step.measure_step(QUICK.but(batch=batch, precision="auto", published_rounds=1))
+    monkeypatch.setattr(step, "interleaved", lambda works, *_, **__: {name: np.full(2, known[name]) for name in works})
+    made = measure("step", batch=batch, precision="auto", published_rounds=1)
     rows = {(row["name"], row["precision"]): row for row in made["rows"]}
     # the probe is a third of a step of two students: the floor of one is 1.5 s in fp32 and 0.75 s in bf16
     assert made["summary"]["fp32"]["floor"]["seconds"]["median"] == pytest.approx(1.5)
@@ -249,9 +244,8 @@ def test_step_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sweeps_of_the_student() -> None:
-    rows = check(scaling.sweep_steps(QUICK), "steps")
-    assert [row["steps"] for row in rows] == [1, 2]
-    rows = check(scaling.sweep_grid(QUICK), "grid")
+    assert [row["steps"] for row in measure("steps")["rows"]] == [1, 2]
+    rows = measure("grid")["rows"]
     assert [(row["what"], row["side"], row["locations"]) for row in rows] == [
         ("step", 7, 49),
         ("step", 14, 196),
@@ -259,9 +253,8 @@ def test_sweeps_of_the_student() -> None:
         ("features", 14, 196),
     ]
     assert rows[1]["flops"] > rows[0]["flops"]
-    rows = check(scaling.sweep_patches(QUICK), "patches")
-    assert [row["patches"] for row in rows] == [1, 4, 16]
-    rows = check(scaling.sweep_batch(QUICK.but(batches=[1, 3])), "batch")
+    assert [row["patches"] for row in measure("patches")["rows"]] == [1, 4, 16]
+    rows = measure("batch", batches=[1, 3])["rows"]
     assert rows[1]["per_student"]["median"] == pytest.approx(rows[1]["seconds"]["median"] / 3)
 
 
@@ -269,10 +262,9 @@ def test_sweeps_of_the_student() -> None:
 def test_sweeps_of_whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "load_teacher", lambda *_, **__: FakeTeacher(dim=32))
     monkeypatch.setattr(pipeline, "CHECKPOINTS", (1, 5))
-    options = QUICK.but(teacher="fake", steps=1, limit=3)
-    rows = check(pipeline.sweep_labels(options), "labels")
+    rows = measure("labels", teacher="fake", steps=1)["rows"]
     assert [(row["labels"], row["head_bytes"]) for row in rows] == [(10, 4 * 10 * 32), (100, 4 * 100 * 32)]
-    rows = check(pipeline.sweep_images(options), "images")
+    rows = measure("images", teacher="fake", steps=1, limit=3)["rows"]
     assert [row["images"] for row in rows] == [1, 3]
     assert rows[0]["images_per_second"] == pytest.approx(1 / rows[0]["seconds"], rel=1e-6)
     assert rows[0]["seconds"] < rows[1]["seconds"]
@@ -280,7 +272,7 @@ def test_sweeps_of_whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_processes_under_torchs_launcher() -> None:
-    rows = check(pipeline.sweep_processes(QUICK.but(rounds=1, processes=[2], limit=3, steps=1)), "processes")
+    rows = measure("processes", rounds=1, processes=[2], limit=3, steps=1)["rows"]
     assert rows[0]["processes"] == 2
     assert rows[0]["images_per_second"]["median"] == pytest.approx(3 / rows[0]["seconds"]["median"])
 
@@ -328,26 +320,25 @@ def test_fewer_queries() -> None:
 
 
 def test_prompt_tuning_beside_the_published_loop() -> None:
-    made = tuning.measure_tuning(QUICK.but(rounds=1))
-    rows = check(made, "tuning")
-    assert [row["name"] for row in rows] == ["apm", "published loop", "views alone"]
+    made = measure("tuning", rounds=1)
+    assert [row["name"] for row in made["rows"]] == ["apm", "published loop", "views alone"]
     summary = made["summary"]
     assert summary["same_first_label"]
     assert summary["largest_difference_of_logits"] < 1e-4
     assert summary["largest_change_by_tuning"] > 1e-3  # there was something to agree on
-    assert "10 class names, 8 views" in tuning.TUNING.table(made)
+    assert "10 class names, 8 views" in KINDS["tuning"].table(made)
 
 
 def test_a_step_is_held_to_its_products_and_adams_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every time is known; so the ratio is. The probe of the memory moves 8 bytes a parameter, Adam 28."""
-    known = {"products": [1.0, 2.0], "adam": [2.0, 2.0], "whole": [12.0, 18.0]}
+    known = {name: np.array(two) for name, two in {"products": (1, 2), "adam": (2, 2), "whole": (12, 18)}.items()}
     more = {"first", "readout", "update"}
 
-    def timed(works: dict[str, Callable[[], object]], *_: object) -> dict[str, list[float]]:
+    def timed(works: dict[str, Callable[[], object]], *_: object) -> dict[str, Any]:
         assert set(works) == {*known, *more}
         for name in more:
             works[name]()
-        return {name: known.get(name, [3.0, 3.0]) for name in works}
+        return {name: known.get(name, np.array([3.0, 3.0])) for name in works}
 
     monkeypatch.setattr(fewer_queries, "interleaved", timed)
     parts = fewer_queries.parts_of_a_step(QUICK, TINY, 4)
@@ -361,6 +352,7 @@ def test_startup_stages_are_those_of_the_script(
 ) -> None:
     monkeypatch.setattr(apm.classifier, "load_teacher", lambda _: FakeTeacher(default_labels=("cat", "dog")))
     monkeypatch.setattr(sys, "argv", ["-c", "fake", str(picture), "small"])
+    monkeypatch.setattr(apm.classifier.Classifier, "__call__", None)  # the command decodes in threads: `classify`
     exec(compile(startup._CHILD, "child", "exec"), {})
     output = capsys.readouterr().out
     spans = json.loads(output)
@@ -374,10 +366,9 @@ def test_startup_stages_are_those_of_the_script(
         return children.subprocess.CompletedProcess(arguments, 0, output, listing)
 
     monkeypatch.setattr(startup, "must_run", run)
-    made = startup.measure_startup(QUICK.but(rounds=1, photograph=picture, teacher="fake"))
-    rows = check(made, "startup")
+    made = measure("startup", rounds=1, photograph=picture, teacher="fake")
     assert made["summary"]["imports"] == {"torch": 1.25}
-    assert {row["what"]: row["seconds"]["median"] for row in rows if row["stage"]} == spans
+    assert {row["what"]: row["seconds"]["median"] for row in made["rows"] if row["stage"]} == spans
     assert commands[0] == ["-m", "apm", "--help"] and commands[2][:3] == ["-m", "apm", "classify"]
 
 
@@ -437,9 +428,9 @@ def test_the_tables_of_records_are_printed_without_measuring(
 
 
 def test_the_page_says_nothing_of_missing_gpus_once_one_was_measured() -> None:
-    given = scaling.STEPS.read(["--quick", "--device", "cpu", "--precision", "fp32"])
+    given = KINDS["steps"].read(["--quick", "--device", "cpu", "--precision", "fp32"])
     assert given.record.name == "speed-steps-tiny-cpu.json"
-    made = {**scaling.STEPS.measured(given), "file": "speed-steps-tiny-cuda.json"}
+    made = {**KINDS["steps"].measured(given), "file": "speed-steps-tiny-cuda.json"}
     assert made["kind"] == "steps" and made["environment"]["load_average"].keys() == {"before", "after"}
     made["environment"] = {**made["environment"], "device": "cuda"}
     page = report.page_of([made])
@@ -450,7 +441,7 @@ def test_the_page_says_nothing_of_missing_gpus_once_one_was_measured() -> None:
 def test_plots_are_legible(path: Path) -> None:
     """Labels along the axes stand apart, sizes that cannot be halved are not, and no curve lies on the frame."""
     made = json.loads(path.read_text(encoding="utf-8"))
-    if KINDS[made["kind"]].plot is None:
+    if not KINDS[made["kind"]].panels:
         pytest.skip("this kind is a table only")
     figure = report.drawn(made)
     figure.draw_without_rendering()
@@ -496,10 +487,10 @@ def test_the_records_in_the_repository_and_the_page_made_of_them() -> None:
         assert one["file"] == kind.file_name(one["kind"], one["settings"]["preset"], one["environment"]["device"])
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == report.page_of(records)
     for one in records:
-        if KINDS[one["kind"]].plot is not None:
+        if KINDS[one["kind"]].panels:
             assert (ROOT / "docs" / report.plot_name(one)).is_file()
 
 
 def test_presets_reach_the_student() -> None:
-    assert Options(preset="small", dim=64).config == APMConfig.preset("small", dim=64)
+    assert Options(preset="small").config == APMConfig.preset("small", dim=512)
     assert Options(quick=True).found([])["settings"]["preset"] == "tiny"

@@ -11,6 +11,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+class Operations(TorchDispatchMode):
+    """Tells of every operation: which one, and all tensors that it takes and makes."""
+
+    def __init__(self, see: Callable[[Any, list[Tensor], list[Tensor]], object]) -> None:
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        taken, made = ([x for x in tree_leaves(of) if isinstance(x, Tensor)] for of in ((args, kwargs), result))
+        self.see(func, taken, made)
+        return result
+
+
 class Allocations(TorchDispatchMode):
     """Counts the tensors that operations make anew (views of what they were given are none), and their bytes."""
 

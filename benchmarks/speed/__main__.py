@@ -46,7 +46,7 @@ def _do(name: str, rest: list[str]) -> None:
 
     if name == "report":
         parser = argparse.ArgumentParser(prog="python -m apm.benchmarks.speed report")
-        given = add(parser, {**OUT, **DOCS}).parse_args(rest)
+        given = add(parser, OUT | DOCS).parse_args(rest)
         for path in write_report(given.out, given.docs):
             print(path, file=sys.stderr)
     elif name in KINDS:

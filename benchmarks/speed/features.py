@@ -218,10 +218,8 @@ def _alone(store: Path, sizes: Sizes, count: int) -> Iterator[Record]:
     for name in (*METHODS, GROWING):
         row: Record = {"name": name}
         row["seconds"], row["last"], answers = _timed(partial(answer, _method(name, sizes)), count, min(BATCH, count))
-        if name in loops:
-            row["published_seconds"], row["published_last"], theirs = _timed(
-                partial(answer_published, loops[name]), count, 1
-            )
+        if loop := loops.get(name):
+            row["published_seconds"], _, theirs = _timed(partial(answer_published, loop), count, 1)
             row["same_answers"] = float((answers == theirs).double().mean())
         yield row
 

@@ -15,16 +15,15 @@ from torch import Tensor
 from apm.student.config import APMConfig
 from apm.student.engine import Engine
 from apm.teachers import load_teacher
-from apm.teachers.base import Teacher
 from apm.test_time.inputs import student_inputs
 from apm.test_time.options import AdaptConfig
 from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
-from ..datasets import Dataset, open_dataset
+from ..datasets import open_dataset
 from ..studies.study import numbers
 from ..tables.stats import mcnemar, standard_error
-from .kind import kind
+from .kind import argument, kind
 from .machine import first_layer, six_products, stream_probe
 from .options import Options, Record, loaded_engine
 from .plots import at_sizes, column, curves
@@ -70,27 +69,17 @@ def _agreement(axes: Any, record: Row) -> None:
     ),
     title="Fewer queries a step",
     shared={"teacher": "embedded", "root": None, "limit": 100, "steps": 50},
-    own={"--counts": {"type": numbers, "help": "the numbers of locations: 64,256"}},
+    own=argument("--counts", "the numbers of locations: 64,256", type=numbers),
     panels=[_agreement, curves("queries", {"seconds": ""}, "locations a step", "seconds per image")],
 )
 def queries(options: Options) -> Record:
-    """Fewer queries a step, on real images: agreement, accuracy, seconds."""
-    dataset = open_dataset("folder", options.root, limit=options.limit)
-    return sweep_queries(options, load_teacher(options.teacher, device=options.device), dataset)
+    """Fewer queries a step, on real images: agreement, accuracy, seconds.
 
-
-def sweep_queries(options: Options, teacher: Teacher, dataset: Dataset) -> Record:
-    """Agreement with the teacher, accuracy and seconds against N, the locations read at each step.
-
-    The images are answered one by one, each with every N in turn. All locations are read for the answer itself. Labels
-    are looked at here, after the answers.
-
-    Args:
-        options: sizes (the student's ``dim`` is the teacher's), ``steps`` of each adaptation, and ``counts``, the N to
-            compare; all of the locations come on top. None: powers of two from 8.
-        teacher: whose token the students are overfit to.
-        dataset: labelled images.
+    The images are answered one by one, each with every N of ``counts`` in turn (None: powers of two from 8), and with
+    all locations, which are read for the answer itself in any case. Labels are looked at here, after the answers.
     """
+    dataset = open_dataset("folder", options.root, limit=options.limit)
+    teacher = load_teacher(options.teacher, device=options.device)
     config = replace(options.config, dim=teacher.dim)
     counts = [*(options.counts or [2**k for k in range(3, 20) if 2**k < config.cells]), config.cells]
     head = ZeroShotHead.build(teacher, dataset.class_names, teacher.default_templates or dataset.templates)

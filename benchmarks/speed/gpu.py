@@ -94,8 +94,8 @@ class GPUKind(Kind):
             raise UsageError(
                 "There is no CUDA GPU here, and nothing to measure without one. (On a CPU: --quick, as a test.)"
             )
-        words = re.findall(r"[a-z0-9]+", describe(given.device)["device_name"].lower())
-        given.record = given.out / ("-".join(["gpu", given.shown_preset, *words]) + ".json")
+        name = re.findall(r"[a-z0-9]+", describe(given.device)["device_name"].lower())
+        given.record = given.out / f"{'-'.join(['gpu', given.shown_preset, *name])}.json"
         return given
 
     def run(self, options: argparse.Namespace) -> None:
@@ -105,7 +105,7 @@ class GPUKind(Kind):
             options.docs.mkdir(parents=True, exist_ok=True)
             write_atomically(options.docs / "speed-gpu.md", page(read_all(options.out, self.results)).encode())
             if missed := failures(read_record(options.record)):
-                raise ApmError(f"{len(missed)} parts or checks failed; see {options.docs / 'speed-gpu.md'}.")
+                raise ApmError("\n".join([f"{len(missed)} parts or checks failed:", *missed]))
 
 
 def failures(record: Row) -> list[str]:
@@ -165,13 +165,13 @@ CHECKS = shown(
     "Best: {best_images_per_second:.1f} images/s at {best_steps} steps with {best_batch} side by side, "
     f"{{best_ratio:.2f}} × the floor (goal of an H100: {GOAL[0]:.0f} and {GOAL[1]}: {{goal}}).",
     (
-        lambda record: [{"line": line.splitlines()[0]} for line in failures(record)],
+        lambda record: [{"line": line.splitlines()[0].replace("|", "\\|")} for line in failures(record)],
         "| did not hold or did not run |\n| {line} |",
     ),
     of=GPUKind,
     title="On a GPU",
     results="gpu-*.json",
-    own={**PHOTOGRAPH, **DOCS},
+    own=PHOTOGRAPH | DOCS,
     rounds=3,
 )
 def gpu(options: Options) -> Record:

@@ -20,20 +20,20 @@ from .options import Options, Record
 from .plots import Panel
 from .tables import Row, Rows, shown
 
-STUDENT = {"preset": "paper", "precision": "auto", "device": "auto"}
-Arguments = Mapping[str, Mapping[str, Any]]
+Arguments = dict[str, dict[str, Any]]
 """Flag → what argparse is told."""
-OUT: Arguments = {
-    "--out": {
-        "type": Path,
-        "default": Path("benchmarks/results"),
-        "help": "folder of the records (default: %(default)s)",
-    }
-}
-DOCS: Arguments = {
-    "--docs": {"type": Path, "default": Path("docs"), "help": "folder of the page (default: %(default)s)"}
-}
-PHOTOGRAPH: Arguments = {"--photograph": {"type": Path, "help": "the file (default: scikit-image's cat)"}}
+
+
+def argument(flag: str, text: str, **told: Any) -> Arguments:
+    """One argument and its help; several are joined with ``|``."""
+    return {flag: {"help": text, **told}}
+
+
+STUDENT = {"preset": "paper", "precision": "auto", "device": "auto"}
+QUICK = argument("--quick", "tiny sizes, to see that it runs; times mean nothing", action="store_true")
+OUT = argument("--out", "folder of the records (default: %(default)s)", type=Path, default=Path("benchmarks/results"))
+DOCS = argument("--docs", "folder of the page (default: %(default)s)", type=Path, default=Path("docs"))
+PHOTOGRAPH = argument("--photograph", "the file (default: scikit-image's cat)", type=Path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,7 @@ class Kind(Study):
 
     def outputs(self, parser: argparse.ArgumentParser) -> None:
         """Add its own arguments, and those of all kinds: repetitions, folder of the records."""
-        rounds = {"type": int, "help": f"repetitions (default: {self.rounds})"}
-        quick = {"action": "store_true", "help": "tiny sizes, to see that it runs; times mean nothing"}
-        add(parser, {**self.own, "--rounds": rounds, "--quick": quick, **OUT})
+        add(parser, self.own | argument("--rounds", f"repetitions (default: {self.rounds})", type=int) | QUICK | OUT)
 
     def run(self, options: argparse.Namespace) -> None:
         """Measure and write the record, or read one; print its table."""

@@ -91,15 +91,10 @@ def stream_probe(config: APMConfig, batch: int, device: torch.device) -> tuple[W
 def floor(config: APMConfig, *, rate: Any, bandwidth: Any, queries: int | None = None) -> dict[str, Any]:
     """The minimum of seconds that one step of one student can take, at rates that are numbers or arrays of them.
 
-    Args:
-        config: sizes.
-        rate: floating-point operations a second, in the precision of the products.
-        bandwidth: bytes a second.
-        queries: locations that the step reads; None: all.
-
     Returns:
-        ``compute``, the two middle layers' operations at that rate; ``memory``, Adam's traffic at that bandwidth;
-        ``seconds``, the larger of the two.
+        ``compute``, the two middle layers' operations, at ``queries`` locations or all, at ``rate`` operations a second
+        (in the precision of the products); ``memory``, Adam's traffic at ``bandwidth`` bytes a second; ``seconds``, the
+        larger of the two.
     """
     compute, memory = middle_flops(config, queries) / rate, ADAM_BYTES * trained_parameters(config) / bandwidth
     return {"compute": compute, "memory": memory, "seconds": np.maximum(compute, memory)}

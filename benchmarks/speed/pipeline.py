@@ -30,7 +30,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 from ..studies.study import numbers
 from .children import many, must_run
-from .kind import kind
+from .kind import argument, kind
 from .options import Options, Record, images_and_targets
 from .plots import curves
 from .timing import interleaved, seconds, spread
@@ -116,7 +116,7 @@ def images(options: Options) -> Record:
     """,
     title="Processes",
     shared={"steps": 20, "limit": 32},
-    own={"--processes": {"type": numbers, "default": [1, 2, 4], "help": "1,2,4"}},
+    own=argument("--processes", "1,2,4", type=numbers, default=[1, 2, 4]),
     panels=[curves("processes", {"images_per_second": ""}, ylabel="images/s")],
     rounds=3,
 )

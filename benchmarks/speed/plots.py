@@ -23,14 +23,8 @@ def curves(
 ) -> Panel:
     """Medians with a band between the quartiles, single values dashed, over sizes on a logarithmic axis.
 
-    Args:
-        x: key of the sizes.
-        lines: key of the measurements → label; rows without one are left out of its curve.
-        xlabel: what the sizes are; "": as their key says.
-        ylabel: what was measured.
-        unit: what it is divided by.
-        log: a logarithmic scale with a legend; otherwise one that begins at 0.
-        rows: of a record.
+    ``x`` and the names of ``lines`` are keys of the rows, whose values are divided by ``unit``; a row without one is
+    left out of its curve. ``log``: a logarithmic scale with a legend; otherwise one that begins at 0.
     """
 
     def draw(axes: Any, record: Row) -> None:

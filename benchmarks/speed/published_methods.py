@@ -20,57 +20,51 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
 
 
+Entry = tuple[Tensor, float, Tensor]
+"""Of a cache: an image's feature, its loss, its probabilities."""
+
+
 class PublishedTDA:
     """Two caches, dictionaries of lists, which are joined to two matrices for every image."""
 
     def __init__(self, text: Tensor, scale: float = SCALE) -> None:
         self.text, self.scale = text, scale
-        self.positive: dict[int, list[tuple[Tensor, float]]] = {}
-        self.negative: dict[int, list[tuple[Tensor, float, Tensor]]] = {}
+        self.positive: dict[int, list[Entry]] = {}
+        self.negative: dict[int, list[Entry]] = {}
 
     def answer(self, feature: Tensor) -> Tensor:
         """The logits (1, C) of an image's feature (1, D), of unit length."""
         logits = self.scale * feature @ self.text.T
-        probabilities = logits.softmax(dim=1)
         loss, predicted = float(entropy(logits)), int(logits.argmax())
-        share = loss / math.log2(logits.shape[1])
-        self._enter(self.positive, predicted, (feature, loss), 3)
-        if 0.2 < share < 0.5:
-            self._enter(self.negative, predicted, (feature, loss, probabilities), 2)
+        entry = feature, loss, logits.softmax(dim=1)
+        _enter(self.positive, predicted, entry, 3)
+        if 0.2 < loss / math.log2(logits.shape[1]) < 0.5:
+            _enter(self.negative, predicted, entry, 2)
         final = logits.clone()
         if self.positive:
-            final += self._positive(feature)
+            keys, owners, _ = _joined(self.positive)
+            values = one_hot(torch.tensor(owners), len(self.text)).to(feature)
+            final += 2.0 * torch.exp(-5.0 * (1 - feature @ keys)) @ values
         if self.negative:
-            final -= self._negative(feature)
+            keys, _, doubts = _joined(self.negative)
+            final -= 0.117 * torch.exp(-1.0 * (1 - feature @ keys)) @ ((doubts > 0.03) & (doubts < 1.0)).to(feature)
         return final
 
-    def _enter(self, cache: dict[int, list], predicted: int, entry: tuple, shots: int) -> None:
-        entries = cache.setdefault(predicted, [])
-        if len(entries) < shots:
-            entries.append(entry)
-        elif entry[1] < entries[-1][1]:
-            entries[-1] = entry
-        cache[predicted] = sorted(entries, key=lambda one: one[1])
 
-    def _positive(self, feature: Tensor) -> Tensor:
-        keys, owners = [], []
-        for owner in sorted(self.positive):
-            for key, _ in self.positive[owner]:
-                keys.append(key)
-                owners.append(owner)
-        joined = torch.cat(keys).T
-        values = one_hot(torch.tensor(owners), len(self.text)).to(feature)
-        return 2.0 * torch.exp(-5.0 * (1 - feature @ joined)) @ values
+def _enter(cache: dict[int, list[Entry]], predicted: int, entry: Entry, shots: int) -> None:
+    entries = cache.setdefault(predicted, [])
+    if len(entries) < shots:
+        entries.append(entry)
+    elif entry[1] < entries[-1][1]:
+        entries[-1] = entry
+    cache[predicted] = sorted(entries, key=lambda one: one[1])
 
-    def _negative(self, feature: Tensor) -> Tensor:
-        keys, doubts = [], []
-        for owner in sorted(self.negative):
-            for key, _, probabilities in self.negative[owner]:
-                keys.append(key)
-                doubts.append(probabilities)
-        joined, doubted = torch.cat(keys).T, torch.cat(doubts)
-        values = ((doubted > 0.03) & (doubted < 1.0)).to(feature)
-        return 0.117 * torch.exp(-1.0 * (1 - feature @ joined)) @ values
+
+def _joined(cache: dict[int, list[Entry]]) -> tuple[Tensor, list[int], Tensor]:
+    """Keys (D, K) of all entries, by label; whose they are; their probabilities (K, C)."""
+    entries = [(owner, *entry) for owner in sorted(cache) for entry in cache[owner]]
+    owners, keys, _, probabilities = zip(*entries, strict=True)
+    return torch.cat(keys).T, list(owners), torch.cat(probabilities)
 
 
 def published_mta(views: Tensor, text: Tensor, scale: float = SCALE) -> Tensor:

@@ -33,14 +33,7 @@ where there is one, in less than 8 minutes, and writes docs/speed-gpu.md:
 
 
 def write_report(records: Path, docs: Path) -> list[Path]:
-    """Write ``speed.md`` into ``docs``, and a plot for each record that has one.
-
-    Returns:
-        The files written.
-
-    Raises:
-        UsageError: there are no records.
-    """
+    """Write ``speed.md`` into ``docs``, and a plot for each record that has one; the files written."""
     found = read_all(records)
     docs.mkdir(parents=True, exist_ok=True)
     written = [plot(record, docs) for record in found if KINDS[record["kind"]].panels]

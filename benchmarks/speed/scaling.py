@@ -11,7 +11,7 @@ from apm.student.field import SavedField
 from apm.student.position import dense_locations, grid_locations
 
 from ..studies.study import numbers
-from .kind import kind
+from .kind import argument, kind
 from .options import Options, Record, loaded_engine, plain_step
 from .plots import curves
 from .profile import step_flops
@@ -132,7 +132,7 @@ def patches(options: Options) -> Record:
     Products in {precision}.
     """,
     title="Time against students side by side",
-    own={"--batches": {"type": numbers, "default": [1, 2, 4, 8], "help": "1,2,4"}},
+    own=argument("--batches", "1,2,4", type=numbers, default=[1, 2, 4, 8]),
     panels=[curves("batch", {"per_student": "one step"}, "students side by side", "seconds per student")],
 )
 def batch(options: Options) -> Record:

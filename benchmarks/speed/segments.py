@@ -19,7 +19,7 @@ from apm.test_time.options import StudentOptions
 
 from ..studies.study import numbers
 from .children import apm, peak_bytes
-from .kind import PHOTOGRAPH, kind, photograph_of
+from .kind import PHOTOGRAPH, argument, kind, photograph_of
 from .options import Options, Record
 from .plots import curves
 from .tables import Row
@@ -42,11 +42,9 @@ def _along(key: str, record: Row, **kept: int) -> list[Row]:
     "to the map, without start-up. Memory is the most that `apm segment` held, all that it loads included.",
     title="Segmentation: time and memory against views and places",
     shared={"steps": 150},
-    own={
-        **PHOTOGRAPH,
-        "--views": {"type": numbers, "default": [1, 4, 8, 16, 32, 64], "help": "1,2,4"},
-        "--places": {"type": numbers, "default": [28, 56, 112, 224], "help": "28,56"},
-    },
+    own=PHOTOGRAPH
+    | argument("--views", "1,2,4", type=numbers, default=[1, 4, 8, 16, 32, 64])
+    | argument("--places", "28,56", type=numbers, default=[28, 56, 112, 224]),
     panels=[
         curves(
             "views",

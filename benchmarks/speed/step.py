@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .kind import kind
+from .kind import argument, kind
 from .machine import floor, rate_probe, six_products, stream_probe
 from .options import Options, Products, Record, images_and_targets, loaded_engine, plain_step
 from .profile import (
@@ -72,10 +72,8 @@ def _bars(axes: Any, record: Row) -> None:
     "after every chunk, and the teacher's towers ({published_towers}, random weights, one image and "
     "{published_texts} texts) run again at every step.",
     title="One step beside the floor",
-    own={
-        "--batch": {"type": int, "help": "students side by side (default: 1 on a CPU, 16 on a GPU)"},
-        "--published-rounds": {"type": int, "default": 2, "help": "rounds of the published loop; 0: leave it out"},
-    },
+    own=argument("--batch", "students side by side (default: 1 on a CPU, 16 on a GPU)", type=int)
+    | argument("--published-rounds", "rounds of the published loop; 0: leave it out", type=int, default=2),
     panels=[_bars],
 )
 def step(options: Options) -> Record:

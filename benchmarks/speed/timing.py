@@ -53,14 +53,8 @@ def interleaved(
 ) -> dict[Name, NDArray[np.float64]]:
     """Time all works in turn, round by round, each round starting with another one.
 
-    What slows the machine down for a while then slows all of them down, and ratios within a round stay right.
-
-    Args:
-        works: by name.
-        device: whose queue to wait for.
-        rounds: how often each is timed.
-        fewer: rounds of those that take part in the first ones only.
-        warmup: whether each is called once before the first round, not timed.
+    What slows the machine down for a while then slows all of them down, and ratios within a round stay right. Those in
+    ``fewer`` take part in so many of the first rounds only. Unless ``warmup`` is False, each is called once before.
 
     Returns:
         Seconds of every call, by name; the i-th is of round i.

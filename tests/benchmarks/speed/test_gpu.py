@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from apm.benchmarks.speed import __main__ as command
 from apm.benchmarks.speed import gpu, gpu_checks
@@ -25,6 +23,7 @@ from apm.student.engine import Engine
 from apm.student.model import draw_parameters
 from apm.test_time.options import AdaptConfig
 from apm.test_time.trainer import TestTimeTrainer
+from tests.counters import Operations
 
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -34,23 +33,19 @@ Precision = Literal["fp32", "bf16"]
 # -- the engine on a GPU that is not there
 
 
-class Placement(TorchDispatchMode):
+class Placement(Operations):
     """Notes every operation that touches a tensor of the CPU, or draws random numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.astray: list[str] = []
+        super().__init__(self.note)
+        self.calls, self.astray = 0, list[str]()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
+    def note(self, func: Any, taken: list[torch.Tensor], made: list[torch.Tensor]) -> None:
         self.calls += 1
         if torch.Tag.nondeterministic_seeded in func.tags:  # a graph would need to be told of the generator
             self.astray.append(f"{func} draws random numbers")
-        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
-        if any(value.device.type != "cuda" for value in tensors):
-            self.astray.append(f"{func} {[(tuple(value.shape), str(value.device)) for value in tensors]}")
-        return result
+        if any(value.device.type != "cuda" for value in (*taken, *made)):
+            self.astray.append(f"{func} {[(tuple(value.shape), str(value.device)) for value in (*taken, *made)]}")
 
 
 OPTIONS: list[dict[str, Any]] = [

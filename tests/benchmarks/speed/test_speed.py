@@ -16,15 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import apm.benchmarks
 import apm.classifier
 from apm.benchmarks.datasets import Dataset, Sample
 from apm.benchmarks.speed import __main__ as command
 from apm.benchmarks.speed import children, fewer_queries, kind, options, pipeline, report, startup, step, timing
-from apm.benchmarks.speed.fewer_queries import sweep_queries
 from apm.benchmarks.speed.kinds import KINDS
 from apm.benchmarks.speed.machine import floor, rate_probe, stream_probe
 from apm.benchmarks.speed.options import TINY, Options, images_and_targets
@@ -33,6 +30,7 @@ from apm.benchmarks.speed.published_loop import PublishedLoop
 from apm.benchmarks.tables.stats import mcnemar
 from apm.student.config import APMConfig
 from apm.student.model import APM
+from tests.counters import Operations
 from tests.fakes import FakeTeacher
 from tests.places import ROOT
 
@@ -92,20 +90,6 @@ def test_probes_do_what_they_say(precision: str) -> None:
     assert float(run().sum()) == trained_parameters(TINY)  # type: ignore[attr-defined]
 
 
-class Joins(TorchDispatchMode):
-    """Notes the shape that every joining of tensors leads to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.cat.default:
-            self.shapes.append(tuple(result.shape))
-        return result
-
-
 def test_the_published_loop_computes_the_plain_step_row_by_row() -> None:
     config = replace(TINY, image_size=40)  # 8 copies of 25 locations: no multiple of 16 rows
     image, target = (values.double() for values in images_and_targets(config, 1, CPU))
@@ -115,6 +99,12 @@ def test_the_published_loop_computes_the_plain_step_row_by_row() -> None:
     model = APM(config).double()
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
     sizes: list[int] = []
+    joined: list[tuple[int, ...]] = []
+
+    def see(operation: object, _: object, made: list[torch.Tensor]) -> None:
+        if operation is torch.ops.aten.cat.default:
+            joined.append(tuple(made[0].shape))
+
     loop.model.mlp.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
     for _ in range(3):
         adam.zero_grad()
@@ -122,12 +112,13 @@ def test_the_published_loop_computes_the_plain_step_row_by_row() -> None:
         loss.backward()
         adam.step()
         sizes.clear()
-        with Joins() as joins:
+        joined.clear()
+        with Operations(see):
             assert loop.step().item() == pytest.approx(loss.item(), rel=1e-9)
         assert sizes == [16] * 12 + [8]  # 8 copies x 25 locations, row by row
         so_far = [min(16 * chunk, 200) for chunk in range(1, 14)]
         for width in (config.dim, 3):  # features and colours: joined again after every chunk (and before the backward)
-            assert [rows for rows, *rest in joins.shapes if rest == [width]][:13] == so_far
+            assert [rows for rows, *rest in joined if rest == [width]][:13] == so_far
     assert next(towers, None) is None
     for name, value in model.named_parameters():
         if not name.endswith("in_proj_bias"):
@@ -178,28 +169,16 @@ def test_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
     assert "warm-up: engine bf16" in said and "warm-up: published fp32" in said and "round 3 of 3" in said
 
 
-class Types(TorchDispatchMode):
-    """Notes the types of all tensors that operations make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        self.seen |= {value.dtype for value in tree_leaves(result) if isinstance(value, torch.Tensor)}
-        return result
-
-
 @pytest.mark.parametrize("chosen", [pytest.param("fp32", marks=pytest.mark.slow), "auto"])
 def test_a_step_in_float32_touches_no_bfloat16(
     chosen: Literal["fp32", "auto"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Where bfloat16 is emulated, one step in it would take minutes."""
     monkeypatch.setattr(options, "measured_precision", lambda _: "fp32")
-    with Types() as types:
+    seen: set[torch.dtype] = set()
+    with Operations(lambda _, __, made: seen.update(value.dtype for value in made)):
         made = measure("step", precision=chosen, batch=None, published_rounds=1)
-    assert torch.float32 in types.seen and torch.bfloat16 not in types.seen
+    assert torch.float32 in seen and torch.bfloat16 not in seen
     assert {row["precision"] for row in made["rows"]} == {"fp32"}
     assert report.plot({**made, "kind": "step", "file": "step.json"}, tmp_path).is_file()
 
@@ -277,7 +256,7 @@ def test_processes_under_torchs_launcher() -> None:
     assert rows[0]["images_per_second"]["median"] == pytest.approx(3 / rows[0]["seconds"]["median"])
 
 
-def test_fewer_queries() -> None:
+def test_fewer_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = FakeTeacher(dim=32)
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)) for _ in range(6)]
@@ -295,8 +274,10 @@ def test_fewer_queries() -> None:
         notes=(),
         total=6,
     )
-    made = sweep_queries(QUICK.but(counts=[2, 8], steps=4), teacher, dataset)
-    rows = check(made, "queries")
+    of = {"root": None, "limit": None, "teacher": "fake"}
+    monkeypatch.setattr(fewer_queries, "load_teacher", lambda *_, **__: teacher)
+    monkeypatch.setattr(fewer_queries, "open_dataset", lambda *_, **__: dataset)
+    rows = measure("queries", counts=[2, 8], steps=4, **of)["rows"]
     assert [row["queries"] for row in rows] == [2, 8, TINY.cells]
     assert rows[0]["flops"] < rows[1]["flops"] < rows[2]["flops"]
     whole = rows[-1]
@@ -314,7 +295,8 @@ def test_fewer_queries() -> None:
 
     head = ZeroShotHead.build(teacher, ("cat", "dog"), ("a photo of a {}.",))
     own = [Sample(one.id, int(head.logits(t).argmax()), one.load) for one, t in zip(samples, tokens, strict=True)]
-    made = sweep_queries(QUICK.but(counts=[2], steps=2), teacher, replace(dataset, samples=own))
+    dataset = replace(dataset, samples=own)
+    made = measure("queries", counts=[2], steps=2, **of)
     assert made["summary"]["teacher_accuracy"] == 1.0
     assert all(row["agreement"] == row["accuracy"] for row in made["rows"])
 

@@ -94,17 +94,17 @@ class AsPublished:
         if isinstance(self._method, Together):
             self.together = self._method.together
 
-    def begin(self, dataset: str, labels: Sequence[str] = ()) -> None:
+    def begin(self, dataset: str, class_names: Sequence[str] = ()) -> None:
         """Be ready for a data set: with its settings, and nothing of another.
 
         Raises:
-            UsageError: the descriptors say nothing of some of the labels.
+            UsageError: the descriptors say nothing of some of the classes.
         """
         values = self._published.values(dataset)
         if self._published.descriptors and self._options.descriptors:
             self.described = self._options.descriptors[dataset]
             try:
-                self.described.of(labels)
+                self.described.of(class_names)
             except UsageError as error:
                 raise UsageError(f"{dataset}: {error}") from None
         if self._dataset is None or values != self._values:

@@ -39,7 +39,7 @@ def measure(options: Options) -> Record:
     return {
         "runs": [described(one) for one in runs],
         "tables": [asdict(group) for group in make_trust(once, cells=options.cells)],
-        "orders": {name: spread for table in once for name, spread in _orders(table).items()},
+        "orders": _orders(once),
     }
 
 
@@ -102,14 +102,14 @@ def made_by(runs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _orders(table: Table) -> dict[str, dict[str, list[float]]]:
+def _orders(tables: Sequence[Table]) -> dict[str, dict[str, list[float]]]:
     """Of methods that were run in several orders: by column, mean accuracy and its standard deviation, percent."""
-    (names,) = row_names([table])
     found: dict[str, dict[str, list[float]]] = {}
-    for name, row in zip(names, table.rows, strict=True):
-        for column, score in row.cells.items():
-            if "orders" in score.marks and score.accuracy is not None and score.stderr is not None:
-                found.setdefault(name, {})[column] = [score.accuracy, score.stderr]
+    for table, names in zip(tables, row_names(tables), strict=True):
+        for name, row in zip(names, table.rows, strict=True):
+            for column, score in row.cells.items():
+                if "orders" in score.marks and score.accuracy is not None and score.stderr is not None:
+                    found.setdefault(name, {})[column] = [score.accuracy, score.stderr]
     return found
 
 

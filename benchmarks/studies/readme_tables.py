@@ -8,7 +8,6 @@ to the other.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,17 +21,17 @@ from apm.errors import UsageError
 
 from ..runs.records import Records, RunFolder
 from ..runs.rows import MethodRows, joined
-from ..tables import formats, trust_formats
+from ..tables import formats
 from ..tables.build import make_tables
 from ..tables.stats import mcnemar, standard_error
 from ..tables.table import Table
-from ..tables.trust import make_trust
 from . import choose_target, everything, evidence
-from .study import RESULTS, ROOT, argument_parser, fill, markdown, plus_minus, run
+from .study import RESULTS, ROOT, argument_parser, fill, markdown, plus_minus, read_record, run
 
 DOCUMENT = ROOT / "benchmarks" / "README.md"
 TINY, CROSS, CHOICE = ("tiny-clean", "tiny-corrupted"), "cross-dataset", "choose-target.json"
-FEATURES = "evidence-features.json"
+EVIDENCE = ("features", "others", "tuned", "fewer", "paper")
+"""Places that show records of `evidence`, called ``evidence-PLACE.json``."""
 PAPER_TARGET = "apm"
 
 
@@ -107,14 +106,14 @@ def parts(results: Path = RESULTS) -> Iterator[tuple[str, str]]:
     (tiny,), (cross,) = make_tables(small, published=False), make_tables([others], published=False)
     methods = [row.method for row in tiny.rows]
     yield "tiny", f"{commands(*small)}\n\n{formats.markdown([tiny])}".replace(f"{results}/", "results/")
-    yield "tuned", trust_formats.markdown(make_trust([tiny], cells=False)).replace("### ", "#### ")
-    features = evidence.table(json.loads((results / FEATURES).read_text(encoding="utf-8")))
-    yield "features", features.replace("\n### ", "\n#### ").replace(f"{results}/", "results/")
+    for place in EVIDENCE:
+        shown = evidence.table(read_record(results / f"evidence-{place}.json"))
+        yield place, shown.replace("\n### ", "\n#### ").replace(f"{results}/", "results/")
     yield "cross", f"{commands(others)}\n\n{formats.markdown([cross])}".replace(f"{results}/", "results/")
     yield "helps", paired(tiny, cross, "zero-shot", [name for name in methods if name != "zero-shot"])
     yield "targets", paired(tiny, cross, PAPER_TARGET, [name for name in methods if name.startswith("apm[")])
     yield "student", student(tiny, cross, PAPER_TARGET)
-    choice = json.loads((results / CHOICE).read_text(encoding="utf-8"))
+    choice = read_record(results / CHOICE)
     yield "choice", f"    {choice['command']}\n\n{choose_target.table(choice)}"
 
 

@@ -49,11 +49,14 @@ def test_corruptions_come_together_and_other_columns_by_name(tmp_path: Path) -> 
 def test_runs_of_several_data_sets_make_a_table_of_each(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("digits", "pets")]
     for path in paths:
-        make_run(path, [Plain(), Stream()], make_dataset(name=path.name))
-    record = evidence.measure(evidence.STUDY.read(list(map(str, paths))))
+        for order in range(2):
+            made = Path(f"{path}-{order}")
+            make_run(made, [Plain(), Stream()], make_dataset(name=path.name), order=order)
+    record = evidence.measure(evidence.STUDY.read([f"{path}-{order}" for path in paths for order in range(2)]))
+    assert {name: set(columns) for name, columns in record["orders"].items()} == {Stream().name: {"digits", "pets"}}
     assert [(table["cells"], len(table["rows"])) for table in record["tables"]] == [(("pets",), 2), (("digits",), 2)]
     with pytest.raises(UsageError, match="2 tables, not one"):
-        evidence.one_table(paths)
+        evidence.one_table([Path(f"{path}-0") for path in paths])
     with pytest.raises(UsageError, match="No runs"):
         evidence.measure(evidence.STUDY.read([]))
 

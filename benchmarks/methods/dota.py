@@ -76,19 +76,22 @@ class ClassGaussians:
             )
         self.settings = settings
         start = settings.initial_mean
-        self.means = text.clone() if start is None else torch.full_like(text, start)
+        self._points = text.new_empty(classes + 1, dim)  # the means, and one place for a feature to be whitened with them
+        self.means = self._points[:-1]
+        self.means.copy_(text if start is None else torch.full_like(text, start))
         self.counts = text.new_ones(classes)
         start_covariance = settings.sigma * torch.eye(dim, device=text.device)
         self.covariances = start_covariance.repeat(classes, 1, 1)
         self.covariance_sum = classes * start_covariance.double()  # kept up to date in place of being made anew
-        self._factor = start_covariance.sqrt()  # Cholesky's L of the covariance whose inverse is Λ
+        self._mixed = start_covariance.clone()  # the covariance whose inverse is Λ
+        self._factor = start_covariance.sqrt()  # its Cholesky's L
 
     def discriminant(self, feature: Tensor) -> Tensor:
         """The linear discriminant's logits (C,) of a feature (D,): x·Λμ − μ·Λμ/2."""
-        both = torch.cat([self.means, feature.unsqueeze(0)]).T  # (D, C + 1)
-        whitened = torch.linalg.solve_triangular(self._factor, both, upper=False)
-        means, own = whitened[:, :-1], whitened[:, -1]
-        return own @ means - 0.5 * means.square().sum(dim=0)
+        self._points[-1] = feature
+        whitened = torch.linalg.solve_triangular(self._factor, self._points.T, upper=False).T  # (C + 1, D)
+        means, own = whitened[:-1], whitened[-1]
+        return means @ own - 0.5 * torch.linalg.vector_norm(means, dim=1).square()
 
     def weight(self, kept: int) -> float:
         """What the discriminant counts beside the teacher's logits for an image of `kept` views."""
@@ -111,9 +114,8 @@ class ClassGaussians:
         self.means.mul_(kept.unsqueeze(1)).addmm_((probabilities / total).T, views)
         self.counts = total
         epsilon = self.settings.epsilon
-        mixed = self.covariance_sum.float() * ((1 - epsilon) / len(total))
-        mixed.diagonal().add_(epsilon)
-        self._factor = torch.linalg.cholesky(mixed)
+        self._mixed.copy_(self.covariance_sum).mul_((1 - epsilon) / len(total)).diagonal().add_(epsilon)
+        self._factor = torch.linalg.cholesky(self._mixed)
 
 
 PUBLISHED = Published(source="DOTA: the authors' settings by data set are not known; ours, as common")

@@ -131,8 +131,8 @@ def synthetic_store(path: Path, sizes: Sizes) -> None:
 
 @kind(
     """
-    | an image by | in the run             | alone     | alone, second half | published loop      | same answers       |
-    | {name}      | {seconds_in_run:m3} ms | {seconds} | {last:m3} ms       | {published_seconds} | {same_answers:.1%} |
+    | an image by | in the run         | alone     | alone, second half | published loop      | same answers       |
+    | {name}      | {seconds_in_run:s} | {seconds} | {last:s}           | {published_seconds} | {same_answers:.1%} |
     """,
     "The run: {images} images × {views} views × {dim} numbers, {classes} classes, from a store of "
     "{store_bytes:M,.0f} MB in float16, all methods that have a number in the second column: {seconds:,.0f} s with "

@@ -75,7 +75,8 @@ class Kind(Study):
                 raise UsageError(f"--{name} must be 1 or more, not {value}.")
         options.device = pick_device("cpu" if self.on_cpu else str(options.device))
         options.rounds = options.rounds or (2 if options.quick else self.rounds)
-        options.record = options.out / file_name(self.name, options.shown_preset, options.device.type)
+        name = file_name(self.name, options.shown_preset, options.device.type, options.precision)
+        options.record = options.out / name
         return options
 
     def outputs(self, parser: argparse.ArgumentParser) -> None:
@@ -118,9 +119,9 @@ def add(parser: argparse.ArgumentParser, arguments: Arguments) -> argparse.Argum
     return parser
 
 
-def file_name(kind: str, preset: str, device: str) -> str:
-    """The name says what was measured, of which student, and on what kind of device."""
-    return f"speed-{kind}-{preset}-{device}.json"
+def file_name(kind: str, preset: str, device: str, precision: str = "auto") -> str:
+    """The name says what was measured, of which student, on what kind of device, and the precision that was asked for."""
+    return "-".join(["speed", kind, preset, device, *([] if precision == "auto" else [precision])]) + ".json"
 
 
 def read_all(folder: Path, pattern: str = "speed-*.json") -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def page_of(records: Sequence[Row]) -> str:
         for record in (one for one in records if one["kind"] == name):
             settings = record["settings"]
             what = settings["model"] if "model" in settings else f"{settings['preset']} student"
-            title = f"{kind.title} ({what}, {'GPU' if _on_gpu(record) else 'CPU'})"
+            where = "GPU" if _on_gpu(record) else "CPU"
+            title = f"{kind.title} ({', '.join([what, where, *_asked_precision(record)])})"
             parts.append(f"## {title}\n\n{kind.table(record)}")
             if kind.panels:
                 parts.append(f"![{title}]({plot_name(record)})\n")
@@ -57,6 +59,11 @@ def page_of(records: Sequence[Row]) -> str:
     if not any(map(_on_gpu, records)):
         parts.append(NO_GPU)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _asked_precision(record: Row) -> list[str]:
+    """What the record's name has of it, see `kind.file_name`."""
+    return re.findall(r"-(fp32|bf16)\.json$", record["file"])
 
 
 def _on_gpu(record: Row) -> bool:

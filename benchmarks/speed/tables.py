@@ -17,8 +17,9 @@ SCALES = {"T": 1e12, "G": 1e9, "M": 1e6, "m": 1e-3, "u": 1e-6}
 class _Words(Formatter):
     """Formats what was measured.
 
-    Of a time with its spread ``{}`` is all of it, of a ratio ``{:x}``; with a number's format, its median. Before that,
-    ``T``, ``G``, ``M``, ``m`` and ``u`` divide by 1e12 … 1e-6. What is not there, or counts no operation, is –.
+    Of a time with its spread ``{}`` is all of it, of a ratio ``{:x}``; with a number's format, its median. ``{:s}`` is a
+    time without a spread. Before a number's format, ``T``, ``G``, ``M``, ``m`` and ``u`` divide by 1e12 … 1e-6. What is
+    not there, or counts no operation, is –.
     """
 
     def get_value(self, key: int | str, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -31,6 +32,9 @@ class _Words(Formatter):
             if spec in ("", "x"):
                 return _spread(value, ratio=bool(spec))
             value = value["median"]
+        if spec == "s":
+            factor, unit = _unit(value)
+            return _digits(value * factor) + unit
         if spec[:1] in SCALES:
             value, spec = value / SCALES[spec[0]], spec[1:]
         return _digits(value) if spec == "3" else format(value, spec or ("," if type(value) is int else ""))
@@ -77,11 +81,14 @@ def _paragraph(lines: Iterable[str], known: Row) -> str:
 
 def _spread(values: Row, *, ratio: bool) -> str:
     """Median, quartiles and number; of a time in a common unit."""
-    median = values["median"]
-    factor, unit = (1.0, " s") if median >= 1 else (1e3, " ms") if median >= 1e-3 else (1e6, " µs")
-    factor, unit = (1.0, "") if ratio else (factor, unit)
+    factor, unit = (1.0, "") if ratio else _unit(values["median"])
     middle, q1, q3 = (_digits(values[name] * factor) for name in ("median", "q1", "q3"))
     return f"{middle}{unit} ({q1}–{q3}, {values['n']})"
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    """How a time is written: what it is multiplied by, and the unit."""
+    return (1.0, " s") if seconds >= 1 else (1e3, " ms") if seconds >= 1e-3 else (1e6, " µs")
 
 
 def _digits(value: float) -> str:

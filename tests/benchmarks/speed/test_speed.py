@@ -384,12 +384,12 @@ def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for name in ("steps", "step"):
         assert command.main([name, "--quick", "--precision", "fp32", "--device", "cpu", "--out", str(results)]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("| steps |") and captured.err.endswith("speed-step-tiny-cpu.json\n")
+    assert captured.out.startswith("| steps |") and captured.err.endswith("speed-step-tiny-cpu-fp32.json\n")
     assert command.main(["report", *where]) == 0
     assert {path.name for path in docs.iterdir()} == {
         "speed.md",
-        "speed-step-tiny-cpu.svg",
-        "speed-steps-tiny-cpu.svg",
+        "speed-step-tiny-cpu-fp32.svg",
+        "speed-steps-tiny-cpu-fp32.svg",
     }
     page = (docs / "speed.md").read_text(encoding="utf-8")
     assert page == report.page_of(kind.read_all(results))
@@ -411,7 +411,7 @@ def test_the_tables_of_records_are_printed_without_measuring(
 
 def test_the_page_says_nothing_of_missing_gpus_once_one_was_measured() -> None:
     given = KINDS["steps"].read(["--quick", "--device", "cpu", "--precision", "fp32"])
-    assert given.record.name == "speed-steps-tiny-cpu.json"
+    assert given.record.name == "speed-steps-tiny-cpu-fp32.json"
     made = {**KINDS["steps"].measured(given), "file": "speed-steps-tiny-cuda.json"}
     assert made["kind"] == "steps" and made["environment"]["load_average"].keys() == {"before", "after"}
     made["environment"] = {**made["environment"], "device": "cuda"}
@@ -466,7 +466,9 @@ def test_the_records_in_the_repository_and_the_page_made_of_them() -> None:
     records = kind.read_all(folder)
     for one in records:
         assert one["settings"]["preset"] in ("paper", "small")
-        assert one["file"] == kind.file_name(one["kind"], one["settings"]["preset"], one["environment"]["device"])
+        name = kind.file_name(one["kind"], one["settings"]["preset"], one["environment"]["device"])
+        assert one["file"].replace("-fp32.json", ".json") == name
+        assert ("-fp32.json" in one["file"]) == ("--precision fp32" in one["command"])
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == report.page_of(records)
     for one in records:
         if KINDS[one["kind"]].panels:

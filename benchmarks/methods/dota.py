@@ -23,6 +23,9 @@ from .base import Batch, Json, MethodOptions, Prediction, check_share, display_n
 from .features import answer_each, most_confident
 from .published import Published
 
+# Images after which the covariances' sum is made anew, so that the rounding of single changes does not add up
+RENEWAL = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class DOTASettings:
@@ -76,21 +79,24 @@ class ClassGaussians:
             )
         self.settings = settings
         start = settings.initial_mean
-        self._points = text.new_empty(classes + 1, dim)  # the means, and one place for a feature to be whitened with them
-        self.means = self._points[:-1]
-        self.means.copy_(text if start is None else torch.full_like(text, start))
+        self.means = text.clone() if start is None else torch.full_like(text, start)
+        self._whitened = text.new_empty(classes + 1, dim)
         self.counts = text.new_ones(classes)
         start_covariance = settings.sigma * torch.eye(dim, device=text.device)
         self.covariances = start_covariance.repeat(classes, 1, 1)
-        self.covariance_sum = classes * start_covariance.double()  # kept up to date in place of being made anew
+        self.covariance_sum = classes * start_covariance  # kept up to date in place of being made anew
+        self._images = 0
         self._mixed = start_covariance.clone()  # the covariance whose inverse is Λ
-        self._factor = start_covariance.sqrt()  # its Cholesky's L
+        self._factor = start_covariance.sqrt().mT  # its Cholesky's L, column by column as the library writes it
+        self._info = torch.zeros((), dtype=torch.int32, device=text.device)
 
     def discriminant(self, feature: Tensor) -> Tensor:
         """The linear discriminant's logits (C,) of a feature (D,): x·Λμ − μ·Λμ/2."""
-        self._points[-1] = feature
-        whitened = torch.linalg.solve_triangular(self._factor, self._points.T, upper=False).T  # (C + 1, D)
-        means, own = whitened[:-1], whitened[-1]
+        means, own = self._whitened[:-1], self._whitened[-1]
+        means.copy_(self.means)
+        own.copy_(feature)
+        points = self._whitened.T  # (D, C + 1), solved in place: at this size new memory takes as long as half the work
+        torch.linalg.solve_triangular(self._factor, points, upper=False, out=points)
         return means @ own - 0.5 * torch.linalg.vector_norm(means, dim=1).square()
 
     def weight(self, kept: int) -> float:
@@ -105,17 +111,19 @@ class ClassGaussians:
         owners = (mass >= self.settings.min_mass).nonzero().flatten()
         deviations = views - self.means[owners].unsqueeze(1)  # (M, K, D) from the old means
         weighted = deviations * (probabilities.T[owners] / total[owners].unsqueeze(1)).unsqueeze(2)
-        change = weighted.flatten(0, 1).T @ deviations.flatten(0, 1)  # (D, D) of the covariances' sum
+        self.covariance_sum.addmm_(weighted.flatten(0, 1).T, deviations.flatten(0, 1))
         shares = kept[owners].tolist()
         for owner, share, left, right in zip(owners.tolist(), shares, weighted.mT, deviations, strict=True):
-            change.add_(self.covariances[owner], alpha=share - 1)
+            self.covariance_sum.add_(self.covariances[owner], alpha=share - 1)
             self.covariances[owner].addmm_(left, right, beta=share)
-        self.covariance_sum += change
+        self._images += 1
+        if self._images % RENEWAL == 0:
+            torch.sum(self.covariances, dim=0, out=self.covariance_sum)
         self.means.mul_(kept.unsqueeze(1)).addmm_((probabilities / total).T, views)
         self.counts = total
         epsilon = self.settings.epsilon
-        self._mixed.copy_(self.covariance_sum).mul_((1 - epsilon) / len(total)).diagonal().add_(epsilon)
-        self._factor = torch.linalg.cholesky(self._mixed)
+        torch.mul(self.covariance_sum, (1 - epsilon) / len(total), out=self._mixed).diagonal().add_(epsilon)
+        torch.linalg.cholesky_ex(self._mixed, check_errors=True, out=(self._factor, self._info))
 
 
 PUBLISHED = Published(source="DOTA: the authors' settings by data set are not known; ours, as common")

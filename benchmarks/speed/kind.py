@@ -120,7 +120,7 @@ def add(parser: argparse.ArgumentParser, arguments: Arguments) -> argparse.Argum
 
 
 def file_name(kind: str, preset: str, device: str, precision: str = "auto") -> str:
-    """The name says what was measured, of which student, on what kind of device, and the precision that was asked for."""
+    """The name says what was measured, of which student, on what kind of device, and the precision asked for."""
     return "-".join(["speed", kind, preset, device, *([] if precision == "auto" else [precision])]) + ".json"
 
 

@@ -17,9 +17,9 @@ SCALES = {"T": 1e12, "G": 1e9, "M": 1e6, "m": 1e-3, "u": 1e-6}
 class _Words(Formatter):
     """Formats what was measured.
 
-    Of a time with its spread ``{}`` is all of it, of a ratio ``{:x}``; with a number's format, its median. ``{:s}`` is a
-    time without a spread. Before a number's format, ``T``, ``G``, ``M``, ``m`` and ``u`` divide by 1e12 … 1e-6. What is
-    not there, or counts no operation, is –.
+    ``{}`` shows a time with its spread, ``{:x}`` a ratio with its spread, ``{:s}`` a time that has none; a number's
+    format shows the median. Before a number's format, ``T``, ``G``, ``M``, ``m`` and ``u`` divide by 1e12 … 1e-6. What
+    is missing, or counts no operations, is shown as –.
     """
 
     def get_value(self, key: int | str, args: Any, kwargs: Mapping[str, Any]) -> Any:

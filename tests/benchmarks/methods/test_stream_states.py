@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch.nn.functional import normalize
 
+from apm.benchmarks.methods import dota
 from apm.benchmarks.methods.dmn import DynamicMemory
 from apm.benchmarks.methods.oga import CachedGaussians, pseudo_inverse
 
@@ -69,3 +71,24 @@ def test_the_pseudo_inverse_is_torch_s_with_and_without_rank() -> None:
         matrix = factor @ factor.T
         expected = torch.linalg.pinv(matrix, hermitian=True)
         torch.testing.assert_close(pseudo_inverse(matrix), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_dota_s_sum_of_covariances_is_that_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dota, "RENEWAL", 30)
+    text, stream = unit(5, 8, seed=4), unit(80, 8, seed=5)
+    state = dota.ClassGaussians(text, dota.DOTASettings())
+    for number, feature in enumerate(stream):
+        probabilities = torch.softmax(torch.randn(1, 5, generator=GENERATOR.manual_seed(number)) * 3, dim=1)
+        state.fit(feature.unsqueeze(0), probabilities)
+        torch.testing.assert_close(state.covariance_sum, state.covariances.sum(dim=0), rtol=1e-5, atol=1e-6)
+        if number == 10:
+            state.covariance_sum += 1  # as rounding might, in a long stream
+            for later, one in enumerate(stream[:20]):
+                state.fit(one.unsqueeze(0), torch.full((1, 5), 0.2))
+                drifted = (state.covariance_sum - state.covariances.sum(dim=0)).abs().max() > 0.5
+                assert drifted == (later < 18)  # the 30th image in all makes it anew
+        mixed = state.covariances.mean(dim=0) * (1 - 1e-3) + 1e-3 * torch.eye(8)
+        means, asked = state.means, unit(8, seed=200 + number)
+        quadratic = (means * torch.linalg.solve(mixed, means.T).T).sum(dim=1)
+        expected = means @ torch.linalg.solve(mixed, asked) - 0.5 * quadratic
+        torch.testing.assert_close(state.discriminant(asked), expected, rtol=1e-4, atol=1e-4)

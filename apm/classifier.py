@@ -31,7 +31,7 @@ from apm.student.field import SavedField, resample
 from apm.teachers import DEFAULT, load_default_teacher, load_teacher
 from apm.teachers.base import Teacher, check_grid
 from apm.test_time.grid_views import view_cells
-from apm.test_time.inputs import teacher_grids, teacher_tokens
+from apm.test_time.inputs import teacher_tokens
 from apm.test_time.options import StudentOptions
 from apm.test_time.readings import read_modes
 from apm.test_time.targets import aggregate
@@ -355,7 +355,7 @@ class Classifier:
                 grids=[one.grid for one in batch],
             )
         grids = [
-            teacher_grids(self.teacher, [image])[0] if one.grid is None else one.grid
+            self.teacher.encode_grid(image) if one.grid is None else one.grid
             for one, image in zip(batch, images, strict=True)
         ]
         return torch.stack([resample(grid, self.student_config.grid) for grid in grids])

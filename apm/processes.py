@@ -80,7 +80,7 @@ def join() -> Iterator[Group]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    end_with_launcher()  # first: it is to be seen also while the rest is imported
+    end_with_launcher()  # first, so that it is noticed while the rest is imported, too
     from torch import distributed
 
     store, rank, world = next(distributed.rendezvous("env://", timeout=_JOINING))

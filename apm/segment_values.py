@@ -1,4 +1,4 @@
-"""What a segmentation is told, and what of it is refused. Nothing here imports torch: it is told before loading."""
+"""Checks of what a segmentation is told. Nothing here imports torch: they are made before anything is loaded."""
 
 from __future__ import annotations
 

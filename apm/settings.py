@@ -19,7 +19,7 @@ Check = Callable[[str, Any], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is to be known of a field beside its type and default."""
+    """What a field has besides its type and default."""
 
     help: str
     default_words: str | None = None
@@ -31,7 +31,7 @@ class Setting:
     parse: Callable[[str], Any] | None = None
     """Reads the value from text, where its type does not say how."""
     option: bool = True
-    """Whether commands have an option of it."""
+    """Whether commands have an option for it."""
 
 
 def setting(default: Any, text: str, **details: Any) -> Any:
@@ -131,17 +131,21 @@ def check_values(settings: Any, shown: Callable[[str], str] = str) -> None:
         UsageError: a value that cannot work; the message holds it.
     """
     for name, one in settings_of(type(settings)).items():
-        value = getattr(settings, name)
-        if value is None:
-            continue
-        if one.choices and value not in one.choices:
-            raise unknown(name, value, one.choices)
-        if one.check is not None:
-            one.check(shown(name), value)
+        check_value(name, one, getattr(settings, name), shown)
+
+
+def check_value(name: str, one: Setting, value: Any, shown: Callable[[str], str] = str) -> None:
+    """Check the value of one field, as `check_values` does."""
+    if value is None:
+        return
+    if one.choices and value not in one.choices:
+        raise unknown(name, value, one.choices)
+    if one.check is not None:
+        one.check(shown(name), value)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Name the settings of `here` that have other values `there`, with both."""
+    """Name the settings of `here` that have other values `there`, with both values."""
     return [
         f"{name}: {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value
     ]
@@ -155,6 +159,6 @@ def refuse_other(path: str | os.PathLike[str], found: Sequence[str]) -> None:
     """
     if found:
         raise UsageError(
-            f"{printable(path)} was made with other settings. {'; '.join(found)}. Continue it with its own, or give "
+            f"{printable(path)} was made with other settings. {'; '.join(found)}. Continue it with those, or give "
             "another --out."
         )

@@ -1,4 +1,4 @@
-"""A quick start, and a quick end: what an answer does not need is not imported, and nothing is swept up on the way."""
+"""A quick start and a quick exit: nothing is imported that is not needed, and no garbage is collected on the way."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _for_one_command = False
 
 
 def for_one_command() -> None:
-    """Say that this process ends with the command that it runs: what it imports stays, and is never swept up.
+    """Declare that this process runs one command and exits: what it imports stays, and is never garbage-collected.
 
-    Of a million objects of imported libraries, a first collection takes a quarter of a second and the interpreter's
-    last one a whole.
+    Over a million objects of imported libraries, a first collection takes a quarter of a second, and the interpreter's
+    last one a whole second.
     """
     global _for_one_command
     _for_one_command = True
@@ -44,7 +44,7 @@ def collector_paused() -> Iterator[None]:
 
 
 def _leave_quickly() -> None:
-    if "triton" in sys.modules:  # which complains on stderr of what is not taken down
+    if "triton" in sys.modules:  # it complains on stderr about what is not torn down
         gc.unfreeze()
     else:
         gc.freeze()

@@ -1,6 +1,6 @@
 """Answers in a file that grows line by line, JSON lines or CSV, and is continued by the same command.
 
-Beside the file lies ``NAME.settings.json``: what the answers depend on. Answers of other settings are never mixed.
+``NAME.settings.json`` beside it records what the answers depend on: those of different settings are never mixed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Fingerprint = tuple[int, int]
 
 
 def fingerprint(path: str | os.PathLike[str]) -> Fingerprint | None:
-    """Size and time of a file, None where there is none: an answer holds as long as they do."""
+    """Size and modification time of a file, None if there is none: an answer is valid as long as both stay the same."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -51,10 +51,10 @@ def fingerprint(path: str | os.PathLike[str]) -> Fingerprint | None:
 
 
 def check_out(path: Path) -> None:
-    """Refuse a name that no answers can be written to, before anything is loaded.
+    """Refuse, before anything is loaded, a file that answers cannot be written to.
 
     Raises:
-        UsageError: the suffix says no form, it is a folder, or the file is not one of ours.
+        UsageError: the suffix is unknown, it is a folder, or the file was not written by this command.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(
@@ -86,14 +86,14 @@ def answer_settings(classifier: Classifier, *, steps_detail: bool) -> dict[str, 
 
 
 class AnswerFile:
-    """A file of answers, open for more.
+    """A file of answers to which more can be added.
 
     Answers that it holds already are kept if their image has not changed; failures, answers to images that have changed
     since, and a last line that was cut off are dropped, so that they are tried again.
 
     Args:
         path: ends in ``.jsonl`` or ``.csv``. Its folder is made if it is not there.
-        settings: of `answer_settings`.
+        settings: from `answer_settings`.
 
     Raises:
         UsageError: as `check_out`; the answers there were made with other settings, which are named; or a line before
@@ -120,7 +120,7 @@ class AnswerFile:
         return str(path) in self._answered
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add one record of ``schemas/classify.json``; it is with the system before this returns."""
+        """Add one record of ``schemas/classify.json``; it has reached the operating system before this returns."""
         self._file.write(_csv_line(_row(record)) if self._csv else json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
         if record["error"] is None:
@@ -131,7 +131,7 @@ class AnswerFile:
         self._file.close()
 
     def _continue(self) -> None:
-        """Read what is there; write it anew, whole or not at all, if anything must go."""
+        """Read the existing answers; rewrite the file, atomically, if any of them must go."""
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = _csv_rows(whole, self.path) if self._csv else _json_rows(whole, self.path)
@@ -172,7 +172,7 @@ def _short(value: Any) -> str:
 
 
 def _json_rows(content: bytes, path: Path) -> list[tuple[bytes, str, Fingerprint | None]]:
-    """The lines of a JSON file with their image and, for answers, its fingerprint then."""
+    """The lines of a JSON file, each with its image and, for an answer, the image's fingerprint at the time."""
     rows: list[tuple[bytes, str, Fingerprint | None]] = []
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
@@ -185,9 +185,12 @@ def _json_rows(content: bytes, path: Path) -> list[tuple[bytes, str, Fingerprint
 
 
 def _csv_rows(content: bytes, path: Path) -> list[tuple[bytes, str, Fingerprint | None]]:
-    """The same of a CSV file. A cut in a quoted name with a line break leaves a last row that is too short."""
+    """The same for a CSV file. Cut inside a quoted name that contains a line break, its last row is too short."""
     reader = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
-    table = list(reader)
+    try:
+        table = list(reader)
+    except csv.Error as error:
+        raise _damaged(path, reader.line_num) from error
     if table and len(table[-1]) != len(COLUMNS):
         table.pop()
     rows: list[tuple[bytes, str, Fingerprint | None]] = []

@@ -15,10 +15,11 @@ import typer
 
 from apm.errors import ImageError, UsageError
 from apm.images.paths import expand_paths, file_problem, printable
-from apm.settings import setting
+from apm.settings import at_least, between, check_values, setting
 
 from . import render
 from .answer_file import AnswerFile, Fingerprint, answer_settings, fingerprint
+from .options import flag
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What becomes of the answers: how they are shown, where they are written."""
+    """How answers are shown, and where they are written.
 
-    top_k: int = setting(5, "Number of labels to show.")
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    top_k: int = setting(5, "Number of labels to show.", check=at_least(1))
     min_probability: float = setting(
-        0.0, 'Mark answers as "unsure" if the best label is less probable than this, 0 to 1.'
+        0.0, 'Mark answers as "unsure" if the best label is less probable than this, 0 to 1.', check=between(0, 1)
     )
     as_json: bool = setting(False, "Print one JSON line per image and nothing else.")
     steps_detail: bool = setting(False, "Add loss and cosine of every step to the JSON.")
@@ -44,11 +49,15 @@ class Form:
     explain: Path | None = setting(
         None, "Write a map of the best labels for each image into this folder, with its arrays (.npz)."
     )
-    explain_size: int = setting(112, "Side of the maps of --explain, in locations.")
+    explain_size: int = setting(112, "Side of the maps of --explain, in locations.", check=between(1, 2048))
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        check_values(self, flag)
 
 
 def paths_of(arguments: Sequence[str]) -> Iterable[Path]:
-    """The paths that arguments stand for; those of ``-`` are read from stdin, one a line, as they are asked for.
+    """The paths that the arguments stand for; for ``-`` they are read from stdin, one per line, as they are needed.
 
     Raises:
         UsageError: an argument is empty, or paths are to come on stdin and it is closed.
@@ -72,7 +81,7 @@ class Inputs:
         self.paths: Iterable[Path] = paths_of(arguments)
         self.total: int | None = None
         self.problems: dict[Path, str] = {}
-        if "-" not in arguments:  # what comes by a pipe is not waited for, only to look at it
+        if "-" not in arguments:  # input from a pipe is not waited for just to check it
             known = list(self.paths)
             self.paths, self.total = known, len(known)
             told = {path: problem for path in known if (problem := file_problem(path)) is not None}
@@ -85,11 +94,11 @@ class Inputs:
         doing: str = "classify",
         failed: Callable[[Path, str], dict[str, Any]] = render.failure_record,
     ) -> None:
-        """Name what cannot be read on stderr; end here where nothing else was given.
+        """Name on stderr what cannot be read; exit if nothing else was given.
 
         Args:
-            form: how it is told.
-            doing: what was to be done.
+            form: how results are shown.
+            doing: the verb for what was to be done.
             failed: a path and what is wrong → its record for ``--json``.
         """
         for problem in self.problems.values():
@@ -98,8 +107,7 @@ class Inputs:
             return
         if form.as_json:
             for path in self.paths:
-                record = failed(path, self.problems[path])
-                typer.echo(json.dumps(record))
+                render.say_json(json.dumps(failed(path, self.problems[path])))
         if self.total > 1:
             render.notice(f"nothing is left to {doing}.")
         raise typer.Exit(1)
@@ -122,7 +130,7 @@ class Answering:
         self._heading = f"teacher {classifier.teacher.name}{' (fallback)' if classifier.fell_back else ''}"
         self._prints = form.out is None or form.as_json or form.quiet
         self._file: AnswerFile | None = None
-        self._fingerprints: deque[Fingerprint | None] = deque()  # of the images on their way, in order
+        self._fingerprints: deque[Fingerprint | None] = deque()  # of the images in flight, in order
         self.done = self.failed = 0
 
     def run(self) -> None:
@@ -152,7 +160,8 @@ class Answering:
         if self._file is not None and not form.quiet:
             earlier = f", {self._file.earlier} of them from before" if self._file.earlier else ""
             count = self._file.earlier + self.done - self.failed
-            render.notice(f"{count} answers are in {printable(self._file.path)}{earlier}.")
+            words = "answer is" if count == 1 else "answers are"
+            render.notice(f"{count} {words} in {printable(self._file.path)}{earlier}.")
         if self.done == 0 and inputs.total is None and (self._file is None or not self._file.earlier):
             raise UsageError("Stdin held no path.")
         if self.failed:
@@ -160,10 +169,14 @@ class Answering:
 
     def _watched(self, paths: Iterable[Path]) -> Iterator[Path]:
         """The paths that are not answered yet; each file's size and time are noted before it is read."""
+        begun: set[Path] = set()  # stdin may name a file twice before it is answered
         for path in paths:
-            if self._file is None or not self._file.holds(path):
-                self._fingerprints.append(fingerprint(path))
-                yield path
+            if self._file is not None:
+                if path in begun or self._file.holds(path):
+                    continue
+                begun.add(path)
+            self._fingerprints.append(fingerprint(path))
+            yield path
 
     def _answers(self, paths: Iterable[Path]) -> Iterator[Answer]:
         if self._form.explain is None:
@@ -177,9 +190,9 @@ class Answering:
         if self._file is not None:
             self._file.write(record)
         if form.as_json:
-            typer.echo(json.dumps(record, allow_nan=False))
+            render.say_json(json.dumps(record, allow_nan=False))
         elif answer.error is None and form.quiet:
-            typer.echo(render.answer_line(answer))
+            render.say(render.answer_line(answer))
         elif answer.error is None and self._prints:
             self._console.print(render.answer_view(answer, teacher=self._heading))
         sys.stdout.flush()

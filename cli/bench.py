@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Methods:
-    """What answers: methods, the teacher that they share, and its prompts."""
+    """The methods, the teacher they share, and its prompts."""
 
     method: list[str] | None = setting(
         None,
@@ -131,7 +131,7 @@ class Methods:
 
 @dataclass(frozen=True, kw_only=True)
 class Folders:
-    """Where features are read and rows written, and in which orders images are gone through.
+    """Where features are read and rows written, and in which orders the images are taken.
 
     Raises:
         UsageError: values that cannot work, or do not go together.
@@ -207,7 +207,7 @@ def bench(
 
     from apm.processes import join, on_many_machines
 
-    if folders.fresh and on_many_machines():  # where the launchers tell each other of no restart, it would clear again
+    if folders.fresh and on_many_machines():  # launchers tell each other of no restart: it would clear the folder again
         raise UsageError("--fresh works with one process only. Remove the run folder and leave out --fresh.")
     with join() as group:
         summaries = _run(
@@ -218,9 +218,9 @@ def bench(
         if not quiet:
             places = shlex.join(str(summary.path) for summary in summaries)
             notice(f"Records: {places}. Other formats, and tables of several runs: apm table {places}")
-    for summary in summaries:
-        if summary.failed:
-            failure(f"{summary.failed} image(s) have no answer; see the rows with an error in {summary.path}.")
+        for summary in summaries:
+            if summary.failed:
+                failure(f"{summary.failed} image(s) have no answer; see the rows with an error in {summary.path}.")
     if any(summary.failed for summary in summaries):
         raise typer.Exit(1)
 
@@ -289,7 +289,7 @@ def _features(
     *,
     quiet: bool,
 ) -> FeatureStore | None:
-    """The store that a run reads, filled where that is asked for; None for a run that encodes for itself."""
+    """The store that the run reads, filled first with --store; None if the run encodes for itself."""
     path = store or features
     if path is None:
         return None

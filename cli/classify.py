@@ -12,7 +12,14 @@ import typer
 
 from apm.errors import UsageError
 from apm.images.paths import printable
-from apm.labels import LABEL_SET_NAMES, PROMPT_NAMES, parse_labels, read_labels_file
+from apm.labels import (
+    LABEL_SET_NAMES,
+    PROMPT_NAMES,
+    check_templates,
+    check_words,
+    parse_labels,
+    read_labels_file,
+)
 from apm.settings import setting
 from apm.startup import collector_paused
 from apm.test_time.options import StudentOptions
@@ -37,7 +44,7 @@ SPELLED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Whom to ask, and among which labels."""
+    """The teacher, the labels and the prompts."""
 
     teacher: str | None = setting(
         None,
@@ -58,13 +65,16 @@ class Source:
     template: list[str] | None = setting(None, 'A prompt template of your own: "a sketch of a {}."; repeatable.')
 
     def names(self) -> tuple[str, ...] | None:
-        """The labels given, checked; None where they are the teacher's or of a set."""
+        """The labels given, or None where they are the teacher's or of a set; all that is given is checked."""
         named = {"--labels": self.labels, "--labels-file": self.labels_file, "--label-set": self.label_set}
         given = [option for option, value in named.items() if value is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude each other; give one of them.")
         if self.prompts is not None and self.template:
             raise UsageError("--prompts and --template exclude each other; give one of them.")
+        check_words(None, self.label_set, self.prompts, None)
+        if self.template:
+            check_templates(self.template)
         if self.labels is not None:
             return parse_labels(self.labels)
         return None if self.labels_file is None else read_labels_file(self.labels_file)
@@ -117,7 +127,7 @@ def classify(
     """
     names = source.names()
     size = _batch_size(batch_size)
-    chosen = [] if form.explain is None else _fill_for_maps(student, form.explain, form.explain_size)
+    chosen = [] if form.explain is None else _fill_for_maps(student, form.explain)
     if form.out is not None:
         check_out(form.out)
     inputs = Inputs(paths)
@@ -144,7 +154,7 @@ def load_classifier(
     batch_size: int | None,
     max_pixels: int | None,
 ) -> Classifier:
-    """Load the teacher and encode the labels, and say how far it is."""
+    """Load the teacher and encode the labels, showing progress."""
     if source.teacher is not None:
         from apm.teachers import check_teacher
 
@@ -185,15 +195,13 @@ def _notes(classifier: Classifier, *, quiet: bool, chosen: list[str]) -> Iterato
     if classifier.student.readout is None and classifier.student.distil == "grid":
         yield "--distil grid trains no object query, so the token is read as the field's mean (--readout mean)."
     if chosen:
-        yield f"--explain takes {', '.join(chosen)}: the maps need them. Your own values go before."
+        yield f"--explain uses {', '.join(chosen)}, which the maps need; values that you give take precedence."
 
 
-def _fill_for_maps(student: dict[str, Any], folder: Path, size: int) -> list[str]:
-    """Check what --explain needs before anything is loaded; fill in what was not given, and say what was filled in."""
+def _fill_for_maps(student: dict[str, Any], folder: Path) -> list[str]:
+    """Check what --explain needs before anything is loaded; fill in the rest, and return what was filled in."""
     from apm.test_time.label_maps import LR, STEPS, VIEWS
 
-    if size < 1:
-        raise UsageError(f"--explain-size is {size}; it must be at least 1.")
     if student.get("distil") == "cls":
         raise UsageError("--explain needs a target with information about locations: --distil both or grid, not cls.")
     if folder.exists() and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""`apm colourise`: photographs in the colours that a student trained on grey images says."""
+"""`apm colourise`: photographs in the colours that a student trained on grey images predicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import render
 from .answering import Form, Inputs
 from .early import check_made
 from .options import Debug, Device, JsonLines, LinesOnly, MaxPixels
-from .results_folder import ResultsFolder, failed_record
+from .results_folder import failed_record, fill_folder
 
 if TYPE_CHECKING:
     from apm.pretrain.student import Student
@@ -56,7 +56,7 @@ def colourise(
     inputs = Inputs(paths)
     inputs.name_problems(form, doing="colour", failed=failed_record)
     check_made(checkpoint, "apm pretrain")
-    with render.told_when_interrupted("interrupted: nothing is coloured."):
+    with render.told_when_interrupted("interrupted before anything was coloured."):
         from apm.devices import pick_device
         from apm.images.load import MAX_PIXELS
         from apm.pretrain.colouring import check_places, check_student
@@ -67,13 +67,21 @@ def colourise(
         side = check_places(student, places)
         make_folder(out)
         identity = f"{checkpoint.name}@{hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]}"
-        folder = ResultsFolder(out, "colourise", {"student": identity, "places": side}, {"student": identity})
     limit = MAX_PIXELS if max_pixels is None else max_pixels
-    folder.run(inputs, form, lambda path, stem: _coloured(student, path, stem, side, limit), partial(_line, out))
+    fill_folder(
+        out,
+        "colourise",
+        {"student": identity, "places": side},
+        inputs,
+        form,
+        lambda path, stem: _coloured(student, path, stem, side, limit),
+        partial(_line, out),
+        always={"student": identity},
+    )
 
 
 def _coloured(student: Student, path: Path, stem: Path, places: int, max_pixels: int) -> dict[str, Any]:
-    """Colour a file, write the picture, and say what came of it."""
+    """Colour a file, write the picture, and return the fields of its record."""
     from apm.images.load import load_image
     from apm.pretrain.colouring import colourise
 

@@ -1,4 +1,4 @@
-"""What `apm bench`, `apm encode` and `apm reproduce` do alike: load a teacher, run methods, say how far they are."""
+"""What `apm bench`, `apm encode` and `apm reproduce` share: loading a teacher, running methods, showing progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from apm.images.paths import printable
 
-from .progress import counted
+from .progress import LINE_EVERY, counted
 from .render import failure, notice, progress_line, progress_on_terminal, warning
 
 if TYPE_CHECKING:
@@ -28,11 +28,9 @@ if TYPE_CHECKING:
     from apm.processes import Group
     from apm.teachers.base import Teacher
 
-_LINE_EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
-
 
 def place_of(device: str) -> torch.device:
-    """Where this process computes; under torchrun a GPU for each."""
+    """The device of this process; under torchrun each process has its own GPU."""
     from apm.devices import pick_device
     from apm.processes import local_rank
 
@@ -53,7 +51,7 @@ def load_chosen_teacher(name: str | None, device: str) -> Teacher:
 
 
 def shared_precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, group: Group) -> str:
-    """What auto comes to: that of the run that is continued, else what is measured, the same in all processes."""
+    """What ``auto`` means: the precision of the run being continued, else the faster one; the same in all processes."""
     if asked != "auto":
         return asked
     from apm.benchmarks.runs.records import RunFolder
@@ -69,7 +67,7 @@ def shared_precision(asked: str, folder: Path, teacher: Teacher, fresh: bool, gr
 
 
 def say_notes(teacher: Teacher, group: Group, *, quiet: bool) -> None:
-    """Say once what is to be known of a teacher."""
+    """Print a teacher's notes, once."""
     for note in teacher.notes if group.first and not quiet else ():
         notice(note)
 
@@ -86,7 +84,7 @@ def answer(
     features: FeatureStore | None = None,
     quiet: bool,
 ) -> Summary:
-    """Run or continue methods on cells, and say on stderr how far it is."""
+    """Run or continue methods on cells, showing progress on stderr."""
     from apm.benchmarks.runs.runner import run
 
     with images_progress(doing, silent=quiet or not group.first) as (report, texts):
@@ -115,7 +113,7 @@ def fill_store(
     *,
     quiet: bool,
 ) -> Encoded:
-    """Encode what a store lacks, and say on stderr how far it is."""
+    """Encode what a store lacks, showing progress on stderr."""
     from apm.benchmarks.store.encode import encode
 
     with images_progress("encode", silent=quiet or not group.first) as (report, _):
@@ -148,7 +146,7 @@ def images_progress(
             if bar is not None:
                 words = printable(progress_words(progress))
                 bar.update(bar.task_ids[0], description=words, completed=progress.done, total=progress.total)
-            elif not silent and (progress.done == progress.total or time.monotonic() - last[0] >= _LINE_EVERY):
+            elif not silent and (progress.done == progress.total or time.monotonic() - last[0] >= LINE_EVERY):
                 last[0] = time.monotonic()
                 progress_line(f"{progress.done}/{progress.total} {progress_words(progress)}")
 

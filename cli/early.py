@@ -1,4 +1,4 @@
-"""What is told of files that are not there before anything slow is imported."""
+"""Checks for missing files, made before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from apm.images.paths import file_problem, printable
 
 
 def check_made(checkpoint: Path, command: str) -> None:
-    """Refuse a checkpoint that is not there, by a `UsageError`; `command` makes one."""
+    """Raise a `UsageError` if there is no such checkpoint; `command` makes one."""
     if not checkpoint.exists():
         raise UsageError(f"{printable(checkpoint)}: no such checkpoint; `{command}` makes one.")
 
 
 def check_images(*paths: Path) -> None:
-    """Refuse images of which nothing can be read, by an `ImageError`."""
+    """Raise an `ImageError` for the first image that cannot be read at all."""
     for path in paths:
         if (problem := file_problem(path)) is not None:
             raise ImageError(f"{printable(path)}: {problem}")
 
 
 def check_data(place: Path) -> None:
-    """Refuse a place of many images that is not there, by a `UsageError`."""
+    """Raise a `UsageError` if there is no such folder or file of images."""
     if not place.exists():
-        raise UsageError(f"{printable(place)}: no such folder.")
+        raise UsageError(f"{printable(place)}: no such folder or file.")

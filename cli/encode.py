@@ -1,4 +1,4 @@
-"""`apm encode`: what the teacher makes of images and their views, into a store that any number of runs can read."""
+"""`apm encode`: the teacher's features of images and their views, in a store that any number of runs can read."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def encode(
             done = fill_store(out, planned, loaded, options, group, quiet=quiet)
     if group.first and not quiet:
         notice(f"{out} holds {done.images:,} images. To use it: apm bench … --features {shlex.quote(str(out))}")
-    if done.failed:
+    if group.first and done.failed:
         failure(f"{done.failed} image(s) cannot be decoded; runs that read {out} will say so of each.")
+    if done.failed:
         raise typer.Exit(1)

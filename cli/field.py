@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from apm.errors import UsageError, unknown
+from apm.images.files import make_folder
 from apm.images.paths import printable
+from apm.settings import at_least
 
 from .early import check_images, check_made
-from .options import Debug, Device, MaxPixelsOfImage
+from .options import Debug, Device, MaxPixels
 from .render import read_image, say_files
 
 ORDERS = ("reading", "random")
@@ -36,7 +38,7 @@ def field(
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     chunk: Annotated[int, typer.Option(help="Queries at a time: fewer need less memory.")] = 4096,
     device: Device = "auto",
-    max_pixels: MaxPixelsOfImage = None,
+    max_pixels: MaxPixels = None,
     debug: Debug = False,
 ) -> None:
     """Query a trained student's field of one image: one pass, any resolution, any order, bounded memory.
@@ -47,8 +49,8 @@ def field(
         raise UsageError("--size and --locations exclude each other; give one of them.")
     if order not in ORDERS:
         raise unknown("order", order, ORDERS)
-    if chunk < 1:
-        raise UsageError(f"--chunk must be 1 or more, not {chunk}.")
+    at_least(0)("--seed", seed)
+    at_least(1)("--chunk", chunk)
     check_made(checkpoint, "apm pretrain")
     check_images(image)
     side = 224 if size is None else size
@@ -62,6 +64,7 @@ def field(
     student = Student.load(checkpoint, device=pick_device(device))
     places = None if locations is None else read_locations(locations, student.config.grid)
     photograph = read_image(image, max_pixels)
+    make_folder(out)
     queries = f"{side}×{side} queries" if places is None else f"{len(places[0])} queries"
     files = write_field(
         student,

@@ -9,12 +9,13 @@ import typer
 
 from apm.errors import UsageError
 from apm.glom.config import GLOMConfig, GLOMTraining
+from apm.images.files import make_folder
 from apm.images.paths import printable
-from apm.settings import cosine
+from apm.settings import at_least, cosine
 
 from .early import check_data, check_images, check_made
 from .groups import command_group
-from .options import Debug, Device, MaxPixelsOfImage, options_of
+from .options import Debug, Device, MaxPixels, options_of
 from .progress import counted
 from .render import read_image, say, say_files
 from .training import TRAINING, Images, Out, Session, check_checkpoint, session_options, train_network
@@ -74,7 +75,7 @@ def show(
         int | None, typer.Option(help="Steps in which the columns settle. Default: as in training.")
     ] = None,
     device: Device = "auto",
-    max_pixels: MaxPixelsOfImage = None,
+    max_pixels: MaxPixels = None,
     debug: Debug = False,
 ) -> None:
     """Show the columns of one image: each level's embeddings as colours over the steps, and the parse tree.
@@ -82,8 +83,8 @@ def show(
     Writes the levels as a picture and as an animation, the islands and their tree as a picture and as nested JSON, and
     the arrays (npz). Prints the files' names.
     """
-    if steps is not None and steps < 1:
-        raise UsageError(f"--steps must be 1 or more, not {steps}.")
+    if steps is not None:
+        at_least(1)("--steps", steps)
     cosine("--threshold", threshold)
     check_made(checkpoint, MADE_BY)
     check_images(image)
@@ -91,7 +92,6 @@ def show(
     from apm.figures.base import output_stem
     from apm.figures.glom import write_show
     from apm.glom.training import load_glom
-    from apm.images.files import make_folder
 
     model, trained = load_glom(checkpoint, device=pick_device(device))
     photograph = read_image(image, max_pixels)
@@ -133,8 +133,9 @@ def probe(
     Prints a table. Labels are used only by the probe; the network is not changed.
     """
     for name, value in (("--steps", steps), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be 1 or more, not {value}.")
+        if value is not None:
+            at_least(1)(name, value)
+    at_least(0)("--seed", seed)
     check_made(checkpoint, MADE_BY)
     if not data.is_file():
         raise UsageError(f"{printable(data)}: no such file; a probe needs a Parquet file with images and labels.")
@@ -155,6 +156,6 @@ def probe(
             seed=seed,
             on_probe=far,
         )
+    say(table(record))
     if out is not None:
         write_record({"checkpoint": checkpoint.name, "trained": trained, **record}, out)
-    say(table(record))

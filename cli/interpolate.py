@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from apm.errors import UsageError
+from apm.images.files import make_folder
 from apm.images.paths import printable
 
 from .early import check_images, check_made
-from .options import Debug, Device, MaxPixelsOfImage
+from .options import Debug, Device, MaxPixels
 from .render import read_image, say_files
 
 
@@ -23,7 +24,7 @@ def interpolate(
     frames: Annotated[int, typer.Option(help="Number of frames, both ends included.")] = 9,
     size: Annotated[int, typer.Option(help="Side of a frame in pixels, one query each.")] = 112,
     device: Device = "auto",
-    max_pixels: MaxPixelsOfImage = None,
+    max_pixels: MaxPixels = None,
     debug: Debug = False,
 ) -> None:
     """Interpolate linearly between the trigger columns of two photographs, and unfold each column on the way.
@@ -42,6 +43,7 @@ def interpolate(
 
     student = Student.load(checkpoint, device=pick_device(device))
     photographs = [read_image(path, max_pixels) for path in (first, last)]
+    make_folder(out)
     files = write_walk(
         student,
         photographs,

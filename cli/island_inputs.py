@@ -1,9 +1,9 @@
-"""How `apm islands` goes through images, whatever it looks at: beside each of them it is given another one."""
+"""How `apm islands` goes through images: each comes with another one, for the control."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def files_of(paths: Sequence[str]) -> tuple[list[Path], int]:
-    """The files that the arguments stand for, and how many of them are not there, which are told.
+    """The files that the arguments stand for, and how many more are missing; these are named on stderr.
 
-    ``-`` is one path a line on stdin.
+    For ``-`` paths are read from stdin, one per line.
 
     Raises:
         UsageError: none came in on stdin, or as `paths_of`.
@@ -45,7 +45,7 @@ def files_of(paths: Sequence[str]) -> tuple[list[Path], int]:
 
 
 def load_named(name: str | None, device: str) -> Teacher:
-    """Load it, and say what is to be known of it."""
+    """Load a teacher and print its notes."""
     source = load_chosen_teacher(name, device)
     for note in source.notes:
         render.notice(note)
@@ -59,13 +59,13 @@ def for_each_image(
     out: Path,
     missing: int,
 ) -> None:
-    """Make what is to be made of each image, and name the files.
+    """Call `make` for each image, and print the names of the files it writes.
 
     Args:
-        files: where the images are; what cannot be read is told, and left out.
+        files: the images; those that cannot be read are named on stderr and left out.
         make: file, image, another image and what that is called → the files written.
         out: the folder that they are written to.
-        missing: files asked for that are not there, and are told already.
+        missing: number of files that were missing, and have been named.
 
     Raises:
         typer.Exit: with 1 where something could not be made, with 130 after Ctrl-C.
@@ -74,9 +74,7 @@ def for_each_image(
         make_folder(out)
     done = 0
     with render.told_when_interrupted(lambda: f"interrupted: {done:,} of {len(files):,} images are done."):
-        images = _read(files)
-        for number, (file, image) in enumerate(images):
-            other, told = _other_of(images, number)
+        for file, image, other, told in _beside_others(files):
             try:
                 written = make(file, image, other, told)
             except ImageError as error:
@@ -89,23 +87,32 @@ def for_each_image(
         raise typer.Exit(1)
 
 
-def _other_of(images: list[tuple[Path, Image.Image]], number: int) -> tuple[Image.Image, str]:
-    """The image whose target serves as a control for one of them, and what to call it."""
+def _beside_others(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image, Image.Image, str]]:
+    """Yield each image, the one whose target serves as its control, and what that is called: the next, or the first.
+
+    Three images are held at a time.
+    """
     from PIL import Image
 
-    if len(images) == 1:
-        return images[0][1].transpose(Image.Transpose.ROTATE_180), "the image itself, upside down"
-    file, image = images[(number + 1) % len(images)]
-    return image, printable(file.name)
+    images = _read(files)
+    first = current = next(images, None)
+    for following in images:
+        assert current is not None
+        yield *current, following[1], printable(following[0].name)
+        current = following
+    if first is None or current is None:
+        return
+    if current is first:
+        yield *first, first[1].transpose(Image.Transpose.ROTATE_180), "the image itself, upside down"
+    else:
+        yield *current, first[1], printable(first[0].name)
 
 
-def _read(files: Sequence[Path]) -> list[tuple[Path, Image.Image]]:
+def _read(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
     from apm.images.load import load_image
 
-    images = []
     for file in files:
         try:
-            images.append((file, load_image(file).image))
+            yield file, load_image(file).image
         except ImageError as error:
             render.failure(str(error))
-    return images

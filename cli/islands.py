@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from apm.test_time.trainer import TestTimeTrainer
 
 FRAMES = 24
-"""Steps that the animation shows at most, besides those of the strip."""
+"""The animation shows at most so many steps, besides those of the strip."""
 FIXED = "Layers of a fixed model"
 
 
@@ -77,14 +77,12 @@ def islands(
     if figure_format not in ("png", "svg"):
         raise UsageError(f'--format is "{figure_format}"; it must be png or svg.')
     if source is not None:
-        from .layer_islands import Looking, look_at_layers
+        from .layer_islands import look_at_layers
 
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = {name for name, of in sources.items() if of is not None and of.name == "COMMANDLINE"}
-        looking = Looking(
-            paths=paths, out=out, options=options, controls=controls, device=device, kind=figure_format, given=given
-        )
-        look_at_layers(source, looking, named=teacher, frames=frames)
+        how: dict[str, Any] = {"teacher": teacher, "frames": frames, "controls": controls, "device": device}
+        look_at_layers(source, paths, out, options, given=given, kind=figure_format, **how)
         return
     if frames is not None:
         raise UsageError("--frames applies only to --source mvit:LAYER, and no --source is given.")

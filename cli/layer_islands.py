@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,54 +26,61 @@ SHARED = ("threshold", "parts", "seed", "grid_size")
 OF_STUDENT = [field.name for field in dataclasses.fields(IslandOptions) if field.name not in SHARED] + ["snapshots"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Looking:
-    """What the command was told, whatever it looks at."""
-
-    paths: Sequence[str]
-    out: Path
-    options: IslandOptions
-    controls: bool
-    device: str
-    kind: str
-    """Of the pictures: png or svg."""
-    given: Set[str]
-    """Parameters that the command line names."""
-
-
-def look_at_layers(text: str, told: Looking, *, named: str | None, frames: int | None) -> None:
+def look_at_layers(
+    text: str,
+    paths: Sequence[str],
+    out: Path,
+    options: IslandOptions,
+    *,
+    given: Set[str],
+    teacher: str | None,
+    frames: int | None,
+    controls: bool,
+    device: str,
+    kind: str,
+) -> None:
     """Write pictures, arrays and measures of each image.
 
     Args:
         text: the source.
-        told: what else was said.
-        named: the teacher's name, for a source that is its layers.
+        paths: of the images, as the command line has them.
+        out: the folder to write to.
+        options: how to measure.
+        given: parameters that the command line names.
+        teacher: name of the teacher, for a source that is its layers.
         frames: of the video that a video transformer is shown.
+        controls: whether they are made as well.
+        device: where the model goes.
+        kind: of the pictures: png or svg.
 
     Raises:
         UsageError: something was said that has no effect here, or there is no such model or layer.
     """
     name = parse_source(text)
-    _refuse(name, told.given, frames)
-    files, missing = files_of(told.paths)
-    source, untrained = _load(name, told, named, frames)
+    _refuse(name, given, frames)
+    files, missing = files_of(paths)
+    loaded = load_named(teacher, device) if name.kind == "teacher" else None
+
+    from apm.devices import pick_device
+
+    source = load_layers(name.text, teacher=loaded, size=options.grid_size, frames=frames, device=pick_device(device))
+    untrained = source.at_random(options.seed) if controls and name.seed is None else None
 
     from apm.figures.base import output_stem
     from apm.figures.layers import write_layers
     from apm.test_time.island_fields import square_of
     from apm.test_time.layer_fields import observe_layers
 
-    options = told.options
-    settings = _settings(source, told)
+    settings = _settings(source, options)
     measuring: dict[str, Any] = {"threshold": options.threshold, "parts": options.parts, "seed": options.seed}
 
     def looked_at(file: Path, image: Image.Image, other: Image.Image, other_name: str) -> list[Path]:
-        found = observe_layers(image, other, source, untrained, controls=told.controls, **measuring)
-        beside = {"other image": other_name} if told.controls else {}
+        found = observe_layers(image, other, source, untrained, controls=controls, **measuring)
+        beside = {"other image": other_name} if controls else {}
         of_file = {"image": printable(file.name), **settings, **beside}
-        return write_layers(found, square_of(image), told.out / output_stem(file), settings=of_file, kind=told.kind)
+        return write_layers(found, square_of(image), out / output_stem(file), settings=of_file, kind=kind)
 
-    for_each_image(files, looked_at, out=told.out, missing=missing)
+    for_each_image(files, looked_at, out=out, missing=missing)
 
 
 def _refuse(name: SourceName, given: Set[str], frames: int | None) -> None:
@@ -82,8 +88,7 @@ def _refuse(name: SourceName, given: Set[str], frames: int | None) -> None:
     foreign = [flag(one) for one in OF_STUDENT if one in given]
     if foreign:
         raise UsageError(
-            f"--source {name.text} fits no student, so {', '.join(foreign)} would have no effect: leave out one of "
-            "them."
+            f"--source {name.text} fits no student, so {', '.join(foreign)} would have no effect: leave out either."
         )
     if "teacher" in given and name.kind != "teacher":
         raise UsageError(
@@ -97,21 +102,7 @@ def _refuse(name: SourceName, given: Set[str], frames: int | None) -> None:
         )
 
 
-def _load(
-    name: SourceName, told: Looking, named: str | None, frames: int | None
-) -> tuple[LayerSource, LayerSource | None]:
-    """The source, and the same with weights at random where it has others and controls are wanted."""
-    teacher = load_named(named, told.device) if name.kind == "teacher" else None
-
-    from apm.devices import pick_device
-
-    device = pick_device(told.device)
-    source = load_layers(name.text, teacher=teacher, size=told.options.grid_size, frames=frames, device=device)
-    wanted = told.controls and name.seed is None
-    return source, source.at_random(told.options.seed) if wanted else None
-
-
-def _settings(source: LayerSource, told: Looking) -> dict[str, Any]:
+def _settings(source: LayerSource, options: IslandOptions) -> dict[str, Any]:
     """What the small print and the record say, as plain JSON values."""
     video = {} if source.frames is None else {"frames": source.frames, "time shown": source.shown}
     return {
@@ -119,7 +110,7 @@ def _settings(source: LayerSource, told: Looking) -> dict[str, Any]:
         "weights": source.weights.words,
         **video,
         "pixels": source.weights.size,
-        "seed": told.options.seed,
-        "threshold": told.options.threshold,
-        "parts": told.options.parts,
+        "seed": options.seed,
+        "threshold": options.threshold,
+        "parts": options.parts,
     }

@@ -182,7 +182,7 @@ def _train_head(
     classes, class_names = class_of_each(data, allow_test=allow_test)
     start = _start(base, sizes or MAEConfig())
     if start is not None and kind == "probe" and not start.has_decoder:
-        notice("The base has no decoder: one is drawn. The probe can be used as it is, but not by ttt-mae.")
+        notice("The base has no decoder, so a random one is kept: the probe works as it is, but ttt-mae cannot use it.")
     chosen = (start.sizes if start else sizes or MAEConfig()).with_head(head, len(class_names))
     digest = hashlib.sha256(json.dumps([class_names, sorted(classes.items())]).encode()).hexdigest()[:16]
 

@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 UNWIND_SECONDS = 30
-"""What Ctrl-C leaves a command to write down what it has and to end by itself."""
+"""How long after Ctrl-C a command may take to save its work and to exit by itself."""
 
 
 class LazyGroup(Group):
@@ -65,7 +65,7 @@ class LazyGroup(Group):
         return name, load_command(name) if name in COMMANDS else command, rest
 
     def invoke(self, ctx: Any) -> Any:
-        if sys.stdout is None:  # closed by the caller: nobody reads, and what goes wrong is told on stderr
+        if sys.stdout is None:  # closed by the caller: nobody reads it; errors go to stderr
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         try:
             result = super().invoke(ctx)
@@ -119,10 +119,10 @@ def apm(
 
 
 def _interrupt(*_: object) -> None:
-    """Raise `KeyboardInterrupt`, and have the system end the process where that does not.
+    """Raise `KeyboardInterrupt`, and have the system end the process if that does not.
 
-    An interrupt that comes while Python takes the lock of a `threading.Condition` leaves it locked: a thread that wants
-    it never ends, and so the process would wait for that thread for ever.
+    An interrupt that arrives while Python acquires the lock of a `threading.Condition` leaves it locked: a thread that
+    needs it never ends, and the process would wait for that thread for ever.
     """
     signal.alarm(UNWIND_SECONDS)
     raise KeyboardInterrupt
@@ -133,6 +133,6 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler and hasattr(signal, "alarm"):
         signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal or a locale that knows no "→" gets a "?"
+        sys.stdout.reconfigure(errors="replace")  # where the terminal or the locale lacks "→", it prints "?"
     for_one_command()
     app(prog_name="apm")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apm.settings import at_least, settings_of, text_type
+from apm.settings import at_least, check_value, settings_of, text_type
 from apm.test_time.options import StudentOptions
 
 DEBUG_KEY = "apm.debug"
@@ -39,9 +39,6 @@ def pixel_limit(value: int | None) -> int | None:
 MaxPixels = Annotated[
     int | None, typer.Option(help="Refuse larger images (width × height). Default: 89478485.", callback=pixel_limit)
 ]
-MaxPixelsOfImage = Annotated[
-    int | None, typer.Option(help="Refuse a larger image (width × height). Default: 89478485.", callback=pixel_limit)
-]
 
 
 def student_options(
@@ -53,14 +50,14 @@ def student_options(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each setting of `StudentOptions` in place of its parameter ``student``.
 
-    The command gets a mapping of the settings that were given, by field. A setting that it has an option of its own for
-    is left to it.
+    The command gets a mapping of the settings that were given, by field. A setting for which it has an option of its
+    own is left out.
 
     Args:
         panel: of the help, for these options.
         prefix: put before each help text.
         defaults: of this command, where they are not those of `StudentOptions`; they count as given.
-        notes: what else is to be said of a setting's default.
+        notes: by field, additions to the text on its default.
     """
     other = defaults or {}
     hints = typing.get_type_hints(StudentOptions)
@@ -81,6 +78,7 @@ def student_options(
                 value = values.pop(name)
                 if value is not None:
                     found[name] = value if one.parse is None else one.parse(value)
+                    check_value(name, one, found[name], flag)  # now, and not once a teacher is loaded
             return found
 
         return _replaced(command, "student", made, given)
@@ -96,11 +94,11 @@ def options_of(
     The command gets an instance of the dataclass.
 
     Args:
-        kind: of the dataclass.
-        parameter: which one.
-        panel: of the help, for these options; None: the one of the command's own.
-        spelled: by field, the option's names where they are not made of the field's, and what stands for its value:
-            ``--quiet -q``, ``--out FILE``.
+        kind: the dataclass.
+        parameter: name of the parameter.
+        panel: of the help, for these options; None: that of the command's own options.
+        spelled: by field, the option's names where they differ from the field's, and the placeholder for its value:
+            ``--quiet -q``, ``FILE``.
     """
     hints = typing.get_type_hints(kind)
     settings = {name: one for name, one in settings_of(kind).items() if one.option}
@@ -149,7 +147,7 @@ def _replaced(
     made: Sequence[inspect.Parameter],
     gather: Callable[[dict[str, Any]], Any],
 ) -> Callable[..., None]:
-    """Put parameters in the place of one of a command's; it is given what `gather` takes out of their values."""
+    """Replace one parameter of a command by several; in its place it gets what `gather` takes out of their values."""
     signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)

@@ -64,11 +64,11 @@ def pretrain_layers(
     preset: str,
     sized: bool,
 ) -> None:
-    """Train such a student; `sized` is whether sizes of teacher's grid or student's patches are given.
+    """Train a student in place of layers; `sized`: whether --grid-size or --patch-size was given.
 
     Raises:
-        UsageError: options that do not go with it, or layers that the teacher has not.
-        TeacherError: its layers cannot be counted.
+        UsageError: options that do not go together, or layers that the teacher does not have.
+        TeacherError: the teacher's layers cannot be counted.
     """
     assert options.target_layer is not None
     if teacher is None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from apm.errors import UsageError
+from apm.errors import unknown
+from apm.settings import at_least
+from apm.student.config import APMConfig, Precision
 
 from .options import Debug
-from .render import notice_if_slow
+from .render import notice_if_slow, say, say_json
+from .table import print_table
 
 if TYPE_CHECKING:
     from apm.benchmarks.speed.profile import StudentProfile, TeacherProfile
@@ -38,24 +41,20 @@ def profile(
     Parameters and memory are counted from the shapes, and again in a real student. Operations are those of matrix
     products, as torch's own counter sees them.
     """
-    if dim is not None and dim < 1:
-        raise UsageError(f"--dim must be 1 or more, not {dim}.")
-
-    from typing import get_args
+    if dim is not None:
+        at_least(1)("--dim", dim)
+    if precision not in get_args(Precision):
+        raise unknown("precision", precision, get_args(Precision))
+    APMConfig.preset(preset, dim=512, readout=readout)  # type: ignore[arg-type]  # names, before the slow part
 
     from apm.benchmarks.speed.options import loaded_engine
     from apm.benchmarks.speed.profile import profile_student, profile_teacher
     from apm.benchmarks.speed.timing import repeated, spread
     from apm.devices import pick_device
-    from apm.errors import unknown
-    from apm.student.config import APMConfig, Precision
     from apm.student.matmul import measured_precision
     from apm.teachers import load_teacher
 
-    if precision not in get_args(Precision):
-        raise unknown("precision", precision, get_args(Precision))
     place = pick_device(device)
-    APMConfig.preset(preset, dim=512, readout=readout)  # type: ignore[arg-type]  # names are checked before the slow part
     loaded = None if teacher is None else load_teacher(teacher, device=place)
     config = APMConfig.preset(preset, dim=dim or (loaded.dim if loaded else 512), readout=readout)  # type: ignore[arg-type]
     chosen = measured_precision(place) if precision == "auto" else precision
@@ -65,12 +64,12 @@ def profile(
     engine = loaded_engine(config, "bf16" if chosen == "bf16" else "fp32", place)
     seconds = spread(repeated(engine.advance, place, ROUNDS))
     if as_json:
-        typer.echo(json.dumps(record(student, counted, seconds, preset=preset, device=str(place))))
-        return
-    typer.echo(text(student, counted, seconds, preset=preset, device=str(place)))
+        say_json(json.dumps(_record(student, counted, seconds, preset=preset, device=str(place))))
+    else:
+        _print(student, counted, seconds, preset=preset, device=str(place))
 
 
-def record(
+def _record(
     student: StudentProfile,
     teacher: TeacherProfile | None,
     seconds: dict[str, float | int],
@@ -92,58 +91,42 @@ def record(
     }
 
 
-def text(
+def _print(
     student: StudentProfile,
     teacher: TeacherProfile | None,
     seconds: dict[str, float | int],
     *,
     preset: str,
     device: str,
-) -> str:
-    """Lay the counts out for people."""
-    from rich.table import Table
-
-    from .teachers import as_text
-
-    def table(*titles: str) -> Table:
-        view = Table(box=None, pad_edge=False)
-        view.add_column(titles[0], no_wrap=True)
-        for title in titles[1:]:
-            view.add_column(title, justify="right", no_wrap=True)
-        return view
-
-    config = student.config
-    counts = table("student", "parameters")
-    for part, parameters in student.parameters.items():
-        counts.add_row(part, f"{parameters:,}")
-    counts.add_row("all", f"{sum(student.parameters.values()):,}")
-    counts.add_row("really there", f"{student.counted_parameters:,}")
-    operations = table("one step, counted by torch", "GFLOP")
-    operations.add_row("this package", _giga(student.step))
-    operations.add_row("of these, the two middle layers", _giga(student.middle))
-    operations.add_row("plain form", _giga(student.plain))
-    operations.add_row("published loop", _giga(student.published))
-    memory = table("memory of one student", "MB")
-    for purpose, size in student.memory.items():
-        memory.add_row(purpose, f"{size / 1e6:,.1f}")
-    memory.add_row("all", f"{sum(student.memory.values()) / 1e6:,.1f}")
-    memory.add_row("really held", f"{student.counted_memory / 1e6:,.1f}")
-    median = seconds["median"]
-    parts = [
+) -> None:
+    """Print the counts for people."""
+    config, memory, median = student.config, student.memory, seconds["median"]
+    say(
         f"{preset} student: D = {config.dim}, {config.grid} × {config.grid} locations, readout {config.readout}, "
-        f"products in {student.precision}",
-        as_text(counts),
-        as_text(operations),
-        as_text(memory),
-        f"one step on {device}: {1e3 * median:,.1f} ms (median of {seconds['n']}), "
-        f"{student.step / median / 1e9:,.0f} GFLOP/s",
-    ]
+        f"products in {student.precision}\n"
+    )
+    parts = {**student.parameters, "all": sum(student.parameters.values()), "really there": student.counted_parameters}
+    print_table(["student", "parameters"], [[part, f"{count:,}"] for part, count in parts.items()])
+    say("")
+    operations = {
+        "this package": student.step,
+        "of these, the two middle layers": student.middle,
+        "plain form": student.plain,
+        "published loop": student.published,
+    }
+    print_table(["one step, counted by torch", "GFLOP"], [[form, _giga(count)] for form, count in operations.items()])
+    say("")
+    held = {**memory, "all": sum(memory.values()), "really held": student.counted_memory}
+    print_table(["memory of one student", "MB"], [[use, f"{size / 1e6:,.1f}"] for use, size in held.items()])
+    rate = student.step / median / 1e9
+    say(f"\none step on {device}: {1e3 * median:,.1f} ms (median of {seconds['n']}), {rate:,.0f} GFLOP/s")
     if teacher is not None:
-        towers = table("teacher", "parameters", "GFLOP")
-        towers.add_row("image tower, one image", _count(teacher.image_parameters), _giga(teacher.image_flops))
-        towers.add_row("text tower, one text", _count(teacher.text_parameters), _giga(teacher.text_flops))
-        parts += [f"{teacher.name}: D = {teacher.dim}, counted by torch", as_text(towers)]
-    return "\n\n".join(parts)
+        say(f"\n{teacher.name}: D = {teacher.dim}, counted by torch\n")
+        towers = [
+            ["image tower, one image", _count(teacher.image_parameters), _giga(teacher.image_flops)],
+            ["text tower, one text", _count(teacher.text_parameters), _giga(teacher.text_flops)],
+        ]
+        print_table(["teacher", "parameters", "GFLOP"], towers)
 
 
 def _giga(count: int) -> str:

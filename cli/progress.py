@@ -1,17 +1,16 @@
-"""How far a command is: a bar where stderr is a terminal, a line now and then where it is not."""
+"""Progress: a bar if stderr is a terminal, else a line now and then."""
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import typer
 
-from .render import above, progress_on_terminal
+from .render import above, on_terminal, progress_on_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,19 +20,16 @@ LINE_EVERY = 10.0
 
 
 class Heartbeat:
-    """Counts what is done, and says it on stderr every so many seconds from a thread of its own.
+    """Counts what is done, and says it on stderr every `LINE_EVERY` seconds from a thread of its own.
 
     Args:
         total: number of items, None when it is not known.
         doing: the word before the numbers.
-        every: seconds between lines; `LINE_EVERY` where None.
-        stream: where the lines go; stderr where None.
     """
 
-    def __init__(self, total: int | None, *, doing: str, every: float | None = None, stream: TextIO | None = None):
+    def __init__(self, total: int | None, *, doing: str) -> None:
         self.done = 0
-        self._total, self._doing, self._stream = total, doing, stream
-        self._every = LINE_EVERY if every is None else every
+        self._total, self._doing = total, doing
         self._began = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
@@ -47,11 +43,11 @@ class Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
-        while not self._over.wait(self._every):
-            typer.echo(self.words(), file=self._stream, err=self._stream is None)
+        while not self._over.wait(LINE_EVERY):
+            typer.echo(self.words(), err=True)
 
     def words(self) -> str:
-        """How far it is, in a line."""
+        """The progress so far, in one line."""
         passed = time.monotonic() - self._began
         if self._total is None:
             return f"{self._doing}: {self.done} done in {passed:.0f} s"
@@ -71,7 +67,7 @@ def progress(total: int | None, *, wanted: bool, doing: str) -> Iterator[Callabl
     if not wanted:
         yield lambda show: show()
         return
-    if sys.stderr is not None and sys.stderr.isatty():
+    if on_terminal():
         with progress_on_terminal(total, wanted=total != 1, doing=doing) as bar:
 
             def with_bar(show: Callable[[], None]) -> None:
@@ -98,7 +94,7 @@ def counted(doing: str, *, wanted: bool = True) -> Iterator[Callable[[int, int],
         wanted: False shows nothing.
 
     Yields:
-        A function to be called with how many are done and how many there are. Nothing is shown before its first call.
+        A function to be called with the number done and the total. Nothing is shown before its first call.
     """
     with ExitStack() as stack:
         bar: Progress | None = None
@@ -108,7 +104,7 @@ def counted(doing: str, *, wanted: bool = True) -> Iterator[Callable[[int, int],
             nonlocal bar, last
             if not wanted:
                 return
-            if sys.stderr is not None and sys.stderr.isatty():
+            if on_terminal():
                 if bar is None:
                     bar = stack.enter_context(progress_on_terminal(total, wanted=True, doing=doing))
                 if bar is not None:

@@ -46,7 +46,7 @@ class Learning:
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Where images are read and the prompt is written, and how the machine goes about it.
+    """Where images are read and the prompt is written, and how the work is done.
 
     Raises:
         UsageError: a value that cannot work.

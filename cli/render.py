@@ -32,9 +32,9 @@ PLAIN_WIDTH = 120  # of output that goes to a file or a pipe, where no terminal 
 
 
 def clean(text: str) -> str:
-    """Text that may hold file names, prompts and records of others, as lines that no terminal can take for commands.
+    """Make text that may contain file names, prompts and records of others safe for any terminal.
 
-    Control characters and those that turn the direction of writing are escaped; line ends and tabs stay.
+    Control characters and those that change the direction of writing are escaped; line ends and tabs are kept.
     """
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
@@ -45,7 +45,7 @@ def say(text: str, *, end: str = "\n") -> None:
 
 
 def say_json(text: str, *, end: str = "\n") -> None:
-    """Print JSON on stdout: what a terminal could take for a command is written as JSON's own escapes."""
+    """Print JSON on stdout, with JSON's own escapes for characters that are not printable."""
     typer.echo("".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text) + end, nl=False)
 
 
@@ -55,16 +55,16 @@ def _json_escape(character: str) -> str:
 
 
 def progress_line(text: str) -> None:
-    """Say how far it is, on stderr, where there is no bar."""
+    """Print a line of progress on stderr, where there is no bar."""
     typer.echo(printable(text), err=True)
 
 
 @contextmanager
 def told_when_interrupted(text: str | Callable[[], str], *, speaks: bool = True) -> Iterator[None]:
-    """On Ctrl-C say what is there and how to go on, and end.
+    """On Ctrl-C say what has been done and how to go on, and exit.
 
     Args:
-        text: to say, or what makes it when the time has come.
+        text: the message, or a function that returns it.
         speaks: False leaves it to another process: `torchrun` interrupts them all.
     """
     try:
@@ -81,7 +81,7 @@ def notice(text: str) -> None:
 
 
 def read_image(path: Path, max_pixels: int | None) -> Image.Image:
-    """Read a photograph of at most so many pixels (None: the usual limit), and say what is unusual about the file."""
+    """Read a photograph of at most so many pixels (None: the default limit), and print the notes on the file."""
     from apm.images.load import MAX_PIXELS, load_image
 
     loaded = load_image(path, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
@@ -97,7 +97,7 @@ def say_files(files: Iterable[Path]) -> None:
 
 
 def notice_if_slow(precision: str, device: torch.device) -> None:
-    """Say so, even to those who asked for quiet, where the precision asked for is the slower one."""
+    """Print a note, with --quiet too, if the precision asked for is the slower one."""
     from apm.student.matmul import slowness
 
     if text := slowness(cast("Precision", precision), device):
@@ -106,11 +106,11 @@ def notice_if_slow(precision: str, device: torch.device) -> None:
 
 def failure(text: str) -> None:
     """Name one failed input on stderr."""
-    typer.echo(f"error: {printable(' '.join(text.splitlines()))}", err=True)  # a file's name may hold several blanks
+    typer.echo(f"error: {printable(' '.join(text.splitlines()))}", err=True)  # a name may contain runs of blanks
 
 
 def warning(text: str) -> None:
-    """Say on stderr what must not be overlooked."""
+    """Print on stderr what must not be overlooked."""
     typer.secho(f"WARNING: {printable(' '.join(text.splitlines()))}", err=True, bold=True, fg="red")
 
 
@@ -126,6 +126,11 @@ def data_console() -> Console:
     return console if console.is_terminal else DataConsole(highlight=False, soft_wrap=True, width=PLAIN_WIDTH)
 
 
+def on_terminal() -> bool:
+    """Whether stderr is a terminal; it may be closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 @contextmanager
 def progress_on_terminal(total: int | None, *, wanted: bool, doing: str = "classify") -> Iterator[Progress | None]:
     """Show a bar on stderr when that is a terminal; yields None where there is to be none.
@@ -135,7 +140,7 @@ def progress_on_terminal(total: int | None, *, wanted: bool, doing: str = "class
         wanted: False shows none in any case.
         doing: the word before the bar.
     """
-    if not wanted or not sys.stderr.isatty():
+    if not wanted or not on_terminal():
         yield None
         return
     from rich.console import Console
@@ -193,10 +198,10 @@ def answer_record(
     """Return what `--json` prints for one answer: see schemas/classify.json.
 
     Args:
-        answer: what to tell.
+        answer: the answer.
         classifier: whose answer it is.
         file: the image's size in bytes and the time of its last change in nanoseconds.
-        steps_detail: tell loss and cosine before each step as well.
+        steps_detail: add loss and cosine before each step.
     """
     return {
         "path": str(answer.path) if answer.path is not None else None,
@@ -277,5 +282,5 @@ def _ranking(predictions: tuple[Prediction, ...]) -> list[dict[str, Any]]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON knows no NaN and no infinity."""
+    """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""`apm reproduce`: a table of the paper as one command: its plan, its runs, and ours beside the published cells."""
+"""`apm reproduce`: a table of the paper as one command: its plan, its runs, and our cells beside the published ones."""
 
 # ruff: noqa: RUF009  (`setting` makes fields)
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rows:
         """What can be run.
 
         Raises:
-            UsageError: nothing can, or a value that cannot work.
+            UsageError: nothing can be run, or a value cannot work.
         """
         from apm.benchmarks.reproduce.plan import make_plan
         from apm.benchmarks.reproduce.recipes import LEARNED, PAPER
@@ -146,7 +146,7 @@ def reproduce(
 
 
 def _teachers(given: Sequence[str]) -> dict[str, str]:
-    """By the paper's name of a teacher, the one that is given for it."""
+    """By the paper's name for a teacher, the teacher given for it."""
     from apm.benchmarks.reproduce.recipes import NO_TEACHER, WEIGHTS
 
     found: dict[str, str] = {}
@@ -189,14 +189,14 @@ class _Running:
         """Expected hours of a run, by a measurement with its teacher."""
         from apm.processes import ALONE
 
-        loaded = self._load(job, ALONE)
+        loaded = self._load(job)
         return self._expected(job, loaded, self._create(job, loaded, ALONE))
 
     def run(self, group: Group, *, measured: bool) -> int:
         """Run all jobs; returns how many images have no answer."""
         failed = 0
         for job in self.plan.ready_jobs:
-            loaded = self._load(job, group)
+            loaded = self._load(job)
             methods = self._create(job, loaded, group)
             if measured and group.first and not self.quiet:
                 hours = self._expected(job, loaded, methods)
@@ -205,7 +205,7 @@ class _Running:
         return failed
 
     def compare(self, failed: int, *, as_json: bool) -> list[str]:
-        """Print ours beside the published cells; returns what is missing, differs or has no answer."""
+        """Print our cells beside the published ones; returns what is missing, differs or has no answer."""
         from apm.benchmarks.reproduce.beside import beside
 
         compared = list(beside(self.plan, self.out, self.methods))
@@ -216,7 +216,7 @@ class _Running:
             problems.append(f"{failed} image(s) have no answer; see the rows with an error below {self.out}.")
         return problems
 
-    def _load(self, job: Job, group: Group) -> Teacher:
+    def _load(self, job: Job) -> Teacher:
         from apm.teachers import hub
 
         with nullcontext() if self.rows.download else hub.no_network():

@@ -1,4 +1,4 @@
-"""What `apm reproduce` prints: its plan, and ours beside the published cells."""
+"""What `apm reproduce` prints: its plan, and our cells beside the published ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def missing(plan: Plan) -> list[str]:
-    """What keeps cells from being run, a sentence each; corruptions that are missing alike have one together."""
+    """What keeps cells from being run, one sentence each; corruptions missing for the same reason share one."""
     alike: dict[str, list[PlannedCell]] = {}
     for cell in plan.cells:
         if cell.dataset is None:
@@ -30,13 +30,13 @@ def missing(plan: Plan) -> list[str]:
 
 
 def left_out(plan: Plan, methods: Sequence[str] | None = None) -> list[str]:
-    """What rows need that are in no run, a sentence each; of these methods alone where they are named."""
+    """Why rows are in no run, one sentence each; only those of `methods`, if they are named."""
     rows = plan.left_out.items()
     return [f"{recipe.title}: {why}" for recipe, why in rows if methods is None or recipe.method in methods]
 
 
 def in_words(hours: float) -> str:
-    """Hours, or minutes where it is less than one."""
+    """A duration in hours, or in minutes if it is less than one hour."""
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
@@ -115,7 +115,7 @@ def _plan_record(plan: Plan, hours: Mapping[Job, float], protocol: str) -> dict[
 
 
 def print_beside(plan: Plan, compared: Sequence[Beside], protocol: str, *, as_json: bool) -> None:
-    """Print ours beside the published cells, and the likely causes of what differs."""
+    """Print our cells beside the published ones, and the likely causes of what differs."""
     if as_json:
         records = [_beside_record(one) for one in compared]
         document = {"schema": 1, "table": plan.table.number, "protocol": protocol, "cells": records}

@@ -35,7 +35,7 @@ PROTOCOL_HELP = ". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items())
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where data sets lie, and how much of them is used."""
+    """Where the data sets are, and how much of each is used."""
 
     root: Path | None = setting(
         None, "Folder that contains the data sets, or a data set's own folder. Default: APM_DATA."
@@ -78,7 +78,7 @@ class Cells(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How the machine goes about it; but for the seed, no answer depends on it.
+    """How the work is done; apart from the seed, no answer depends on it.
 
     Raises:
         UsageError: a value that cannot work.

@@ -20,7 +20,7 @@ from .answer_file import answer_settings
 from .answering import Form, Inputs
 from .classify import SOURCE, STUDENT, Source, load_classifier
 from .options import Debug, JsonLines, LinesOnly, MaxPixels, options_of, student_options
-from .results_folder import ResultsFolder, failed_record
+from .results_folder import failed_record, fill_folder
 
 if TYPE_CHECKING:
     from apm.classifier import Classifier
@@ -67,13 +67,13 @@ def segment(
     """
     if student["distil"] == "cls":
         raise UsageError("apm segment needs a target with information about locations: --distil grid or both, not cls.")
-    source, names, none = _words(source, background)
+    names, none = _words(source, background)
     check(names, none, min_probability, min_area, places)
     make_folder(out)
     form = Form(min_probability=min_probability, as_json=as_json, quiet=quiet, out=out)
     inputs = Inputs(paths)
     inputs.name_problems(form, doing="segment", failed=failed_record)
-    with render.told_when_interrupted("interrupted: nothing is segmented."):
+    with render.told_when_interrupted("interrupted before anything was segmented."):
         classifier = load_classifier(
             source, names, student, form, device=device, batch_size=None, max_pixels=max_pixels
         )
@@ -82,8 +82,16 @@ def segment(
         for note in classifier.teacher.notes:
             render.notice(note)
     chosen: dict[str, Any] = {"background": none, "min_area": min_area, "places": places}
-    folder = ResultsFolder(out, "segment", _settings(classifier, chosen), {"teacher": classifier.teacher.identity})
-    folder.run(inputs, form, lambda path, stem: _segmented(classifier, path, stem, chosen), _line)
+    fill_folder(
+        out,
+        "segment",
+        _settings(classifier, chosen),
+        inputs,
+        form,
+        lambda path, stem: _segmented(classifier, path, stem, chosen),
+        _line,
+        always={"teacher": classifier.teacher.identity},
+    )
 
 
 def _settings(classifier: Classifier, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,26 +102,26 @@ def _settings(classifier: Classifier, chosen: Mapping[str, Any]) -> dict[str, An
     return {**settings, **{name.replace("_", "-"): value for name, value in chosen.items()}}
 
 
-def _words(source: Source, background: str | None) -> tuple[Source, tuple[str, ...] | None, tuple[str, ...]]:
-    """The source without labels of its own, all labels, background included, and which of them count as none."""
+def _words(source: Source, background: str | None) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """All labels, background included (None where they are not given), and which of them are background."""
     if background is None:
-        return source, source.names(), ()
+        return source.names(), ()
     none = tuple(tidy for part in background.split(",") if (tidy := " ".join(part.split())))
     if not none:
         raise UsageError(f'--background is "{background}", which contains no name.')
     if source.labels is not None:
         given = dataclasses.replace(source, labels=f"{source.labels},{background}").names()
         assert given is not None
-        return source, given, given[-len(none) :]
+        return given, given[-len(none) :]
     if source.labels_file is not None:
         source.names()
         given = check_labels([*read_labels_file(source.labels_file), *none])
-        return source, given, given[-len(none) :]
-    return source, source.names(), none
+        return given, given[-len(none) :]
+    return source.names(), none
 
 
 def _segmented(classifier: Classifier, path: Path, stem: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Segment a file, write map and overlay, and say what came of it."""
+    """Segment a file, write map and overlay, and return the fields of its record."""
     from apm.figures.segments import segmentation_record, write_segmentation
     from apm.images.load import load_image
 

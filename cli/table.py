@@ -59,7 +59,7 @@ class Form:
 
     @property
     def name(self) -> str:
-        """The format that is meant."""
+        """The format to write."""
         return "json" if self.as_json else "csv" if self.rows and self.format == "rich" else self.format
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ def _give_eval_results(tables: Sequence[Table], task: str, out: Path | None) -> 
 
 
 def show_trust(tables: Sequence[TrustTable]) -> None:
-    """Print what can be trusted to stdout for people."""
+    """Print on stdout, for people, what can be trusted."""
     from apm.benchmarks.tables.trust_formats import HEADINGS, LEGEND, lines
 
     for one in tables:
@@ -174,7 +174,7 @@ def show_trust(tables: Sequence[TrustTable]) -> None:
 
 
 def show(tables: Sequence[Table]) -> None:
-    """Print tables to stdout for people; warnings go to stderr."""
+    """Print tables on stdout, for people; warnings go to stderr."""
     from apm.benchmarks.tables.formats import DETAIL_HEADINGS, details, grid
 
     for one in tables:
@@ -189,7 +189,7 @@ def show(tables: Sequence[Table]) -> None:
 
 
 def warn(tables: Sequence[Table]) -> None:
-    """Say on stderr what must not be overlooked."""
+    """Print the tables' warnings on stderr."""
     for one in tables:
         for text in one.warnings:
             warning(text)

@@ -20,6 +20,7 @@ from apm.student.config import Precision
 
 from .data import place_of
 from .options import flag, options_of
+from .progress import LINE_EVERY
 from .render import (
     failure,
     notice,
@@ -27,6 +28,7 @@ from .render import (
     progress_line,
     progress_on_terminal,
     say,
+    say_json,
     told_when_interrupted,
 )
 
@@ -47,7 +49,7 @@ Out = Annotated[Path, typer.Option(help="The checkpoint; training continues from
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """How a training goes about its work: none of it decides the weights, but for the precision.
+    """How a training is carried out; of this, only the precision affects the weights.
 
     Raises:
         UsageError: a value that cannot work.
@@ -74,14 +76,12 @@ class Session:
 session_options = options_of(Session, "session", RUN, spelled={"quiet": "--quiet -q", "as_json": "--json"})
 """Gives a command the options of a `Session`, in place of its parameter ``session``."""
 
-_SAY_EVERY = 20.0  # seconds between lines where stderr is no terminal
-
 
 def check_checkpoint(out: Path) -> None:
-    """Refuse, before anything is computed, what can be no checkpoint.
+    """Refuse, before anything is computed, a path that cannot be a checkpoint's.
 
     Raises:
-        UsageError: it is a folder, or its name says that it is something else.
+        UsageError: it is a folder, or does not end in .safetensors.
     """
     if out.is_dir():
         raise UsageError(
@@ -106,27 +106,27 @@ def train_network(
     teacher: GridTeacher | None = None,
     grid_size: int | None = None,
 ) -> None:
-    """Train in one process, or in each of several, from wherever the checkpoint is; the first of them talks.
+    """Train, in one process or as one of several, from where the checkpoint is; only the first one prints.
 
     Args:
-        make: makes the trainer of the checkpoint, the images, `sizes`, `config`, and the options of `Trainer`.
+        make: makes the trainer from `out`, the cache, `sizes`, `config`, and the options of `Trainer`.
         network: what is trained.
         source: the images.
         out: the checkpoint.
         sizes: of the network.
         config: how to train.
-        session: how to go about it.
+        session: how to carry it out.
         names: the losses → what they are called; the first one is shown at every step.
         result: what is said at the end, see `_say_result`.
-        data: what identifies what is learned, beside the images themselves.
-        teacher: gives the grids that are learned; None: images alone are.
+        data: what else identifies what is learned, besides the images.
+        teacher: gives the grids that are learned; None: only the images are.
         grid_size: side of its input, in pixels.
     """
     from apm.pretrain.checkpoint import check_settings, read_network
     from apm.processes import join
 
     known, place = {"data": source.fingerprint, **(data or {})}, place_of(session.device)
-    if out.exists():  # told now, and not after many images are read
+    if out.exists():  # said now, and not after many images have been read
         check_settings(out, read_network(out, network), sizes, {**known, **asdict(config)})
     with join() as group:
         talks = group.first and not session.quiet
@@ -138,7 +138,7 @@ def train_network(
             notice_if_slow(session.precision, place)
             cache = _images_of(source, out, session, sizes.image_size, teacher, grid_size, wanted=talks, speaks=True)
         group.barrier()
-        if not group.first:  # what the first process made is there
+        if not group.first:  # the first process has filled the cache
             cache = _images_of(source, out, session, sizes.image_size, teacher, grid_size, wanted=False, speaks=False)
         how: dict[str, Any] = {"precision": session.precision, "device": place, "processes": group}
         trainer = make(out, cache, sizes, config, data=known, **how)
@@ -160,7 +160,7 @@ def _images_of(
     wanted: bool,
     speaks: bool,
 ) -> GridCache:
-    """Compute what training needs of every image, or find it there; see `build_cache`. Says how far it is."""
+    """Compute what training needs of every image, or find it in the cache, showing progress; see `build_cache`."""
     from apm.images.load import MAX_PIXELS
     from apm.pretrain.cache import build_cache
 
@@ -183,10 +183,10 @@ def _images_of(
 
 
 def _train(trainer: Trainer, names: Mapping[str, str], session: Session, *, wanted: bool, speaks: bool) -> None:
-    """Train to the end, and say how far it is.
+    """Train to the end, showing progress.
 
     Args:
-        trainer: goes on from where its checkpoint is.
+        trainer: continues from its checkpoint.
         names: its losses → what they are called; the first one is shown at every step.
         session: how often it measures and saves.
         wanted: False shows no progress.
@@ -207,7 +207,7 @@ def _say_result(trainer: Trainer, text: str, session: Session) -> None:
     """Say what was reached, and which images were skipped.
 
     Args:
-        trainer: has made all its steps.
+        trainer: has finished.
         text: with the names of its held-out losses in braces, and ``held_out`` for the number of those images.
         session: whether it is said in JSON, see schemas/training.json.
     """
@@ -215,9 +215,9 @@ def _say_result(trainer: Trainer, text: str, session: Session) -> None:
     for _, error in skipped:
         failure(f"{error}: skipped")
     if session.as_json:
-        record = {"checkpoint": printable(trainer.path), "steps": trainer.step, "images": len(trainer.train)}
+        record = {"checkpoint": str(trainer.path), "steps": trainer.step, "images": len(trainer.train)}
         record |= {"held_out": held_out, "losses": losses, "skipped": [name for name, _ in skipped]}
-        say(json.dumps(record, ensure_ascii=False, allow_nan=False))
+        say_json(json.dumps(record, ensure_ascii=False, allow_nan=False))
     else:
         reached = f"{trainer.path}: {trainer.step:,} steps on {len(trainer.train):,} images; "
         say(reached + text.format(held_out=held_out, **losses))
@@ -241,11 +241,11 @@ class TrainingProgress:
         self._bar.__exit__(*error)
 
     def image(self, error: str | None) -> None:
-        """One image more."""
+        """Count an image."""
         self._advance(self.done + 1, f"{self.done + 1:,} of {self.total:,} images")
 
     def step(self, step: int, losses: dict[str, float]) -> None:
-        """Another step, or a measurement on held-out images."""
+        """Report a step, or a measurement on held-out images."""
         first, *_ = self.names
         far = f"step {step:,} of {self.total:,}: "
         if f"held_out_{first}" in losses:
@@ -259,7 +259,7 @@ class TrainingProgress:
         self.done = done
         if self._rich is not None:
             self._rich.update(self._rich.task_ids[0], completed=done)
-        elif time.monotonic() - self._said > _SAY_EVERY:
+        elif time.monotonic() - self._said > LINE_EVERY:
             self._say(text)
 
     def _say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a trained student says of images, on disk: its field at any locations, and walks between two images."""
+"""What a trained student makes of images, on disk: its field at any locations, and walks between two images."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class GLOMTrainer(Trainer):
         return np.sort(generator.choice(every, min(self.config.contrast_columns, every), replace=False))
 
     def gradients(self) -> dict[str, float]:
-        """Of both losses; see `Trainer`."""
+        """Set those of both losses; see `Trainer`."""
         model, numbers = self.model.config, self.config.batch(self.train, self.step)
         hidden = self.config.hidden_places(len(numbers), model.places, draw=(0, self.step))
         columns = self._columns(len(numbers), 0, self.step)

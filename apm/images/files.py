@@ -138,7 +138,7 @@ def _flush_folder(folder: Path) -> None:
 
 @contextmanager
 def alone_with(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
-    """Hold a file's lock, a file beside it; its folder is made where it is not there.
+    """Hold a file's lock, which is a file beside it; the folder is made if need be.
 
     Args:
         path: the file.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from apm.errors import UsageError
 from apm.pretrain.config import Schedule
-from apm.settings import at_least, check_values, not_negative, positive, setting, share_of
+from apm.settings import at_least, between, check_values, not_negative, positive, setting, share_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,8 +106,8 @@ class _OnImages(Schedule):
     weight_decay: float = setting(
         0.05, "AdamW's weight decay, applied to weights but not to biases.", check=not_negative
     )
-    min_area: float = setting(0.2, "Smallest share of the image in a random crop.", check=positive)
-    seed: int = setting(0, "Seed of weights, split, order, crops and masks.")
+    min_area: float = setting(0.2, "Smallest share of the image in a random crop.", check=between(0, 1))
+    seed: int = setting(0, "Seed of weights, split, order, crops and masks.", check=at_least(0))
 
     def orders(self, count: int, places: int, *, draw: tuple[int, ...]) -> NDArray[np.int64]:
         """An order of the patches for each image, (count, places): the first ones are those that the encoder sees.

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +23,7 @@ from apm.images.paths import printable
 from apm.mae.config import MAEConfig
 from apm.mae.model import MaskedAutoencoder, positions
 from apm.pretrain.checkpoint import Network, read_network
-from apm.teachers.checkpoint import not_finite
+from apm.teachers.checkpoint import not_finite, read_torch
 
 TIMM = "timm:"
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # of the published encoders, by width; elsewhere 64 numbers a head
@@ -212,21 +209,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{shown} is damaged, or a pickle with more than tensors, which could run code; it is refused."
-        ) from error
-    except Exception as error:  # damaged bytes fail in the reader in many ways
-        raise UsageError(f"{shown} is not a file of weights, or is damaged ({type(error).__name__}).") from error
-    state = (
-        next((content[key] for key in ("model", "state_dict") if key in content), content)
-        if isinstance(content, dict)
-        else None
-    )
+    state = read_torch(path)
+    if isinstance(state, dict):
+        state = next((state[key] for key in ("model", "state_dict") if key in state), state)
     if (
         not isinstance(state, dict)
         or not state

@@ -45,7 +45,7 @@ class TestTimeSettings:
         UsageError: a value that cannot work.
     """
 
-    __test__ = False  # of no interest to pytest
+    __test__ = False  # not a test, though its name begins like one
 
     steps: int = setting(20, "Steps of SGD.", check=at_least(0))
     masks: int = setting(128, "Ways in which the image is masked at each step.", check=at_least(1))
@@ -123,7 +123,7 @@ class TestTimeAdapter:
         seed: of the masks.
     """
 
-    __test__ = False  # of no interest to pytest
+    __test__ = False  # not a test, though its name begins like one
 
     def __init__(self, model: MaskedAutoencoder, settings: TestTimeSettings, *, seed: int = 0) -> None:
         if model.head is None:

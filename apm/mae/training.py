@@ -34,7 +34,7 @@ TRAINED: Mapping[str, tuple[str, ...]] = {
     "finetune": ("head.", "encoder."),
     "joint": ("head.", "encoder.", "decoder.", "mask_token"),
 }
-"""By kind of training, how the names of the weights that it changes begin. Positions are never trained."""
+"""By kind of training, prefixes of the names of the weights that it changes. Positions are never trained."""
 
 
 class _Masked(Trainer):
@@ -63,7 +63,7 @@ class _Masked(Trainer):
             self.model.load_state_dict(self.start.weights, strict=False)
 
     def drawn(self, part: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Of this process's part of the batch of this step: crops (b, 3, S, S), orders of patches (b, N)."""
+        """Crops (b, 3, S, S) and orders of patches (b, N) for this process's part of the batch of this step."""
         sizes, config = self.model.config, self.config
         count = len(config.batch(self.train, self.step))
         maps = crop_maps(count, sizes.image_size, min_area=config.min_area, draw=(config.seed, 7, self.step))
@@ -87,7 +87,7 @@ class MAETrainer(_Masked):
     config: MAETraining
 
     def gradients(self) -> dict[str, float]:
-        """Of the batch; see `Trainer`."""
+        """Set those of the batch; see `Trainer`."""
 
         def errors(part: NDArray[np.int64]) -> dict[str, Tensor]:
             with self.low():
@@ -142,7 +142,7 @@ class HeadTrainer(_Masked):
             raise UsageError(f"{self.config.kind} needs a masked autoencoder to start from; `apm mae train` makes one.")
 
     def losses(self, images: Tensor, labels: Tensor, orders: Tensor) -> dict[str, Tensor]:
-        """Of images (B, 3, S, S): ``cross_entropy`` (B,), ``accuracy`` (B,) 0 or 1, and ``reconstruction`` if joint."""
+        """Losses (B,) of images (B, 3, S, S): ``cross_entropy``, ``accuracy`` (0 or 1), if joint ``reconstruction``."""
         with torch.no_grad() if self.config.kind == "probe" else nullcontext():
             codes = self.model.encode(self.model.tokens(images))  # (B, 1 + N, W)
         assert self.model.head is not None
@@ -155,7 +155,7 @@ class HeadTrainer(_Masked):
         return found
 
     def gradients(self) -> dict[str, float]:
-        """Of the batch; see `Trainer`."""
+        """Set those of the batch; see `Trainer`."""
         weights = {"cross_entropy": 1.0, "accuracy": 0.0}
         if self.config.kind == "joint":
             weights["reconstruction"] = self.config.mask_weight

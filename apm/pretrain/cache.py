@@ -4,7 +4,7 @@
     CACHE/<key>/grids.f16      (n, h', w', D) float16, the teacher's own grid, at its own resolution
     CACHE/<key>/index.json     names, shapes, how far it is
 
-The key is made of the list of images, the teacher's identity and the sizes. Whoever stops in the middle goes on there.
+The key is made of the list of images, the teacher's identity and the sizes. An interrupted run continues.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apm.errors import ApmError, ImageError, UsageError
-from apm.images.files import is_private, write_atomically, writing
+from apm.images.files import alone_with, is_private, write_atomically, writing
 from apm.images.load import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, central_square
 from apm.pretrain.images import ImageSource
 
@@ -90,7 +90,7 @@ def build_cache(
         on_image: called after each image, with what is wrong with it or None.
 
     Raises:
-        UsageError: fewer than two images can be read.
+        UsageError: fewer than two images can be read, or another process is filling the cache.
         ApmError: the teacher's grids differ in shape, or hold numbers that are not finite or too large for float16;
             or the cache is of another user.
     """
@@ -108,9 +108,12 @@ def build_cache(
     with writing(where):
         where.mkdir(parents=True, exist_ok=True)
     _check_owner(where)
-    index = _read_index(where) or {"key": key, "next": 0, "names": [], "skipped": [], "grid": None}
+    new: dict[str, Any] = {"key": key, "next": 0, "names": [], "skipped": [], "grid": None}
+    index = _read_index(where) or new
     if index["next"] < len(source):
-        _extend(where, index, source, teacher, size, grid_size, max_pixels, on_image)
+        with alone_with(where / "index.json", "writing"):
+            index = _read_index(where) or new  # another process may have gone on in the meantime
+            _extend(where, index, source, teacher, size, grid_size, max_pixels, on_image)
     if len(index["names"]) < 2:
         raise UsageError(
             f"{len(index['names'])} of {len(source)} images in {source.place} can be read; training needs 2 or more."

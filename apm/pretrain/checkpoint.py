@@ -65,7 +65,7 @@ STUDENT = Network("student", "apm pretrain", APMConfig, parameter_shapes, lambda
 
 @dataclass(frozen=True)
 class Checkpoint(Generic[Sizes]):
-    """A network on its way, or arrived.
+    """A network in training, or finished.
 
     Attributes:
         student: its sizes.

@@ -20,7 +20,7 @@ from apm.student.position import dense_locations
 MOST_PLACES = 1024
 """Along a side."""
 _STRIP = 1 << 20  # pixels that are coloured at a time: bounds the memory
-_SEEN = 0.5  # of L: what clipping to sRGB may change, a rounding of 8 bits included; nobody sees it
+_SEEN = 0.5  # of L: what clipping to sRGB may change, rounding to 8 bits included; it is invisible
 _HALVINGS = 7
 
 
@@ -138,7 +138,7 @@ def _rgb(colours: NDArray[np.float32]) -> NDArray[np.uint8]:
 
     from skimage.color import lab2rgb
 
-    with warnings.catch_warnings():  # of colours that no light has, which are clipped as all others
+    with warnings.catch_warnings():  # about colours that no light has; they are clipped like all others
         warnings.filterwarnings("ignore", message=".*negative Z values", category=UserWarning)
         rgb = lab2rgb(colours)
     return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)

@@ -31,7 +31,7 @@ class Schedule:
     )
     clip: float = setting(1.0, "Largest norm of the gradient.", check=positive, option=False)
     held_out: float = setting(0.05, "Share of the images held out for evaluation.", check=share_of("the images"))
-    seed: int = setting(0, "Seed of weights, split and order.")
+    seed: int = setting(0, "Seed of weights, split and order.", check=at_least(0))
 
     def __post_init__(self) -> None:
         """Check each value."""

@@ -73,7 +73,7 @@ def open_images(place: str | Path) -> ImageSource:
     place, dead = Path(place), list[Path]()
     shown = printable(place)
     if not place.exists():
-        raise UsageError(f"{shown}: no such folder.")
+        raise UsageError(f"{shown}: no such folder or file.")
     if place.is_dir():
         images: list[Path] = []
         for path in images_below(place):
@@ -124,7 +124,8 @@ def _count_rows(path: Path) -> int:
 
 
 def _read_parquet(path: Path, start: int, max_pixels: int) -> Iterator[tuple[str, Image.Image | ImageError]]:
-    """Read one row group at a time: memory does not grow with the file."""
+    """Read one row group at a time: memory does not grow with the file. A damaged group costs its own rows alone."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -132,7 +133,10 @@ def _read_parquet(path: Path, start: int, max_pixels: int) -> Iterator[tuple[str
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if start < first + count:
-                values: Sequence[Any] = file.read_row_group(group, columns=[COLUMN]).column(COLUMN).to_pylist()
+                try:
+                    values: Sequence[Any] = file.read_row_group(group, columns=[COLUMN]).column(COLUMN).to_pylist()
+                except (pa.ArrowException, OSError):
+                    values = [None] * count
                 for row, value in enumerate(values, start=first):
                     if row >= start:
                         name = f"{path.name}, row {row}"

@@ -28,7 +28,7 @@ class LayerTokens:
     """What a teacher holds of an image after some layers, side by side: kept as if it were the grid of a teacher."""
 
     def __init__(self, layers: Layers, *which: int) -> None:
-        """Of layers from 1 on, ascending; a layer 0 is left out: it is the image."""
+        """Take layers from 1 on, in ascending order; a layer 0, which is the image, is left out."""
         teacher = layers.teacher
         self.layers, self.which = layers, tuple(layer for layer in which if layer)
         self.name, self.notes, self.device = teacher.name, teacher.notes, teacher.device
@@ -120,7 +120,7 @@ class LayerTrainer(Trainer):
         return {"layer": torch.cat([self.losses(part) for part in parts(self.held_out, 32)]).mean().item()}
 
     def gradients(self) -> dict[str, float]:
-        """Of the batch; see `Trainer`."""
+        """Set those of the batch; see `Trainer`."""
         some = self.config.places(self.model.config.tokens, self.step)
         return self.share({"layer": 1.0}, lambda part: {"layer": self.losses(part, some, precision=self.precision)})
 

@@ -9,49 +9,24 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from apm.errors import ApmError, unknown
+from apm.errors import ApmError, UsageError, unknown
 from apm.images.files import alone_with, read_json_lines, write_atomically
+from apm.images.paths import printable
 from apm.pretrain.cache import GridCache
 from apm.pretrain.checkpoint import Checkpoint, Network, check_settings, read_network, write_checkpoint
 from apm.pretrain.config import Schedule
+from apm.processes import ALONE, Group
 from apm.student.config import Precision
 from apm.student.matmul import measured_precision
-
-
-class Processes(Protocol):
-    """The processes that share a training; see `ALONE`."""
-
-    @property
-    def rank(self) -> int:
-        """Number of this one, from 0."""
-
-    @property
-    def world(self) -> int:
-        """How many there are."""
-
-    def broadcast(self, value: Any) -> Any:
-        """Give every process what the first one passes."""
-
-
-@dataclass(frozen=True)
-class _Alone:
-    rank: int = 0
-    world: int = 1
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
-ALONE = _Alone()
 
 
 class Trainer(ABC):
@@ -84,7 +59,7 @@ class Trainer(ABC):
         data: Mapping[str, Any],
         precision: Precision = "auto",
         device: str | torch.device = "cpu",
-        processes: Processes = ALONE,
+        processes: Group = ALONE,
     ) -> None:
         """Draw the network, or take it up from the checkpoint.
 
@@ -308,8 +283,14 @@ def parts(numbers: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Read the curves that `Trainer.run` logs; none where there is no file."""
+    """Read the curves that `Trainer.run` logs; none where there is no file.
+
+    Raises:
+        UsageError: a line, other than a last one that was cut off, is no JSON.
+    """
     try:
         return read_json_lines(path)
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise UsageError(f"{printable(path)} is damaged ({error}): remove it to go on without its curves.") from error

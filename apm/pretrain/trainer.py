@@ -79,7 +79,7 @@ class Pretrainer(Trainer):
         return dict(zip(self._weights, means, strict=True))
 
     def gradients(self) -> dict[str, float]:
-        """Of the batch; see `Trainer`."""
+        """Set those of the batch; see `Trainer`."""
         places = self.config.places(self.model.config.cells, self.step)
 
         def errors(part: NDArray[np.int64]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class Cells:
     def spread(self) -> Tensor:
         """(B,): error above which views count as disagreeing, `DISAGREEMENT` of the features' variance.
 
-        Of features that are all alike, a small share of their square: above 0 in any case.
+        For features that are all alike, a small share of their square: always above 0.
         """
         found = []
         for one in self.features.float():

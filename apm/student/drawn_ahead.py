@@ -24,7 +24,7 @@ class DrawnAhead:
         """Begin; numpy draws without holding up other threads.
 
         Args:
-            config: sizes, as good as they are known.
+            config: sizes, as far as they are known.
             seed: of the draw.
         """
         self._std = config.init_std

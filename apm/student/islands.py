@@ -35,8 +35,6 @@ class Islands:
     """Connected regions of neighbours whose cosine reaches the threshold."""
     largest: float
     """Share of all locations in the largest region, in (0, 1]."""
-    singles: float
-    """Share of all locations that agree with no neighbour, in [0, 1]."""
 
 
 def neighbour_cosines(field: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -95,7 +93,6 @@ def measure(field: ArrayLike, *, threshold: float = 0.9, centred: bool = False) 
         cosine=float(np.concatenate([right.ravel(), below.ravel()]).mean()),
         regions=len(sizes),
         largest=float(sizes.max() / sizes.sum()),
-        singles=float((sizes == 1).sum() / sizes.sum()),
     )
 
 
@@ -155,7 +152,7 @@ def boundary_contrast(field: ArrayLike, labels: ArrayLike) -> float:
     """How much less similar neighbours are across a given partition's boundary: in [-2, 2], 0 for no difference.
 
     The mean cosine of neighbours within a part less that of neighbours in different parts, the field's mean taken out
-    before. Other than `agreement`, it cannot be gained by clusters that are merely compact, as superpixels are.
+    before. Unlike `agreement`, it does not reward clusters for being merely compact, as superpixels are.
 
     Args:
         field: (H, W, D).

@@ -15,7 +15,7 @@ from apm.student.config import Precision
 # bfloat16 must be this much faster before "auto" gives up float32's digits for it
 WORTHWHILE = 1.3
 
-# Of the measurement: times each product is timed, and seconds that the largest ones may take together
+# How often the measurement times each product, and how many seconds the largest ones may take together
 REPEATS = 5
 SECONDS = 0.1
 

@@ -35,7 +35,7 @@ class GridTeacher(Protocol):
     """Side, in pixels, to which `encode_grid` scales the square when no size is given."""
 
     def encode_grid(self, image: Image.Image, *, size: int | None = None) -> Tensor:
-        """Tell the features of an image's parts.
+        """Return the features of an image's parts.
 
         Args:
             image: RGB. Its central square is looked at, the one that `apm.images.load.central_square` cuts.
@@ -56,7 +56,7 @@ class Teacher(GridTeacher, Protocol):
     """A frozen CLIP-like model: an image tower and a text tower into the same D-dimensional space.
 
     Anything with these attributes is a teacher: no base class is needed. One without `encode_grid` can be distilled by
-    its token alone. One whose input is not square says so by an attribute more, ``input_shape`` (height, width).
+    its token alone. One whose input is not square says so by one more attribute, ``input_shape`` (height, width).
     """
 
     logit_scale: float

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -60,17 +61,72 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         TeacherError: the file is empty, truncated, of another kind, or a pickle with more in it than tensors.
     """
-    try:
+    with _explained(path):
         if path.stat().st_size == 0:
             raise TeacherError(f'The checkpoint "{path}" is empty.')
         checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        if not checkpoint.numbers:
+            raise TeacherError(f'The checkpoint "{path}" holds no tensors.')
+        return checkpoint
+
+
+def read_torch(path: Path) -> Any:
+    """Return what a torch file holds, where that is tensors in plain containers and nothing else.
+
+    Raises:
+        TeacherError: the file is truncated, of another kind, or a pickle with more in it than tensors.
+    """
+    with _explained(path):
+        return _load(path)
+
+
+def model_from(path: Path, make: Callable[[Path], nn.Module], *, wanted_by: str, name: str) -> nn.Module:
+    """Let `make` build a model with the weights of a file, and check them; messages are about `wanted_by` and `name`.
+
+    Raises:
+        TeacherError: there is no such file, or it is damaged, unsafe, another model's, or not finite.
+    """
+    if not path.is_file():
+        raise TeacherError(f"{wanted_by} cannot be loaded: there is no file {path}.")
+    if read_checkpoint(path).state is not None:
+        raise TeacherError(f"{wanted_by} cannot be loaded: {path} is a CLIP checkpoint of OpenAI, or TorchScript.")
+    try:
+        model = make(path)
+    except TeacherError:
+        raise
+    except Exception as error:  # timm and torch report what does not fit in many ways
+        reason = " ".join(str(error).split())
+        raise TeacherError(
+            f"{wanted_by} cannot be loaded: {path} does not fit {name} ({type(error).__name__}: {reason[:300]})."
+        ) from error
+    if broken := not_finite(model.state_dict()):
+        raise TeacherError(
+            f"{wanted_by} cannot be used: {path} holds numbers that are not finite, first in {broken[0]}. Download the"
+            " file again, or name another one."
+        )
+    return model
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or foreign file makes of its reader into a `TeacherError`."""
+    try:
+        yield
+    except TeacherError:
+        raise
     except OSError as error:
         raise TeacherError(f'The checkpoint "{path}" cannot be read: {error.strerror or error}.') from error
     except SafetensorError as error:
         raise TeacherError(f'The checkpoint "{path}" is damaged or not a safetensors file ({error}).') from error
-    if not checkpoint.numbers:
-        raise TeacherError(f'The checkpoint "{path}" holds no tensors.')
-    return checkpoint
+    except pickle.UnpicklingError as error:
+        raise TeacherError(
+            f'The checkpoint "{path}" is damaged, or a pickle with more than tensors, which could run code; it is'
+            " refused. Save the model's state dict instead, preferably as safetensors."
+        ) from error
+    except Exception as error:  # damaged bytes fail in the reader in many ways
+        raise TeacherError(
+            f'The checkpoint "{path}" is damaged: it cannot be read ({type(error).__name__}).'
+        ) from error
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -84,31 +140,21 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 def _read_torch(path: Path) -> Checkpoint:
     """Read a torch file, or refuse it."""
-    zipped = zipfile.is_zipfile(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if is_torchscript(archive):
+                return _openai(read_torchscript(archive))
+    return _plain(path, _load(path))
+
+
+def _load(path: Path) -> Any:
     with path.open("rb") as file:
         begins = file.read(2)
     if not begins.startswith((b"PK", pickle.PROTO)):  # as the archives that torch writes, or wrote before them
         raise TeacherError(f'The checkpoint "{path}" holds no weights: it is neither a safetensors nor a torch file.')
-    try:
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                if is_torchscript(archive):
-                    return _openai(read_torchscript(archive))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise TeacherError(
-            f'The checkpoint "{path}" is damaged, or a pickle with more than tensors, which could run code; it is'
-            " refused. Save the model's state dict instead, preferably as safetensors."
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes fail in the reader in many ways
-        raise TeacherError(
-            f'The checkpoint "{path}" is damaged: it cannot be read ({type(error).__name__}).'
-        ) from error
-    return _plain(path, content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _plain(path: Path, content: Any) -> Checkpoint:

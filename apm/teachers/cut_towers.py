@@ -1,8 +1,8 @@
-"""A teacher's image tower cut between its layers: what it holds after each, and the rest of the way from there.
+"""A teacher's image tower cut between its layers: its activations after each, and the rest of the way from there.
 
 Layer n is the n-th block of a transformer, open_clip's or timm's, or the n-th stage of a ResNet of timm, as the
-embedded teacher's is: numbers as in `apm.teachers.layers`. Layer 0 is the image. What a tower holds after a layer is
-told as tokens: class and register tokens first, if it has any, then the places in reading order.
+embedded teacher's is: numbers as in `apm.teachers.layers`. Layer 0 is the image. Activations are given as tokens: class
+and register tokens first, if the tower has any, then the places in reading order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of what a tower holds after one layer."""
+    """Shape of a tower's activations after one layer."""
 
     prefix: int
     """Tokens that belong to no place: class and registers."""
@@ -61,7 +61,7 @@ class Layers:
     Attributes:
         teacher: whose they are.
         count: how many there are.
-        shapes: of what it holds after layers 1, 2, …; of layer 0, the image, at place 0.
+        shapes: of the activations after layers 1, 2, …; at index 0, of the image.
     """
 
     def __init__(self, teacher: GridTeacher) -> None:
@@ -88,10 +88,10 @@ class Layers:
             raise _uncountable(teacher, "what its blocks make of an image is not what the whole tower does")
 
     def check(self, first: int, last: int) -> None:
-        """Refuse layers from which and to which no one can go.
+        """Refuse a pair of layers with nothing to replace between them.
 
         Raises:
-            UsageError: there are no such layers, or the last is not behind the first.
+            UsageError: there are no such layers, or the last does not come after the first.
         """
         for layer, least in ((first, 0), (last, 1)):
             if not least <= layer <= self.count:
@@ -127,7 +127,7 @@ class Layers:
 
     @torch.no_grad()
     def finish(self, tokens: Tensor, layer: int) -> Tensor:
-        """The tower's answer (B, D), of the tokens (B, T, C) after a layer from 1 on."""
+        """The tower's answer (B, D), from the tokens (B, T, C) after a layer from 1 on."""
         x = self._state(tokens, layer)
         for block in self._cut.blocks[layer:]:
             x = block(x)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from apm.errors import TeacherError
@@ -20,6 +20,8 @@ CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names that open_clip gives to the weights in a repository, in the order of preference."""
 PROBE_SECONDS = 3.0
+
+T = TypeVar("T")
 
 
 def weight_files(location: str) -> tuple[str, tuple[str, ...]]:
@@ -115,27 +117,35 @@ def _unavailable(wanted_by: str, repo: str, reason: str) -> TeacherUnavailable:
 
 
 def _probe(repo: str, filename: str) -> int | str:
-    """Ask for a file's head: the status the hub answers with, or why no answer came within `PROBE_SECONDS`.
-
-    The request runs in its own thread because looking up a host name knows no time limit.
-    """
+    """Ask for a file's head: the status the hub answers with, or why no answer came within `PROBE_SECONDS`."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session
 
-    answer: list[int | str] = []
+    def ask() -> int:
+        session: Any = get_session()
+        url = hf_hub_url(repo, filename)
+        response = session.head(url, headers=build_hf_headers(), timeout=PROBE_SECONDS)
+        # A storage host that the hub sends us on to may refuse a HEAD where it allows the download.
+        stayed = urlsplit(str(response.url)).netloc == urlsplit(url).netloc
+        return int(response.status_code) if stayed else 200
 
-    def ask() -> None:
+    return within_seconds(ask)
+
+
+def within_seconds(ask: Callable[[], T]) -> T | str:
+    """What `ask` returns, or in one line why that did not come within `PROBE_SECONDS`.
+
+    It runs in a thread of its own because looking up a host name knows no time limit.
+    """
+    answer: list[T | str] = []
+
+    def run() -> None:
         try:
-            session: Any = get_session()
-            url = hf_hub_url(repo, filename)
-            response = session.head(url, headers=build_hf_headers(), timeout=PROBE_SECONDS)
-            # A storage host that the hub sends us on to may refuse a HEAD where it allows the download.
-            stayed = urlsplit(str(response.url)).netloc == urlsplit(url).netloc
-            answer.append(int(response.status_code) if stayed else 200)
-        except Exception as error:  # whichever HTTP library the client uses
+            answer.append(ask())
+        except Exception as error:  # whichever HTTP library is used
             answer.append(_one_line(error))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
     return answer[0] if answer else f"no answer within {PROBE_SECONDS:g} seconds"

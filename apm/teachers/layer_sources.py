@@ -18,16 +18,16 @@ class SourceName:
     """A source, taken apart."""
 
     text: str
-    """As it was asked for."""
+    """The name as it was given."""
     kind: str
     """One of `KINDS`."""
     model: str
-    """Of ``vit``."""
+    """The model's name, for ``vit``."""
     layers: tuple[str, ...]
     weights: str | None
     """A file, or None: the published ones."""
     seed: int | None
-    """Of weights at random."""
+    """Seed of random weights; None: they are not random."""
 
 
 def parse_source(text: str) -> SourceName:

@@ -1,4 +1,4 @@
-"""Models whose layers are looked at: of a teacher, of timm, of torchvision; their weights from files, caches, or drawn.
+"""Models whose layers are looked at: of a teacher, of timm, of torchvision; weights from files or caches, or drawn.
 
 Weights are found on this machine or fetched, and read as safetensors or as tensors alone; nothing else is unpickled.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import re
-import threading
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from apm.errors import TeacherError, did_you_mean
 from apm.teachers import catalog, hub
 from apm.teachers.base import Teacher, TeacherUnavailable
-from apm.teachers.checkpoint import not_finite, read_checkpoint
+from apm.teachers.checkpoint import model_from, read_torch
 from apm.teachers.layer_sources import SourceName
 from apm.teachers.layers import Weights, drawn, random_words
 from apm.teachers.openclip import OpenClipTeacher, quiet, untrained_tower
@@ -32,7 +30,7 @@ from apm.teachers.sources import from_folder, resolve
 from apm.teachers.timm import published_file, with_weights
 
 HEADS = ("head.", "heads.", "fc.", "classifier.")
-"""Of torchvision's models: what stands behind the last layer, whose classes may be others."""
+"""How the names of torchvision's classifier weights begin: they are not loaded, since a file may have other classes."""
 
 
 def of_teacher(source: SourceName, teacher: Teacher | None, size: int | None) -> Weights:
@@ -151,43 +149,24 @@ def _with_weights(
             ) from error
     else:
         path = Path(source.weights).expanduser()
-        if not path.is_file():
-            raise TeacherError(f'The source "{source.text}" cannot be loaded: there is no file {path}.')
-    if read_checkpoint(path).state is not None:
-        raise TeacherError(
-            f'The source "{source.text}" cannot be loaded: {path} is a CLIP checkpoint of OpenAI, or TorchScript.'
-        )
-    try:
-        model = trained(path)
-    except Exception as error:  # timm and torch report what does not fit in many ways
-        reason = " ".join(str(error).split())
-        raise TeacherError(
-            f'The source "{source.text}" cannot be loaded: {path} does not fit the model'
-            f" ({type(error).__name__}: {reason[:300]})."
-        ) from error
-    if broken := not_finite(model.state_dict()):
-        raise TeacherError(
-            f'The source "{source.text}" cannot be used: {path} holds numbers that are not finite, first in'
-            f" {broken[0]}. Download the file again, or name another one."
-        )
-    return model, path
+    return model_from(path, trained, wanted_by=f'The source "{source.text}"', name="the model"), path
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a file that `read_checkpoint` has accepted."""
     if path.suffix == ".safetensors":
         return dict(load_file(path))
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = read_torch(path)
     state: dict[str, Tensor] = content.get("state_dict", content)
     return state
 
 
 def load_but_heads(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights, but for those of the classes.
+    """Load all weights but those of the classifier.
 
     Raises:
-        ValueError: others are missing, or left over.
-        RuntimeError: a shape is another.
+        ValueError: weights are missing, or unknown.
+        RuntimeError: a shape differs.
     """
     found = model.load_state_dict({k: v for k, v in state.items() if not k.startswith(HEADS)}, strict=False)
     missing = [key for key in found.missing_keys if not key.startswith(HEADS)]
@@ -225,17 +204,10 @@ def fetched(wanted_by: str, url: str) -> Path:
 
 
 def _unreachable(url: str) -> str | None:
-    """Why a file's head does not come within seconds, or None; in a thread: looking up a host knows no time limit."""
-    answer: list[str | None] = []
+    """Why a file's head does not come within seconds, or None."""
 
     def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=hub.PROBE_SECONDS):
-                answer.append(None)
-        except (OSError, ValueError) as error:
-            answer.append(str(error) or type(error).__name__)
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=hub.PROBE_SECONDS):
+            pass
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(hub.PROBE_SECONDS)
-    return answer[0] if answer else f"no answer within {hub.PROBE_SECONDS:g} seconds"
+    return hub.within_seconds(ask)

@@ -97,7 +97,7 @@ class LayerSource:
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> dict[str, Tensor]:
-        """Tell the features of an image's central square: by layer (h, h, D), float32 on the CPU, not normalised.
+        """Return the features of an image's central square: by layer (h, h, D), float32 on the CPU, not normalised.
 
         Raises:
             TeacherError: the model takes no input of this size, or a layer gives no grid.
@@ -132,14 +132,14 @@ class LayerSource:
 
 
 def drawn(untrained: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A model with the weights that its library draws, always the same of one seed."""
+    """A model with the weights that its library draws, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return untrained()
 
 
 def random_words(seed: int) -> str:
-    """What weights at random are called."""
+    """How random weights are described."""
     return f"at random (seed {seed}), not trained"
 
 
@@ -174,7 +174,7 @@ def module_name(model: nn.Module, layer: str, source: str) -> str:
 
 
 class _Enough(Exception):
-    """All that was wanted is there: what lies behind need not run."""
+    """All that was wanted is there: the rest of the model need not run."""
 
 
 def outputs_of(model: nn.Module, names: Sequence[str], pixels: Tensor) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class OpenClipTeacher:
         self.dim = int(source.config["embed_dim"])
         self.logit_scale = float(model.logit_scale.detach().exp())  # type: ignore[operator]
         self.input_shape = (int(height), int(width))
-        """Of the images that `preprocess` returns, in pixels; of a few models not square."""
+        """Height and width, in pixels, of what `preprocess` returns; not square for a few models."""
         self.image_size = int(height)
         self.mean = _triple(config.mean)
         self.std = _triple(config.std)
@@ -79,7 +79,7 @@ class OpenClipTeacher:
             "resize": config.resize_mode,
             "precision": "fp32",
         }
-        """What of architecture and input is known to move accuracy, for records."""
+        """Settings of architecture and input that are known to affect accuracy, for records."""
         self.default_labels = source.labels
         self.default_templates = source.templates
         self.device = device
@@ -188,7 +188,7 @@ def untrained_tower(source: Source) -> nn.Module:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leaves random weights undrawn: a file's are put over all of them next, and a large model's take seconds."""
+    """Skips the drawing of random weights, which takes seconds for a large model: a file's replace them all."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -288,7 +288,7 @@ def weights_hash(state: Mapping[str, Tensor], *, also: bytes = b"") -> str:
 
 
 def _settings(source: Source, config: PreprocessCfg) -> bytes:
-    """Return what beside the weights decides the vectors: architecture, input and vocabulary."""
+    """Return what, besides the weights, decides the vectors: architecture, input and vocabulary."""
     text = json.dumps([dict(source.config), vars(config)], sort_keys=True, default=str)
     return text.encode() + (source.bpe.read_bytes() if source.bpe else b"")
 

@@ -24,7 +24,7 @@ class Source:
     """Everything that a teacher is loaded from; all of it is on this machine."""
 
     name: str
-    """As asked for."""
+    """The name as it was given."""
     model: str
     """What open_clip calls the architecture: a name of its own, or ``local-dir:`` and a folder."""
     weights: Path

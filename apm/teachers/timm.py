@@ -14,7 +14,7 @@ from apm.errors import TeacherError, did_you_mean
 from apm.images.load import central_square, normalised
 from apm.teachers import hub
 from apm.teachers.base import TeacherUnavailable
-from apm.teachers.checkpoint import not_finite, read_checkpoint
+from apm.teachers.checkpoint import model_from
 from apm.teachers.grid_towers import last_map
 from apm.teachers.openclip import quiet, weights_hash
 
@@ -22,7 +22,7 @@ PREFIX = "timm:"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names that timm gives to the weights in a repository, in the order of preference."""
 _DRAW = 0x5EED_F11E
-"""Seed of weights that are to be told from those of a file."""
+"""Seed of the drawn weights that a file's are compared with."""
 
 
 class TimmGridTeacher:
@@ -46,7 +46,7 @@ class TimmGridTeacher:
     def encode_grid(self, image: Image.Image, *, size: int | None = None) -> Tensor:
         """Encode the parts of the central square, scaled to `size` pixels (a multiple of the patches'): (h', w', D).
 
-        Class and register tokens are none of them: timm tells them apart. Position codes are interpolated where the
+        Class and register tokens are left out. Position codes are interpolated where the
         size is not the model's own.
         """
         size = self.grid_size if size is None else size
@@ -73,30 +73,18 @@ def load_timm(spec: str, *, device: str | torch.device = "cpu") -> TimmGridTeach
         raise TeacherError(
             f'The teacher "{spec}" cannot be loaded: timm has no model {name}.{did_you_mean(name, known)}'
         )
+    other = TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is not a vision transformer.')
+
+    def make(path: Path) -> nn.Module:
+        try:
+            return with_weights(name, path, dynamic_img_size=True)
+        except TypeError as error:
+            raise (other if "dynamic_img_size" in str(error) else error) from None
+
     path = Path(file).expanduser() if at else published_file(spec, name)
-    if not path.is_file():
-        raise TeacherError(f'The teacher "{spec}" cannot be loaded: there is no file {path}.')
-    if read_checkpoint(path).state is not None:
-        raise TeacherError(
-            f'The teacher "{spec}" cannot be loaded: {path} is a CLIP checkpoint of OpenAI, or TorchScript.'
-        )
-    try:
-        model = with_weights(name, path, dynamic_img_size=True)
-    except Exception as error:  # timm and torch report what does not fit in many ways
-        reason = " ".join(str(error).split())
-        if "dynamic_img_size" in reason:
-            raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is not a vision transformer.') from error
-        raise TeacherError(
-            f'The teacher "{spec}" cannot be loaded: {path} does not fit the model {name}'
-            f" ({type(error).__name__}: {reason[:300]})."
-        ) from error
+    model = model_from(path, make, wanted_by=f'The teacher "{spec}"', name=f"the model {name}")
     if not (hasattr(model, "forward_intermediates") and hasattr(model, "num_prefix_tokens")):
-        raise TeacherError(f'The teacher "{spec}" cannot be loaded: {name} is not a vision transformer.')
-    if broken := not_finite(model.state_dict()):
-        raise TeacherError(
-            f'The teacher "{spec}" cannot be used: {path} holds numbers that are not finite, first in {broken[0]}.'
-            " Download the file again, or name another teacher."
-        )
+        raise other
     return TimmGridTeacher(model, name=spec, device=torch.device(device))
 
 
@@ -125,7 +113,7 @@ def with_weights(name: str, path: Path, **options: Any) -> nn.Module:
 
 
 def _random(values: Tensor) -> bool:
-    """Whether they are not all alike, as weights are that no draw has made."""
+    """Whether the values differ, as those of drawn weights do."""
     return bool((values != values.flatten()[0]).any())
 
 

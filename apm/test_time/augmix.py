@@ -1,7 +1,7 @@
 """AugMix (Hendrycks et al., ICLR 2020) at its lowest severity, as some test-time methods augment their views.
 
 Three chains of one to three simple operations are applied to a crop, mixed with random weights, and the mixture is
-mixed with the crop itself. All is drawn from the view's own generator.
+mixed with the crop itself. Everything is drawn from the view's own generator.
 """
 
 from __future__ import annotations

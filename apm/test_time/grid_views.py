@@ -66,7 +66,7 @@ def grid_views(count: int, *, seed: int, sample_id: str, sides: tuple[float, flo
 
 
 def cut(image: Image.Image, view: GridView) -> tuple[Image.Image, GridView]:
-    """Cut a view out of an image's central square, in whole pixels: the picture, and the view as it came out."""
+    """Cut a view out of an image's central square, in whole pixels: the picture, and the view as actually cut."""
     if view == GridView():
         return image, view
     edge = min(image.size)

@@ -15,7 +15,7 @@ from apm.student.config import APMConfig
 from apm.student.field import resample
 
 if TYPE_CHECKING:
-    from apm.teachers.base import GridTeacher, Teacher
+    from apm.teachers.base import Teacher
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,21 @@ class Inputs:
 def student_inputs(
     images: Sequence[Image.Image], teacher: Teacher, config: APMConfig, *, grids: bool = False, size: int | None = None
 ) -> Inputs:
-    """Make all of it, of RGB images.
+    """Compute the inputs of RGB images.
 
     Args:
-        images: B ≥ 1 of them.
+        images: B ≥ 1, RGB.
         teacher: gives tokens, and grids if they are wanted.
         config: of the student.
         grids: whether the teacher's grids are wanted.
-        size: as in `teacher_grids`.
+        size: side, in pixels, at which the grids are made; None for the teacher's default.
     """
     return Inputs(
         pixels=student_pixels(images, config.image_size),
         tokens=teacher_tokens(teacher, torch.stack([teacher.preprocess(image) for image in images])),
-        grids=resample(teacher_grids(teacher, images, size=size), config.grid) if grids else None,
+        grids=torch.stack([resample(teacher.encode_grid(image, size=size), config.grid) for image in images])
+        if grids
+        else None,
     )
 
 
@@ -58,21 +60,10 @@ def teacher_tokens(teacher: Teacher, pixels: Tensor, *, chunk: int | None = None
     """Encode pixels (B, 3, H, W) to tokens (B, D), not normalised, on the teacher's device.
 
     Args:
-        teacher: with its own `preprocess` it has made the pixels.
+        teacher: its own `preprocess` has made the pixels.
         pixels: on any device.
         chunk: images encoded at a time. None: one by one on a CPU, where batching gains nothing and would change the
             last bits with the batch's size; on a GPU all.
     """
     rows = chunk or (1 if teacher.device.type == "cpu" else len(pixels))
     return torch.cat([teacher.encode_image(part) for part in pixels.to(teacher.device).split(rows)])
-
-
-def teacher_grids(teacher: GridTeacher, images: Sequence[Image.Image], *, size: int | None = None) -> Tensor:
-    """The teacher's grids (B, h', w', D), not normalised, on its device.
-
-    Args:
-        teacher: has grids.
-        images: RGB.
-        size: side, in pixels, at which the grids are made; None for the teacher's default.
-    """
-    return torch.stack([teacher.encode_grid(image, size=size) for image in images])

@@ -45,7 +45,7 @@ class Watched:
     losses: dict[int, float]
     """By the number of steps made."""
     rounding: float | None = None
-    """How far the last field is from the same weights' in float64, root mean square, as a share of its spread."""
+    """Root mean square difference of the last field from the same weights' in float64, as a share of its spread."""
 
     @property
     def last(self) -> Field:
@@ -97,7 +97,7 @@ def prepare(
         parts: number of superpixels.
         seed: of random targets and of the patches' order.
         grid_size: side, in pixels, at which the teacher's grid is made; None for its default.
-        grid_views: looks at an image whose grids are the target, see `apm.test_time.grid_views`.
+        grid_views: views of an image whose grids are the target, see `apm.test_time.grid_views`.
     """
     square, second = square_of(image), square_of(other)
     shuffled = islands.shuffle_patches(square, PATCHES, seed)
@@ -166,7 +166,7 @@ def watch(trainer: TestTimeTrainer, inputs: Inputs, snapshots: Sequence[int]) ->
 
 
 def root_mean_square(values: NDArray[np.floating]) -> float:
-    """Of all values."""
+    """Root mean square of all values."""
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 

@@ -27,12 +27,12 @@ class LayerSeen:
     """One layer's field of an image, beside the controls'."""
 
     layer: str
-    """As it was asked for."""
+    """The layer as it was asked for."""
     module: str
     fields: dict[str, Field]
-    """By condition, (h, h, D): "image" first; D is another one for colours and coordinates."""
+    """By condition, (h, h, D): "image" first; colours and coordinates have a D of their own."""
     superpixels: islands.Labels
-    """Of the image, at the layer's locations."""
+    """Superpixels of the image, at the layer's locations."""
     measured: dict[str, dict[str, float]]
     """By condition: see `apm.test_time.island_fields.measures`."""
     clusters: dict[str, islands.Labels]
@@ -40,7 +40,7 @@ class LayerSeen:
 
     @property
     def field(self) -> Field:
-        """Of the image itself."""
+        """The image's own field."""
         return self.fields["image"]
 
     @property
@@ -71,7 +71,7 @@ def fields_of(
         image: the image looked at; its central square counts.
         other: another one, for a control.
         source: the layers.
-        untrained: the same layers with weights at random; None where `source` has none else.
+        untrained: the same layers with random weights; None if those of `source` are random already.
         seed: of the order of the patches.
         controls: whether these are computed.
     """

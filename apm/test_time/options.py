@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 Reading = Literal["query", "mean", "mode"]
 
 TEMPERATURE = 4.0
-"""Of softened targets. At 1 they are the probabilities that answers are read from, and where these lie on one label the
-loss hardly asks for the others. With a temperature that is large beside the spread of the logits the loss is all but
-the squared error of all of them (Hinton et al. 2015, section 2.1). In between the student is soonest near its teacher:
+"""Of softened targets. At 1 they are the probabilities that answers are read from; where these lie on one label, the
+loss hardly depends on the others. At a temperature that is large compared with the spread of the logits, it is nearly
+the squared error of all of them (Hinton et al. 2015, section 2.1). In between, the student is soonest near its teacher:
 docs/softened.md compares 1, 4 and 16."""
 
 
@@ -194,7 +194,7 @@ class StudentOptions(TrainingOptions):
         return APMConfig.preset(self.preset, dim=dim, readout=self.chosen_readout, guide=self.guide)
 
     def training(self, device: "torch.device") -> AdaptConfig:
-        """How the student is trained on a device: on it depends what ``queries="auto"`` comes to."""
+        """How the student is trained on a device, which decides what ``queries="auto"`` means."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingOptions)}
         locations = locations_a_step(
             self.queries,
@@ -268,7 +268,11 @@ class IslandOptions:
     )
     threshold: float = setting(0.9, "Minimum cosine of neighbours in one region.", check=cosine)
     parts: int = setting(12, "Number of clusters and of superpixels.", check=between(2, 20))
-    seed: int = setting(0, "Seed of initial weights, random targets, patch order and t-SNE.", check=at_least(0))
+    seed: int = setting(
+        0,
+        "Seed of initial weights, random targets, patch order and t-SNE.",
+        check=between(0, 2**32 - 1),  # scikit-learn's range
+    )
 
     def __post_init__(self) -> None:
         """Check every value."""

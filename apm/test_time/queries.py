@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 ALL, AUTO = "all", "auto"
 
 FEWER = {"paper": 64}
-"""What ``auto`` reads on a CPU, by preset; all of them with another. `python -m apm.benchmarks.studies.queries` counts
+"""What ``auto`` reads on a CPU, by preset; with other presets, all. `python -m apm.benchmarks.studies.queries` counts
 the answers that change."""
 
 

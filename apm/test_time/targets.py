@@ -57,8 +57,8 @@ class TargetPolicy:
 
 
 VIEWS, LARGE_CROPS = 16, 0.5
-"""Of the named targets: crops of half the image or more, as the best target that was found has them
-(benchmarks/README.md), and of them few, since the teacher looks at each."""
+"""Of the named targets: crops of half the image or more, as in the best target that was found (benchmarks/README.md),
+and few of them, since the teacher encodes each."""
 
 TARGETS: dict[str, TargetPolicy] = {
     "cls": TargetPolicy(kind="cls", views=1),

@@ -38,7 +38,7 @@ LARGEST_BATCH = 32
 
 @dataclass
 class AdaptResult:
-    """What came of B images. A flagged image (``finite`` False) has NaN for its token and its final figures."""
+    """The result for B images. A flagged image (``finite`` False) has NaN for its token and its final figures."""
 
     tokens: Tensor  # (B, D) after the last step, read from all locations
     losses: Tensor  # (B, K) before each update, of all that is distilled; an image that stopped repeats its last value
@@ -112,7 +112,7 @@ class TestTimeTrainer:
             device: where the students live.
             batch_size: students in memory at a time. None: on a CPU one, whose products already fill its cores; on a
                 GPU as many as its free memory holds, up to 32.
-            initial: that state, where it is drawn already (`apm.student.drawn_ahead`).
+            initial: that state, if it is drawn already (`apm.student.drawn_ahead`).
         """
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size must be 1 or more, not {batch_size}.")
@@ -164,8 +164,8 @@ class TestTimeTrainer:
             grids: (B, N, D) float, what the field is to become at the student's own locations, in reading order
                 (`apm.student.field.resample`); or `Cells`, what its means over the cells of views are to become.
                 Needed unless distil="cls".
-            head: the labels whose probabilities are compared with loss="soft": what the targets say of them is what the
-                students' tokens are to say. Needed for it, and without use for other losses.
+            head: the labels over which loss="soft" compares the probabilities of targets and students' tokens. Needed
+                for that loss, and unused by the others.
             keep_field: keep columns and weights, so that the result can tell features at any location.
             record_tokens: keep the token before each update as well.
             snapshots: numbers of steps, from 0 to all, after which to keep the field at the student's own locations,

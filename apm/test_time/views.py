@@ -2,8 +2,8 @@
 
 View 0 is the image as the teacher itself prepares it; the others follow Shu et al. 2022 (TPT), whose crops MTA and ZERO
 use too: torchvision's RandomResizedCrop (a crop of random area and aspect ratio, resized to the teacher's input,
-bilinear), flipped with probability one half. View i depends on (seed, sample
-id, i) alone, so 33 views are the first 33 of 64, and no view depends on other images, threads or the order of work.
+bilinear), flipped with probability one half. View i depends on (seed, sample id, i) alone, so 33 views are the first 33
+of 64, and no view depends on other images, threads or the order of work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sentences about classes, written by a language model, and text features made of them and of prompts.
 
-As in CuPL (Pratt et al., ICCV 2023) a JSON file holds some for each class, ``{"banded": ["A banded cloth …", …], …}``,
-which are encoded as they are.
+As in CuPL (Pratt et al., ICCV 2023) a JSON file holds several for each class, ``{"banded": ["A banded cloth …", …],
+…}``; they are encoded as they are.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from apm.teachers.base import Teacher
 from .zeroshot import ZeroShotHead, kept_features
 
 Combination = Literal["together", "apart"]
-"""How sentences join prompts. Together: the mean of all texts of a class. Apart: of the prompts' mean and theirs."""
+"""How sentences join prompts. Together: the mean of all texts of a class. Apart: that of both means."""
 _SHAPE = '{"class name": ["a sentence", "another"], …}'
 
 
 @dataclass(frozen=True, eq=False)
 class Descriptors:
-    """What a file says of classes."""
+    """The sentences in a file."""
 
     name: str
-    """Of the file."""
+    """The file's name."""
     digest: str
     """SHA-256 of its bytes, as hex."""
     sentences: Mapping[str, tuple[str, ...]]
@@ -61,7 +61,7 @@ def read_descriptors(path: str | Path) -> Descriptors:
     """Read a file of descriptors.
 
     Raises:
-        UsageError: it cannot be read, is no JSON, or does not hold a list of sentences for each class name.
+        UsageError: it cannot be read, is not JSON, or does not hold a list of sentences for each class name.
     """
     path = Path(path).expanduser()
     try:
@@ -72,11 +72,11 @@ def read_descriptors(path: str | Path) -> Descriptors:
             f'The descriptors "{path}" cannot be read: {getattr(error, "strerror", None) or error}.'
         ) from None
     except ValueError as error:
-        raise UsageError(f'The descriptors "{path}" are no JSON ({error}). They look like this: {_SHAPE}.') from None
+        raise UsageError(f'The descriptors "{path}" are not JSON ({error}). The form is {_SHAPE}.') from None
     try:
         return Descriptors(path.name, hashlib.sha256(content).hexdigest(), _checked(found))
     except ValueError as error:
-        raise UsageError(f'The descriptors "{path}": {error}. They look like this: {_SHAPE}.') from None
+        raise UsageError(f'The descriptors "{path}": {error}. The form is {_SHAPE}.') from None
 
 
 def described_head(
@@ -166,7 +166,7 @@ def _checked(found: Any) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"the class {shown} has an empty list")
         for one in sentences:
             if not isinstance(one, str) or not one.strip():
-                raise ValueError(f"the class {shown} has {json.dumps(one)} among its sentences, which is none")
+                raise ValueError(f"the class {shown} has {json.dumps(one)} among its sentences, which is no sentence")
         if any(unicodedata.category(character) == "Cs" for one in (name, *sentences) for character in one):
             raise ValueError(f"the class {json.dumps(name)} has characters that are no text")
         checked[_folded(name)] = tuple(sentences)

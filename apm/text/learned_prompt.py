@@ -2,7 +2,7 @@
 
 A context of M word vectors stands before every class name, "[v1] … [vM] name.". CoCoOp adds to each of them one vector
 that a small network, the meta-net, makes of the image. A learned prompt belongs to the teacher whose word vectors it
-stands among. It fits before any class names, but was learned for some: others are refused unless that is asked for.
+stands among. It fits before any class names, but was learned for some: others are refused unless explicitly allowed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class LearnedPrompt:
         return self.context + linear(linear(feature, first, first_bias).relu(), second, second_bias)
 
     def conditioned(self, feature: Tensor) -> Tensor:
-        """CoCoOp's own context for an image: of its feature (D,) at unit length."""
+        """CoCoOp's context for an image, from its feature (D,) brought to unit length."""
         return self.for_image(normalize(feature, dim=0))
 
     def to(self, device: torch.device) -> LearnedPrompt:
@@ -76,7 +76,7 @@ class LearnedPrompt:
 
 
 def write_learned_prompt(path: Path, prompt: LearnedPrompt) -> None:
-    """Write a prompt as safetensors, the same prompt as the same bytes; a WriteError says why it cannot be."""
+    """Write a prompt as safetensors, equal prompts as equal bytes; a `WriteError` says why it cannot be written."""
     tensors = {CONTEXT: prompt.context, **(prompt.meta_net or {})}
     metadata = {**prompt.origin, "format": _FORMAT}
     content = save({name: value.float().contiguous() for name, value in tensors.items()}, metadata)
@@ -140,10 +140,10 @@ def read_published(path: Path) -> LearnedPrompt:
 
 
 def check_class_names(prompt: LearnedPrompt, class_names: Sequence[str], *, name: str) -> None:
-    """Refuse class names that a prompt was not learned for, if it records those it was.
+    """Refuse class names that a prompt was not learned for, if it records those that it was learned for.
 
     Raises:
-        UsageError: some of the names at hand are not among those; a part of them may be missing.
+        UsageError: some of the given names are not among those; not all of those need be given.
     """
     learned = json.loads(prompt.origin.get("class_names", "null"))
     if learned is None:  # a published one does not say

@@ -1,7 +1,7 @@
 """How CoOp's and CoCoOp's contexts are learned from a few labelled images (Zhou et al., IJCV and CVPR 2022).
 
-Both towers stay as they are: what is learned are the word vectors before the class name and, for CoCoOp, a small
-network that adds to them what it makes of the image. Cross-entropy, SGD with a cosine schedule by epoch, random resized
+Both towers are frozen: what is learned are the word vectors before the class name and, for CoCoOp, a small network that
+adds to them what it makes of the image. Cross-entropy, SGD with a cosine schedule by epoch, random resized
 crops and flips.
 
 The order of the images and their crops are functions of seed, epoch and image, so that nothing but weights, momentum
@@ -85,11 +85,12 @@ class LearningConfig:
                 raise UsageError(f"{name} is {value}; it must be 1 or more.")
         if not self.lr > 0 or not 0 <= self.momentum < 1 or not self.weight_decay >= 0 or self.seed < 0:
             raise UsageError(
-                "The learning rate must be above 0, the momentum in [0, 1), weight decay and seed 0 or more."
+                "The learning rate must be above 0, the momentum in [0, 1), weight decay and seed 0 or more, not "
+                f"{self.lr:g}, {self.momentum:g}, {self.weight_decay:g} and {self.seed}."
             )
 
     def filled(self, classes: int) -> LearningConfig:
-        """With what the defaults come to for so many classes."""
+        """The same with the defaults filled in for so many classes."""
         coop = self.method == "coop"
         few = {1: 50, 2: 100, 3: 100, 4: 100}.get(self.shots, 200)
         epochs = self.epochs or ((50 if classes >= 1000 else few) if coop else 10)
@@ -104,10 +105,10 @@ class LearningConfig:
 
 @dataclass
 class PromptLearner:
-    """A prompt on its way.
+    """Learns a prompt, or goes on where an earlier run stopped.
 
     Args:
-        path: where the learned prompt goes; what is needed to go on lies beside it until then.
+        path: of the learned prompt; until it is finished, what is needed to go on lies beside it.
         teacher: frozen, with an open text tower.
         class_names: C names.
         samples: what is learned from.
@@ -147,7 +148,7 @@ class PromptLearner:
 
     @property
     def steps(self) -> int:
-        """Of the whole training."""
+        """Number of steps of the whole training."""
         return self._per_epoch * int(self.config.epochs or 0)
 
     @property

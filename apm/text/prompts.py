@@ -1,4 +1,4 @@
-"""The gradient of text features in a prompt's context vectors, for teachers that open their text tower.
+"""The gradient of text features with respect to a prompt's context vectors, for teachers with an open text tower.
 
 The context, such as "a photo of a", is a run of word vectors shared by the prompts of all classes. Tuning it (Zhou et
 al. 2022, CoOp; Shu et al. 2022, TPT) needs the text tower's gradient for every class. Here it is computed for a group

@@ -23,7 +23,7 @@ from apm.errors import UsageError, unknown
 from apm.settings import parse_value
 from apm.student.cells import Cells
 from apm.test_time.grid_views import view_cells
-from apm.test_time.inputs import student_pixels, teacher_grids, teacher_tokens
+from apm.test_time.inputs import student_pixels, teacher_tokens
 from apm.test_time.options import StudentOptions
 from apm.test_time.views import MIN_AREA, check, view_tokens
 from apm.test_time.views import views as make_views
@@ -180,7 +180,7 @@ class Batch:
     def grids(self) -> Tensor:
         """The teacher's grids at its default size: (B, h', w', D) float32, not normalised, on the teacher's device."""
         if self._grids is None:
-            self._grids = teacher_grids(self.teacher, self.images)
+            self._grids = torch.stack([self.teacher.encode_grid(image) for image in self.images])
         return self._grids
 
     def view_cells(self, views: int | str, side: int) -> Cells:

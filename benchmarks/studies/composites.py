@@ -15,7 +15,7 @@ from apm.student.config import APMConfig
 from apm.student.field import resample
 from apm.student.position import dense_locations
 from apm.teachers.base import Teacher
-from apm.test_time.inputs import student_inputs, teacher_grids
+from apm.test_time.inputs import student_inputs
 from apm.test_time.island_fields import square_of
 from apm.test_time.label_maps import field_maps, label_maps
 from apm.test_time.options import AdaptConfig, StudentOptions
@@ -120,7 +120,7 @@ class Mapper:
     def __call__(self, image: Image.Image) -> Maps:
         """Adapt the students to an image, whose central square is what they and the maps see."""
         seen = student_inputs([image], self.teacher, self.trainers["field, both"].model)
-        (grid,) = teacher_grids(self.teacher, [image])  # (h, w, D)
+        grid = self.teacher.encode_grid(image)  # (h, w, D)
         targets = resample(grid[None], self.grid)  # (1, N, D)
         results: dict[str, AdaptResult] = {}
         for source, trainer in self.trainers.items():

@@ -31,7 +31,7 @@ from apm.student.islands import Labels
 from apm.student.position import dense_locations
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.inputs import student_inputs, student_pixels, teacher_grids
+from apm.test_time.inputs import student_inputs, student_pixels
 from apm.test_time.island_fields import trainers
 from apm.test_time.label_maps import LR, STEPS
 from apm.test_time.options import StudentOptions
@@ -72,7 +72,7 @@ class Sources:
             found |= {f"{name}, level {level}": values for level, values in enumerate(levels.unbind(1))}
         config = self.students["grid"].model
         seen = student_inputs([square], self.teacher, config, grids=True)
-        found["teacher's grid"] = resample(teacher_grids(self.teacher, [square]), side)[0]
+        found["teacher's grid"] = resample(self.teacher.encode_grid(square), side)
         for target, name in (("grid", "APM's field, fitted to the grid"), ("cls", "APM's field, fitted to the token")):
             with torch.enable_grad():
                 result = self.students[target].adapt(

@@ -26,7 +26,7 @@ from apm.student.field import resample
 from apm.student.model import APM
 from apm.teachers import load_teacher
 from apm.teachers.base import Teacher
-from apm.test_time.inputs import student_inputs, teacher_grids
+from apm.test_time.inputs import student_inputs
 from apm.test_time.label_maps import LR, STEPS
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL, parse_queries
@@ -104,7 +104,7 @@ class Fits:
         self.config = self.trainers["mean"].model
         self.drawn = APM(self.config, seed=options.seed).double()
         size = options.grid_size
-        self.grids = torch.stack([teacher_grids(teacher, [one.load()], size=size)[0].cpu() for one in samples])
+        self.grids = torch.stack([teacher.encode_grid(one.load(), size=size).cpu() for one in samples])
         self.total = self.grids.double().sum(0)  # (h', w', D)
         height, width = self.grids.shape[1:3]
         rows, cols = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (height, width))

@@ -127,6 +127,14 @@ def test_damage_before_the_last_line_is_told_not_repaired(suffix: str, tmp_path:
         AnswerFile(file.path, SETTINGS)
 
 
+def test_a_cell_that_no_reader_takes_is_damage(tmp_path: Path, photos: list[Path]) -> None:
+    file = AnswerFile(tmp_path / "out.csv", SETTINGS)
+    file.write({**record(photos[0]), "path": "x" * 200_000})
+    file.close()
+    with pytest.raises(UsageError, match="is not an answer"):
+        AnswerFile(file.path, SETTINGS)
+
+
 def test_columns(tmp_path: Path, photos: list[Path]) -> None:
     file = AnswerFile(tmp_path / "out.csv", SETTINGS)
     file.write(record(photos[0]))

@@ -237,7 +237,7 @@ def test_undecodable_name(tmp_path: Path) -> None:
         (("--device", "gpu"), '"gpu"'),
         (("--batch-size", "0"), "--batch-size"),
         (("--batch-size", "many"), '"many"'),
-        (("--top-k", "0"), "top_k is 0"),
+        (("--top-k", "0"), "--top-k must be 1 or more, not 0"),
         (("--seed", "-1"), "-1"),
         (("--teacher-name", "x"), "--teacher"),
         (("--steps", "ten"), "'--steps'"),
@@ -250,6 +250,16 @@ def test_wrong_usage(arguments: tuple[str, ...], words: str, picture: Path, tmp_
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.replace("│", " ").split())
     assert result.stdout == "" and "Traceback" not in result.stderr
+
+
+def test_what_cannot_work_is_told_before_weights_are_fetched(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apm.teachers.check_teacher", lambda name: pytest.fail("weights were fetched"))
+    for arguments in (
+        ("--top-k", "0"), ("--min-probability", "2"), ("--steps", "0"), ("--preset", "smal"), ("--queries", "0"),
+        ("--label-set", "imagnet"), ("--prompts", "opena"), ("--template", "a photo"),
+    ):  # fmt: skip
+        result = classify(picture, *arguments, labels=() if "--label-set" in arguments else LABELS)
+        assert result.exit_code == 2 and result.stderr.startswith("error: "), result.stderr
 
 
 def test_help_states_the_real_defaults() -> None:
@@ -341,7 +351,7 @@ def test_out_is_written_and_continued(suffix: str, picture: Path, tmp_path: Path
     Image.new("RGB", (9, 9), "red").save(other)
     first = classify("--out", out, picture)
     assert (first.exit_code, first.stdout) == (0, "")
-    assert first.stderr == f"note: 1 answers are in {out}.\n"
+    assert first.stderr == f"note: 1 answer is in {out}.\n"
     calls = fake_teacher.image_calls
     again = classify("--out", out, "--json", picture, other, tmp_path / "missing.jpg")
     assert again.exit_code == 1 and fake_teacher.image_calls == calls + 1
@@ -356,6 +366,13 @@ def test_out_is_written_and_continued(suffix: str, picture: Path, tmp_path: Path
     assert refused.exit_code == 2 and "lr: 0.0001, now 0.5" in refused.stderr
     wrong = classify("--out", tmp_path / "answers.txt", picture)
     assert wrong.exit_code == 2 and "must end in .jsonl or .csv" in wrong.stderr
+
+
+def test_a_file_named_twice_on_stdin_has_one_answer_in_the_file(picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    result = classify("--out", out, "-", stdin=f"{picture}\n{picture}\n")
+    assert (result.exit_code, len(out.read_text().splitlines())) == (0, 1)
+    assert result.stderr == f"note: 1 answer is in {out}.\n"
 
 
 def test_improbable_answers_are_marked_unsure(picture: Path) -> None:
@@ -465,7 +482,7 @@ def test_wrong_distil_is_refused(picture: Path) -> None:
         (("--grid-views", "16"), "add distil=both"),
         (("--distil", "grid", "--grid-views", "few"), 'grid_views is "few"'),
         (("--distil", "grid", "--readout", "query"), 'choose readout="mean"'),
-        (("--rgb-weight", "-1"), "rgb_weight must be 0 or a positive number"),
+        (("--rgb-weight", "-1"), "--rgb-weight must be 0 or a positive number"),
         (("--loss", "soft", "--distil", "grid"), 'use distil="both"'),
         (("--temperature", "2"), "add loss=soft"),
         (("--queries", "257"), "queries must not exceed the 256 locations"),
@@ -473,7 +490,7 @@ def test_wrong_distil_is_refused(picture: Path) -> None:
         (("--queries", "0"), 'queries is "0"'),
         (("--target", "mat"), 'Unknown target "mat". Did you mean "mta"'),
         (("--target", "mta", "--distil", "grid"), "uses no token"),
-        (("--min-probability", "2"), "must lie between 0 and 1"),
+        (("--min-probability", "2"), "--min-probability must be from 0 to 1, not 2"),
     ):
         result = classify(*arguments, picture)
         assert result.exit_code == 2 and words in result.stderr

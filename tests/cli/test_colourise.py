@@ -99,6 +99,17 @@ def test_the_same_command_goes_on_and_other_settings_are_refused(trained: Path, 
     assert changed.exit_code == 2 and "student: c.safetensors@" in changed.stderr
 
 
+def test_results_of_another_command_or_of_unknown_settings_are_not_taken(trained: Path, tmp_path: Path) -> None:
+    photograph, out = tmp_path / "a.png", tmp_path / "out"
+    drawn(1).save(photograph)
+    assert json.loads(run(trained, out, photograph, "--json").stdout)["places"] == 4
+    (out / "colourise.settings.json").unlink()
+    assert json.loads(run(trained, out, photograph, "--places", "5", "--json").stdout)["places"] == 5
+    (out / "segment.settings.json").write_text("{}")
+    other = run(trained, out, photograph, "--places", "5")
+    assert other.exit_code == 2 and "holds results of apm segment: give another --out" in other.stderr
+
+
 def test_wrong_usage_is_one_line_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:
     photograph, out = tmp_path / "a.png", tmp_path / "out"
     drawn(1).save(photograph)

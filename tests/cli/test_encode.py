@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from apm.benchmarks.runs.records import RunFolder
 from apm.benchmarks.store import encode as encoding
+from apm.processes import Group
 from tests.cli.test_bench import animals, apm_, bench, fake_teacher
 from tests.fakes import FakeTeacher
 
@@ -19,6 +22,15 @@ METHODS = ("--method", "zero-shot", "--method", "mta", "--method", "onzeta", "--
 
 def encode(*arguments: object):  # type: ignore[no-untyped-def]
     return apm_("encode", "--teacher", "fake", "--device", "cpu", "--views", 5, *arguments)
+
+
+def test_of_several_processes_one_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = SimpleNamespace(failed=1, images=1, path="runs/x")
+    monkeypatch.setattr("apm.processes.join", lambda: nullcontext(Group(rank=1, world=2)))
+    monkeypatch.setattr("apm.cli.encode.fill_store", lambda *_, **__: failed)
+    monkeypatch.setattr("apm.cli.bench._run", lambda *_, **__: [failed])
+    for done in (encode(*DIGITS, "--out", "store"), bench(*DIGITS)):
+        assert (done.exit_code, done.stderr) == (1, "")
 
 
 def test_encoded_once_read_by_every_run(fake_teacher: FakeTeacher) -> None:

@@ -103,16 +103,20 @@ def test_what_the_maps_need_is_filled_in_and_said(
 ) -> None:
     monkeypatch.setattr("apm.test_time.label_maps.STEPS", 4)
     result = explain(tmp_path, "--json", picture)
-    assert "--explain takes --steps 4, --lr 0.001, --distil both, --grid-views 16:" in result.stderr
+    assert "--explain uses --steps 4, --lr 0.001, --distil both, --grid-views 16," in result.stderr
     assert json.loads(result.stdout)["adaptation"]["steps"] == 4
     result = explain(tmp_path, "--json", "--lr", "0.0002", "--steps", "2", picture)
-    assert "--explain takes --distil both, --grid-views 16:" in result.stderr
+    assert "--explain uses --distil both, --grid-views 16," in result.stderr
     assert json.loads(result.stdout)["adaptation"]["lr"] == 0.0002
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--distil", "cls"], "--distil both or grid"), (["--explain-size", "0"], "--explain-size is 0")],
+    [
+        (["--distil", "cls"], "--distil both or grid"),
+        (["--explain-size", "99999"], "not 99999"),
+        (["--explain-size", "0"], "--explain-size must be from 1 to 2048, not 0"),
+    ],
 )
 def test_wrong_usage(arguments: list[str], told: str, picture: Path, tmp_path: Path) -> None:
     result = explain(tmp_path / "out", *arguments, picture)

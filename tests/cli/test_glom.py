@@ -134,9 +134,12 @@ def test_probes_every_level_beside_pixels_and_an_untrained_network(trained: Path
         name: 32 * 32 * 3 if name == "pixels" else 8 for name in names
     }
     assert "| level 2 | 8 | " in said and "| raw pixels | 3,072 | " in said
+    lost = run(*command, "--out", table / "r.json")
+    assert (lost[0], lost[1]) == (1, said) and "r.json" in lost[2]
     for arguments, message in (
         ((*command[:-2], "30"), "--train must be from 10 to less than the 30 images, not 30"),
         (("probe", tmp_path / "none", *command[2:]), "no such file; a probe needs a Parquet file"),
+        ((*command, "--seed", "-1"), "--seed must be 0 or more, not -1"),
     ):
         code, said, told = run(*arguments)
         assert (code, said) == (2, "") and message in told

@@ -13,9 +13,10 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from apm.cli.island_inputs import files_of
+from apm.cli.island_inputs import _beside_others, files_of
 from apm.cli.main import app
 from apm.errors import ImageError, UsageError
+from apm.images.load import load_image
 from apm.student import islands as islands_measures
 from apm.student.config import APMConfig
 from apm.test_time import layer_fields
@@ -115,6 +116,7 @@ def test_the_query_holds_the_colours_at_its_place(picture: Path, tmp_path: Path)
         (["--threshold", "2"], "threshold is a cosine, from -1 to 1, not 2"),
         (["--parts", "1"], "parts must be from 2 to 20, not 1"),
         (["--format", "bmp"], '"bmp"'),
+        (["--seed", "4294967296"], "seed must be from 0 to 4294967295"),  # scikit-learn takes no more
         (["--agree", "-1"], "agree must be 0 or a positive number, not -1"),
         (["--grid-views", "many"], 'grid_views is "many"'),
     ],
@@ -198,6 +200,21 @@ def test_an_image_without_superpixels_loses_no_other(
     result = layers(tmp_path / "out", "vit:test_resnet:2@random", *words, picture, twin)
     assert result.exit_code == 1 and len(result.stdout.splitlines()) == 3
     assert f"{picture.name} beside twin.png: one superpixel alone" in result.stderr
+
+
+def test_each_image_comes_beside_the_next_and_few_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = list[Path]()
+    files = [tmp_path / f"{number}.png" for number in range(5)]
+    for number, file in enumerate(files):
+        Image.new("RGB", (4 + number, 4)).save(file)
+    load = load_image
+    monkeypatch.setattr("apm.images.load.load_image", lambda file: opened.append(file) or load(file))
+    pairs = _beside_others(files)
+    first = next(pairs)
+    assert (first[0], first[2].width, first[3], opened) == (files[0], 5, "1.png", files[:2])
+    assert [(file.name, other.width, name) for file, _, other, name in pairs] == [
+        ("1.png", 6, "2.png"), ("2.png", 7, "3.png"), ("3.png", 8, "4.png"), ("4.png", 4, "0.png")
+    ]  # fmt: skip
 
 
 def test_an_interruption_says_how_far_it_got(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

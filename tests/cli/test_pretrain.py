@@ -72,6 +72,14 @@ def test_skipped_images_are_named_at_the_end(tmp_path: Path, teacher: GridTeache
     assert "train:" not in told
 
 
+def test_json_is_json_whatever_files_are_called(tmp_path: Path, teacher: GridTeacher) -> None:
+    table = make_parquet(tmp_path / "of\u00a0mine.parquet", 6, broken=(4,))
+    out = tmp_path / "a\u00a0b.safetensors"
+    code, said, _ = run(table, "--teacher-grid", "fake", "--out", out, *FAST, "--json")
+    record = json.loads(said)
+    assert code == 1 and record["checkpoint"] == str(out) and record["skipped"] == ["of\u00a0mine.parquet, row 4"]
+
+
 def test_links_that_lead_nowhere_are_counted_and_the_first_is_named(tmp_path: Path, teacher: GridTeacher) -> None:
     folder = make_folder(tmp_path / "images", 6)
     for name in ("y.png", "x.png"):
@@ -90,13 +98,14 @@ def test_wrong_use_is_told_before_anything_is_computed(tmp_path: Path, monkeypat
     out = ("--out", tmp_path / "s.safetensors")
     named = ("--teacher-grid", "embedded")
     for arguments, message in (
-        ((tmp_path / "none", *named, *out), "none: no such folder"),
+        ((tmp_path / "none", *named, *out), "none: no such folder or file"),
         ((tmp_path / "empty", *named, *out), "no images in this folder or below it"),
         ((folder, *named, "--out", tmp_path), "is a folder; --out names the checkpoint's file"),
         ((folder, *named, "--out", tmp_path / "s.pt"), "name ends in .safetensors"),
         ((folder, "--teacher-grid", "embeded", *out), 'Did you mean "embedded"'),
         ((folder, *named, *out, "--preset", "smal"), 'Unknown preset "smal". Did you mean "small"?'),
         ((folder, *named, *out, "--steps", "0"), "steps must be 1 or more, not 0"),
+        ((folder, *named, *out, "--seed", "-1"), "seed must be 0 or more, not -1"),
         ((folder, *named, *out, "--held-out", "1"), "held_out is a share"),
         ((folder, *named, *out, "--save-every", "0"), "--save-every must be 1 or more"),
         ((folder, *named, *out, "--max-pixels", "0"), "--max-pixels must be 1 or more"),

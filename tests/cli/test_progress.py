@@ -14,9 +14,11 @@ from apm.cli.progress import Heartbeat
 LINE_EVERY = progress.LINE_EVERY  # as it is where no test has changed it
 
 
-def test_a_line_now_and_then_until_it_is_over() -> None:
+def test_a_line_now_and_then_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    with Heartbeat(4, doing="classify", every=0.05, stream=stream) as beat:
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.05)
+    with Heartbeat(4, doing="classify") as beat:
         deadline = time.monotonic() + 30
         while "0 of 4" not in stream.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -30,13 +32,21 @@ def test_a_line_now_and_then_until_it_is_over() -> None:
     assert stream.getvalue() == said
 
 
-def test_a_quick_command_says_nothing_and_an_unknown_total_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_command_says_nothing_and_an_unknown_total_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", LINE_EVERY)
-    stream = io.StringIO()
-    with Heartbeat(None, doing="classify", stream=stream) as beat:
+    with Heartbeat(None, doing="classify") as beat:
         beat.done = 3
         assert beat.words() == "classify: 3 done in 0 s"
-    assert stream.getvalue() == "" and LINE_EVERY == 10
+    assert capsys.readouterr().err == "" and LINE_EVERY == 10
+
+
+def test_a_closed_stderr_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    with progress.progress_on_terminal(3, wanted=True) as bar, progress.counted("labels") as show:
+        show(1, 3)
+    assert bar is None
 
 
 def test_work_that_takes_long_is_told_every_ten_seconds(

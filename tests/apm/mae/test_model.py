@@ -226,6 +226,8 @@ def test_how_many_patches_are_kept() -> None:
         (lambda: MAEConfig(width=194), "width must be a multiple of 4 and of its 3 attention heads, not 194"),
         (lambda: HeadConfig(head_width=10, head_heads=5), "head_width must be a multiple of 4"),
         (lambda: MAETraining(masked=1.0), "masked is a share of the patches"),
+        (lambda: MAETraining(min_area=1.5), "min_area must be from 0 to 1, not 1.5"),
+        (lambda: HeadTraining(seed=-1), "seed must be 0 or more, not -1"),
         (lambda: HeadTraining(smoothing=1.0), "smoothing must be 0 or more and below 1"),
         (lambda: HeadTraining(kind="prob"), 'Did you mean "probe"'),
     ],

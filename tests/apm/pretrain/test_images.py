@@ -97,6 +97,30 @@ def test_cache_holds_what_student_and_teacher_see(tmp_path: Path) -> None:
         torch.testing.assert_close(cache.targets(numbers)[row], teacher.encode_grid(image), rtol=5e-4, atol=0)
 
 
+def test_two_processes_do_not_fill_one_cache(tmp_path: Path) -> None:
+    source, folder = open_images(make_folder(tmp_path / "images", 3)), tmp_path / "cache"
+
+    def another(_: str | None) -> None:
+        with pytest.raises(UsageError, match=r"Another process is writing .*index\.json"):
+            build_cache(source, GridTeacher(), folder, size=16)
+
+    assert len(build_cache(source, GridTeacher(), folder, size=16, on_image=another).names) == 3
+
+
+def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = make_parquet(tmp_path / "t.parquet", 12)
+    with pq.ParquetFile(path) as file:
+        column = file.metadata.row_group(1).column(0)
+        start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    bad = [isinstance(image, ImageError) for _, image in open_images(path).read()]
+    assert bad == [False] * 5 + [True] * 5 + [False] * 2
+
+
 def test_cache_is_computed_once_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apm.pretrain.cache._FLUSH_EVERY", 4)
     source = open_images(make_folder(tmp_path / "images", 10))
@@ -146,7 +170,7 @@ def test_a_cache_that_others_may_change_is_refused(tmp_path: Path, name: str) ->
     source = open_images(make_folder(tmp_path / "images", 4))
     build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
     (where,) = (tmp_path / "cache").iterdir()
-    assert [path.stat().st_mode & 0o777 for path in where.iterdir()] == [0o600] * 3
+    assert [path.stat().st_mode & 0o777 for path in where.iterdir() if path.suffix != ".lock"] == [0o600] * 3
     build_cache(source, GridTeacher(), tmp_path / "cache", size=16)
     (where / name).chmod(0o606)
     with pytest.raises(ApmError, match=rf"{name} belongs to another user, or can be changed by one"):

@@ -117,6 +117,15 @@ def test_order_split_and_rate_are_functions_of_the_settings() -> None:
     assert len(train) == len(held_out) == 1
 
 
+def test_a_damaged_log_is_told(cache: GridCache, tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "c.safetensors", cache)
+    mine.advance()
+    mine.save()
+    mine.log.write_bytes(b"\0\0\n")
+    with pytest.raises(UsageError, match=r"c\.safetensors\.log\.jsonl is damaged"):
+        trainer(tmp_path / "c.safetensors", cache).run()
+
+
 WORKER = """
 import os, signal, sys
 from dataclasses import replace

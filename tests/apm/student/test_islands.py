@@ -32,7 +32,7 @@ def test_four_quadrants_are_four_regions_of_known_sizes(quadrants: np.ndarray) -
     assert sorted(np.bincount(labels.ravel()).tolist()) == [6, 10, 12, 20]
     assert len({labels[0, 0], labels[0, 7], labels[5, 0], labels[5, 7]}) == 4
     found = islands.measure(quadrants)
-    assert (found.regions, found.largest, found.singles) == (4, 20 / 48, 0)
+    assert (found.regions, found.largest) == (4, 20 / 48)
     # 42 + 40 pairs of neighbours; 6 cross between columns 2 and 3, 8 between rows 1 and 2, with cosine 0
     assert found.cosine == pytest.approx((82 - 14) / 82)
 
@@ -45,7 +45,7 @@ def test_equal_parts_that_do_not_touch_are_two_regions() -> None:
     corners = np.zeros((2, 2, 2))
     corners[0, 0, 0] = corners[1, 1, 0] = corners[0, 1, 1] = corners[1, 0, 1] = 1
     assert islands.measure(corners).regions == 4  # the diagonal is no neighbour
-    assert islands.measure(corners).singles == 1
+    assert islands.measure(corners).regions == corners.shape[0] * corners.shape[1]
 
 
 def test_neighbours_cosines_are_exact() -> None:
@@ -66,7 +66,7 @@ def test_a_constant_field_is_one_region_at_any_threshold() -> None:
     field = np.full((4, 4, 3), 1 / 3, dtype=np.float32)
     assert islands.measure(field, threshold=1.0).regions == 1
     centred = islands.measure(field, centred=True)  # nothing is left, and nothing agrees with nothing
-    assert (centred.cosine, centred.regions, centred.singles) == (0, 16, 1)
+    assert (centred.cosine, centred.regions) == (0, 16)
 
 
 def test_centred_measures_see_what_a_common_part_hides(quadrants: np.ndarray) -> None:

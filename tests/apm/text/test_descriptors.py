@@ -34,8 +34,8 @@ def written(path: Path, content: Any = SENTENCES) -> Path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"are no JSON \(Expecting value"),
-        ('{"cat": ["a"', "are no JSON"),
+        ("", r"are not JSON \(Expecting value"),
+        ('{"cat": ["a"', "are not JSON"),
         ("[" * 100_000, "cannot be read"),
         ('["cat", "dog"]', "holds no object of class names"),
         ('"cat"', "holds no object of class names"),
@@ -65,7 +65,7 @@ def test_what_is_no_file_is_said_to_be_unreadable(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
         read_descriptors(tmp_path)
     (tmp_path / "latin").write_bytes('{"caf\xe9": ["coffee"]}'.encode("latin-1"))
-    with pytest.raises(UsageError, match="are no JSON"):
+    with pytest.raises(UsageError, match="are not JSON"):
         read_descriptors(tmp_path / "latin")
 
 

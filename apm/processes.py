@@ -32,6 +32,8 @@ class Group:
 
     rank: int = 0
     world: int = 1
+    store: Store | None = None
+    """What all processes share, where there are several."""
 
     @property
     def first(self) -> bool:
@@ -47,6 +49,11 @@ class Group:
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def claim(self, name: str) -> int:
+        """Take the next number of the count called `name`: 0, 1, 2 …, each given to one of the processes only."""
+        assert self.store is not None
+        return int(self.store.add(f"claimed/{name}", 1)) - 1
 
     def barrier(self) -> None:
         """Wait until every process has come here."""
@@ -87,7 +94,7 @@ def join() -> Iterator[Group]:
     attempt = distributed.PrefixStore(f"apm/{agree(store, rank, world)}", store)
     distributed.init_process_group("gloo", store=attempt, rank=rank, world_size=world, timeout=_PATIENCE)
     try:
-        yield Group(distributed.get_rank(), distributed.get_world_size())
+        yield Group(rank, world, attempt)
     finally:
         distributed.destroy_process_group()
 

@@ -7,9 +7,10 @@ Episodic methods do not care. A stream method (its answers depend on the images 
 to the last: when a run is continued, the state of the method is rebuilt by showing it again, without recording, the
 images it had already answered. One that answers a number of images together gets whole batches of that order.
 
-Processes. Under ``torchrun`` process r of w answers positions r, r + w, r + 2w, … for episodic methods; stream
-methods cannot be divided, but for their whole batches, and are answered by the first process alone, after its part; or
-each by another process, where the features of the images are known. The rows are those of one process.
+Processes. Under ``torchrun`` stream methods cannot be divided, but for their whole batches: the first process answers
+them, or, where the features of the images are known, each another one. Of the images of episodic methods process r of w
+answers positions r, r + w, r + 2w, …, or, where streams are spread so, those that no process has come to yet. The rows
+are those of one process.
 
 Time. Rows are written to the disk before 30 seconds of work have come together; batches are made smaller where one
 would take longer.

@@ -81,11 +81,13 @@ class Session:
 
     def plan(self, headers: Mapping[str, Mapping[str, Any]]) -> None:
         """Find out what is left to do in every cell."""
-        done = 0
+        done, session = 0, self.record["sessions"][-1]["id"]
         for cell, header in headers.items():
             rows = self.folder.read(cell, ["position", "method"])
             done += len(set(rows["position"].to_pylist()))
-            self.shares[cell] = split_work(self.methods, rows, header["images"], self.group, spread=bool(self.features))
+            self.shares[cell] = split_work(
+                self.methods, rows, header["images"], self.group, name=f"{session}/{cell}", spread=bool(self.features)
+            )
             self.left += sum(len(share.positions) for share in self.shares[cell])
         if done and self.group.first:
             self.on_note(f"Continuing {self.folder.path}: {done} images are done.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
@@ -73,7 +73,7 @@ class CellImages:
     def __len__(self) -> int:
         return len(self.order)
 
-    def read(self, positions: Sequence[int]) -> Generator[Readable | Unreadable, None, None]:
+    def read(self, positions: Iterable[int]) -> Generator[Readable | Unreadable, None, None]:
         """Yield the images at these places of the stream order."""
         left = ((position, self.samples[self.order[position]]) for position in positions)
         while not self.decoding:

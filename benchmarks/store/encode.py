@@ -1,7 +1,7 @@
 """Fill a store: every image and its views through the teacher, once; stopped at any time, and continued.
 
-Processes share the work as a run's do: under ``torchrun`` process r of w encodes every w-th of the images that are
-missing. Features are written before 30 seconds of work have come together, so that no more than that is lost by a kill.
+Under ``torchrun`` process r of w encodes every w-th of the images that are missing. Features are written before 30
+seconds of work have come together, so that no more than that is lost by a kill.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,8 +51,26 @@ def test_processes_take_whole_batches(rank: int, positions: list[int]) -> None:
 def test_streams_are_one_process_s_unless_all_have_the_features(spread: bool, mine: list[list[str]]) -> None:
     methods = [ONE, SimpleNamespace(name="two", stream=True), SimpleNamespace(name="three", stream=True)]
     for rank in (0, 1):
-        group: Any = SimpleNamespace(rank=rank, world=2, first=rank == 0)
-        episodic, *streams = split_work(methods, rows(), 10, group, spread=spread)
-        assert (episodic.methods, episodic.positions) == ([ONE], [*range(rank, 10, 2)])
+        group = Group(rank, 2)
+        *streams, episodic = split_work(methods, rows(), 10, group, spread=spread)
+        assert episodic.methods == [ONE] and len(episodic.positions) == 5
+        assert spread or episodic.positions == [*range(rank, 10, 2)]
         assert [[method.name for method in share.methods] for share in streams] == [mine[rank]] * bool(mine[rank])
         assert all(share.positions == [*range(10)] for share in streams)
+
+
+def test_beside_spread_streams_episodic_images_are_claimed_by_whoever_is_free() -> None:
+    """Two processes in turn, one three times as fast: each image is one's, those with an answer are nobody's."""
+    counts = count()
+    store: Any = SimpleNamespace(add=lambda name, one: next(counts) + one if name == "claimed/run/cell" else -1)
+    methods, answered = [ONE, SimpleNamespace(name="stream", stream=True)], rows(("one", range(5, 40)))
+    taken: dict[int, list[int]] = {0: [], 1: []}
+    slow, fast = (
+        iter(split_work(methods, answered, 200, Group(rank, 2, store), name="run/cell", spread=True)[-1].positions)
+        for rank in taken
+    )
+    for _ in range(60):
+        taken[0] += islice(slow, 1)
+        taken[1] += islice(fast, 3)
+    assert sorted(taken[0] + taken[1]) == [*range(5), *range(40, 200)]
+    assert 2 * len(taken[0]) < len(taken[1])

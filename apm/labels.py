@@ -18,6 +18,7 @@ from apm.errors import UsageError, unknown
 PROMPT_NAMES = ("single", "simple", "openai")
 """Prompt sets by name: 1, 7 and 80 templates."""
 
+_LARGEST_FILE = 64 << 20  # bytes of a labels file; /dev/zero would never end
 _SINGLE = ("a photo of a {}.",)
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -186,13 +187,19 @@ def parse_labels(text: str) -> tuple[str, ...]:
 
 
 def read_labels_file(path: str | Path) -> tuple[str, ...]:
-    """Read class names from a UTF-8 text file with one name a line; a name may hold commas.
+    """Read class names from a UTF-8 text file of up to 64 MiB with one name a line; a name may hold commas.
 
     Raises:
         UsageError: the file cannot be read, is not UTF-8, or as `check_labels`; the message names the file.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with Path(path).open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise UsageError(
+                f'The labels file "{path}" is larger than {_LARGEST_FILE >> 20} MiB: it is no list of names.'
+            )
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f'The labels file "{path}" is not UTF-8 text (byte {error.start}). Save it as UTF-8, one name per line.'
@@ -200,7 +207,7 @@ def read_labels_file(path: str | Path) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f'The labels file "{path}" cannot be read: {reason}.') from error
-    return check_labels(text.splitlines(), source=f'the labels file "{path}"')
+    return check_labels(text.splitlines(), source=f'the labels in "{path}"')
 
 
 def check_labels(labels: Iterable[str], *, source: str = "the labels") -> tuple[str, ...]:

@@ -10,11 +10,12 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from apm.errors import UsageError
-from apm.images.files import write_atomically
+from apm.images.files import alone_with, write_atomically, writing
 from apm.images.paths import printable
 from apm.test_time.queries import ALL
 
@@ -96,8 +97,9 @@ class AnswerFile:
         settings: from `answer_settings`.
 
     Raises:
-        UsageError: as `check_out`; the answers there were made with other settings, which are named; or a line before
-            the last is no answer.
+        UsageError: as `check_out`; another process writes the file; the answers there were made with other settings,
+            which are named; or a line before the last is no answer.
+        WriteError: the file cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -105,30 +107,42 @@ class AnswerFile:
         self.path = path
         self._csv = path.suffix.lower() == ".csv"
         self._answered: set[str] = set()
-        if path.exists() and path.stat().st_size:
-            _check_settings(path, settings)
-            self._continue()
-        else:
-            text = json.dumps(settings, indent=1) + "\n"
-            write_atomically(_sidecar(path), lambda file: file.write(text.encode()))
-            write_atomically(path, lambda file: file.write(_csv_line(COLUMNS) if self._csv else b""))
-        self.earlier = len(self._answered)
-        self._file: BinaryIO = path.open("ab")
+        with ExitStack() as held:
+            held.enter_context(alone_with(path, "writing answers to"))
+            if path.exists() and path.stat().st_size:
+                _check_settings(path, settings)
+                self._continue()
+            else:
+                text = json.dumps(settings, indent=1) + "\n"
+                write_atomically(_sidecar(path), lambda file: file.write(text.encode()))
+                write_atomically(path, lambda file: file.write(_csv_line(COLUMNS) if self._csv else b""))
+            self.earlier = len(self._answered)
+            with writing(path):
+                self._file: BinaryIO = path.open("ab")
+            self._held = held.pop_all()
 
     def holds(self, path: Path) -> bool:
         """Whether an answer to the image at `path`, as it is now, is in the file."""
         return str(path) in self._answered
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add one record of ``schemas/classify.json``; it has reached the operating system before this returns."""
-        self._file.write(_csv_line(_row(record)) if self._csv else json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        """Add one record of ``schemas/classify.json``; it is with the system before this returns.
+
+        Raises:
+            WriteError: the disk is full, for example.
+        """
+        line = _csv_line(_row(record)) if self._csv else json.dumps(record, allow_nan=False).encode() + b"\n"
+        with writing(self.path):
+            self._file.write(line)
+            self._file.flush()
         if record["error"] is None:
             self._answered.add(record["path"])
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, and let other processes have it."""
+        with suppress(OSError):  # `write` has told of what could not be written
+            self._file.close()
+        self._held.close()
 
     def _continue(self) -> None:
         """Read the existing answers; rewrite the file, atomically, if any of them must go."""

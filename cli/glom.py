@@ -11,7 +11,7 @@ from apm.errors import UsageError
 from apm.glom.config import GLOMConfig, GLOMTraining
 from apm.images.files import make_folder
 from apm.images.paths import printable
-from apm.settings import at_least, cosine
+from apm.settings import at_least, between, cosine
 
 from .early import check_data, check_images, check_made
 from .groups import command_group
@@ -135,7 +135,7 @@ def probe(
     for name, value in (("--steps", steps), ("--limit", limit)):
         if value is not None:
             at_least(1)(name, value)
-    at_least(0)("--seed", seed)
+    between(0, 2**32 - 1)("--seed", seed)  # scikit-learn's range
     check_made(checkpoint, MADE_BY)
     if not data.is_file():
         raise UsageError(f"{printable(data)}: no such file; a probe needs a Parquet file with images and labels.")

@@ -34,7 +34,8 @@ class Learning:
     teacher: str | None = setting(None, "As for apm bench. The prompt works only with this teacher.")
     shots: int = setting(16, "Images per class.")
     epochs: int | None = setting(
-        None, "Default: coop 200; 50 with 1,000 classes or 1 shot, 100 with 2 to 4 shots; cocoop 10."
+        None,
+        "Passes over the images. Default: coop 200; 50 with 1,000 classes or 1 shot, 100 with 2 to 4 shots; cocoop 10.",
     )
     batch_size: int | None = setting(None, "Images per step. Default: coop 32, cocoop 1.")
     words: int | None = setting(

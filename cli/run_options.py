@@ -35,7 +35,11 @@ PROTOCOL_HELP = ". ".join(f"{name}: {what}" for name, what in PROTOCOLS.items())
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where the data sets are, and how much of each is used."""
+    """Where the data sets are, and how much of each is used.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
 
     root: Path | None = setting(
         None, "Folder that contains the data sets, or a data set's own folder. Default: APM_DATA."
@@ -43,7 +47,13 @@ class Place:
     from_clean: bool = setting(
         False, "Create imagenet-c on the fly from the clean ImageNet under the root instead of reading its files."
     )
-    limit: int | None = setting(None, "Use only this many images, drawn evenly from the classes by the seed.")
+    limit: int | None = setting(
+        None, "Use only this many images, drawn evenly from the classes by the seed.", check=at_least(1)
+    )
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        check_values(self, flag)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ class GLOMTraining(Schedule):
     temperature: float = setting(0.1, "Temperature of the contrastive loss.", check=between(0.001, 1000))
     agree: float = setting(
         0.7,
-        "Minimum cosine, after subtracting the level's mean, at which two locations agree and are no negatives.",
+        "Minimum cosine, after subtracting the level's mean, at which two locations agree and are not contrasted.",
         check=cosine,
     )
 

@@ -146,11 +146,16 @@ def alone_with(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
 
     Raises:
         UsageError: another process has it.
+        WriteError: the folder cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"), timeout=0)
     try:
-        with filelock.FileLock(path.with_name(path.name + ".lock"), timeout=0):
-            yield
-    except filelock.Timeout:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire()
+    except filelock.Timeout:  # an OSError too
         raise UsageError(f"Another process is {doing} {printable(path)}.") from None
+    except OSError as error:
+        raise WriteError(path, error) from error
+    with held:
+        yield

@@ -147,7 +147,7 @@ def view_tokens(
         )
         for first in range(start, count, chunk)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty(0, teacher.dim, device=teacher.device)
 
 
 def pixels_id(image: Image.Image) -> str:

@@ -128,6 +128,7 @@ def _read_table(path: Path) -> Listing:
             declared = _declared_names(file.schema_arrow.metadata or {})
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{printable(path)} cannot be read as Parquet ({' '.join(str(error).split())}).") from error
+    table[_LABEL] = _class_numbers(path, table[_LABEL])
     names = _names(path, table, declared)
     order = {value: number for number, value in enumerate(sorted(names))}
     samples = [
@@ -136,6 +137,17 @@ def _read_table(path: Path) -> Listing:
         if value is not None
     ]
     return Listing(samples, tuple(names[value] for value in sorted(names)), "train")
+
+
+def _class_numbers(path: Path, labels: Sequence[Any]) -> list[int | None]:
+    """The labels, None where an image has none, which the library datasets writes as -1."""
+    for label in labels:
+        if label is not None and type(label) is not int:
+            raise UsageError(
+                f'{printable(path)}: the column "{_LABEL}" contains {label!r}, which is no class number. Number the '
+                'classes from 0, and put their names into a column "class_name".'
+            )
+    return [None if label is None or label < 0 else label for label in labels]
 
 
 def _not_read() -> Image.Image:

@@ -367,6 +367,17 @@ def test_a_target_of_views_is_that_of_bench(pictures: list[Path], target: str) -
     assert all(same(answer, alone[answer.path]) for answer in answers if answer.path is not None)
 
 
+def test_a_target_of_one_view_is_the_images_own_token(pictures: list[Path]) -> None:
+    own, *others = (
+        build(**settings)(pictures[0]) for settings in ({}, *({"target": t, "views": 1} for t in ("mean", "mta")))
+    )
+    assert own.adaptation is not None
+    for answer in others:
+        assert answer.adaptation is not None
+        assert answer.adaptation.last_loss == pytest.approx(own.adaptation.last_loss, rel=1e-3)
+        assert answer.top[0].label == own.top[0].label
+
+
 def test_auto_reads_fewer_locations_where_that_was_measured() -> None:
     assert build().adapt_config.queries is None  # the small student: no number was found that changes no answer
     paper = StudentOptions(preset="paper")

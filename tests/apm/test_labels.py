@@ -77,6 +77,12 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero on this system")
+def test_a_file_without_end_is_refused() -> None:
+    with pytest.raises(UsageError, match="is larger than 64 MiB"):
+        read_labels_file("/dev/zero")
+
+
 @pytest.mark.slow
 @given(st.text(max_size=60) | st.text(alphabet="ab,\n \t\x00\u0301A", max_size=30))
 def test_any_text_gives_names_or_a_sentence(text: str) -> None:

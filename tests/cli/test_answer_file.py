@@ -11,6 +11,7 @@ import pytest
 
 from apm.cli.answer_file import COLUMNS, AnswerFile, fingerprint
 from apm.errors import UsageError
+from apm.images.files import WriteError
 
 SETTINGS = {"teacher": "fake@1", "steps": 50, "labels": ["cat", "dog"]}
 FORMS = pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
@@ -158,3 +159,28 @@ def test_names_that_are_no_text_come_back_to_the_byte(tmp_path: Path) -> None:
                 file.write(record(path))
             file.close()
         assert paths_in(file.path) == [str(path)]
+
+
+@FORMS
+def test_two_processes_do_not_write_one_file(suffix: str, tmp_path: Path, photos: list[Path]) -> None:
+    file = AnswerFile(tmp_path / f"out{suffix}", SETTINGS)
+    file.write(record(photos[0], error="a.jpg: truncated"))  # the second process would write the file anew without it
+    with pytest.raises(UsageError, match=r"Another process is writing answers to .*out"):
+        AnswerFile(file.path, SETTINGS)
+    file.write(record(photos[1]))
+    file.close()
+    again = AnswerFile(file.path, SETTINGS)
+    again.close()
+    assert paths_in(file.path) == [str(photos[1])]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_told(tmp_path: Path, photos: list[Path]) -> None:
+    file = AnswerFile(tmp_path / "out.jsonl", SETTINGS)
+    file.write(record(photos[0]))
+    file._file.close()
+    file._file = Path("/dev/full").open("ab")  # noqa: SIM115
+    with pytest.raises(WriteError, match=r"Cannot write .*out.jsonl: the disk is full. .* run the same command again"):
+        file.write(record(photos[1]))
+    file.close()
+    assert not file.holds(photos[1]) and paths_in(file.path) == [str(photos[0])]

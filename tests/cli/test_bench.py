@@ -234,7 +234,7 @@ def test_of_several_interrupted_processes_the_first_says_so(rank: int, monkeypat
         (["digits", "--target", "mtb"], 'Did you mean "mta"'),
         (["digits", "--prompts", "singel"], 'Did you mean "single"'),
         (["digits", "--template", "no slot"], "no slot"),
-        (["digits", "--limit", "0"], "leaves no images"),
+        (["digits", "--limit", "0"], "--limit must be 1 or more, not 0"),
         (["digits", "--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
         (["digits", "--workers", "0"], "--workers must be 1 or more, not 0"),
         (["digits", "--seed", "-1"], "--seed must be 0 or more, not -1"),

@@ -491,6 +491,7 @@ def test_wrong_distil_is_refused(picture: Path) -> None:
         (("--target", "mat"), 'Unknown target "mat". Did you mean "mta"'),
         (("--target", "mta", "--distil", "grid"), "uses no token"),
         (("--min-probability", "2"), "--min-probability must be from 0 to 1, not 2"),
+        (("--min-probability", "nan"), "--min-probability must be from 0 to 1, not nan"),
     ):
         result = classify(*arguments, picture)
         assert result.exit_code == 2 and words in result.stderr

@@ -156,6 +156,14 @@ def test_a_limit_that_lets_no_image_pass_is_wrong_usage(command: tuple[str, ...]
     assert result.stderr == f"error: --max-pixels must be 1 or more, not {limit}.\n"
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_a_seed_that_scikit_learn_refuses_is_wrong_usage(seed: str) -> None:
+    for command in (("islands", "x.jpg", "--out", "o"), ("glom", "probe", "x.parquet", "--checkpoint", "c")):
+        result = CliRunner().invoke(app, [*command, "--seed", seed])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.endswith(f"seed must be from 0 to 4294967295, not {seed}.\n")
+
+
 def test_a_group_names_the_nearest_of_its_commands() -> None:
     result = CliRunner().invoke(app, ["glom", "trian"])
     assert (result.exit_code, result.stdout) == (2, "")

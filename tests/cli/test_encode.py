@@ -93,7 +93,7 @@ def test_interrupting_says_how_to_continue(fake_teacher: FakeTeacher, monkeypatc
         (["digits", "--precision", "bf16"], 'precision is "bf16"; features are stored in fp16 or fp32.'),
         (["digits", "--views", "0"], "0 views"),
         (["digits", "--workers", "0"], "--workers must be 1 or more, not 0"),
-        (["digits", "--limit", "0"], "leaves no images"),
+        (["digits", "--limit", "0"], "--limit must be 1 or more, not 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_2(arguments: list[str], message: str) -> None:

@@ -196,7 +196,7 @@ def table(path: Path, **columns: Any) -> Path:
     for number in range(8):
         picture(number).save(path.with_suffix(".png"))
         files.append({"bytes": path.with_suffix(".png").read_bytes()})
-    pq.write_table(pa.table({"image": files, "label": [3, 3, 3, 7, 7, 7, 7, 7], **columns}), path, row_group_size=3)
+    pq.write_table(pa.table({"image": files, "label": [3, 3, 3, 7, 7, 7, 7, 7]} | columns), path, row_group_size=3)
     return path
 
 
@@ -216,6 +216,25 @@ def test_a_table_gives_so_many_of_each_class_and_its_names(tmp_path: Path) -> No
     assert open_training(str(wnids), shots=1, seed=0).class_names == ("tench", "goldfish")
     with pytest.raises(UsageError, match="does not name its classes"):
         open_training(str(table(tmp_path / "none.parquet")), shots=1, seed=0)
+
+
+def test_images_without_a_class_are_left_out_and_labels_that_are_no_numbers_refused(tmp_path: Path) -> None:
+    path = table(tmp_path / "part.parquet", label=[-1, 0, None, 1, 1, -1, 0, 1])
+    declared = {b"huggingface": b'{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}'}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(declared), path)
+    images = open_training(str(path), shots=8, seed=0)
+    assert images.class_names == ("cat", "dog")
+    assert sorted((sample.id[-1], sample.label) for sample in images.samples) == [
+        ("1", 0),
+        ("3", 1),
+        ("4", 1),
+        ("6", 0),
+        ("7", 1),
+    ]
+    for labels, shown in ((["cat"] * 8, "'cat'"), ([0.0, 1.0] * 4, r"0\.0")):
+        words = table(tmp_path / "words.parquet", label=labels, class_name=["cat", "dog"] * 4)
+        with pytest.raises(UsageError, match=f'column "label" contains {shown}, which is no class number'):
+            open_training(str(words), shots=1, seed=0)
 
 
 @pytest.mark.parametrize("name", ["val", "Validation", "test", "imagenet-val", "pets-test.parquet"])

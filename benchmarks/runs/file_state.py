@@ -1,7 +1,7 @@
 """What the files of a data set were when a run began: so that a run is not continued on other pictures.
 
-The fingerprint of a data set covers ids and labels. Here are the size and time of every file, and the content of some:
-of all where they come to little, else of a sample that is spread over the set. They lie in the run folder,
+The fingerprint of a data set covers ids and labels. Here are the size and time of every file, and a hash of its content
+for all files of a small set, or for a sample spread over a larger one. They lie in the run folder,
 ``RUN/files/<cell>.parquet``, a row for each sample in the data set's order.
 """
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from ..datasets.readers import Sample
 
 READ_ALL_BELOW = 64 << 20
-"""Bytes of a data set of which every file's content is looked at."""
+"""Bytes: of a data set up to this size every file's content is hashed."""
 
 SAMPLED = 64
-"""Files whose content is looked at in a larger one."""
+"""Files whose content is hashed in a larger one."""
 
 _CLOCK = 2_000_000_000  # ns: FAT keeps times to two seconds, and copies round
 SCHEMA = pa.schema(
@@ -45,7 +45,7 @@ class FileState:
     times: Sequence[int | None]
     """Last change, ns since 1970."""
     digests: Sequence[str | None]
-    """SHA-256 of the content, as hex; None where it was not looked at."""
+    """SHA-256 of the content, as hex; None where it was not read."""
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> FileState:
@@ -74,11 +74,12 @@ class FileState:
     def changes(self, now: FileState) -> dict[int, str]:
         """By number of the sample, what is different now, for people.
 
-        Times alone are no change where all of them differ: the data set was copied, or unpacked again. Sizes and the
-        content that was looked at must still be the same then.
+        Times alone are no change where all of them differ: then the data set was copied, or unpacked again. Sizes and
+        known content must be the same all the same.
         """
         found: dict[int, str] = {}
         later: dict[int, str] = {}
+        unread = 0  # files of the same size whose content is not known of both times
         for number, size in enumerate(self.sizes):
             digests = self.digests[number], now.digests[number]
             times = self.times[number], now.times[number]
@@ -87,12 +88,15 @@ class FileState:
             elif None not in digests:
                 if digests[0] != digests[1]:
                     found[number] = "other content"
-            elif times[0] is not None and times[1] is not None and abs(times[0] - times[1]) > _CLOCK:
-                later[number] = "changed since, content not known"
-        unread = [
-            size for size, digest in zip(self.sizes, self.digests, strict=True) if size is not None and not digest
-        ]
-        return found if len(later) == len(unread) else {**later, **found}
+            elif times[0] is not None and times[1] is not None:
+                unread += 1
+                if abs(times[0] - times[1]) > _CLOCK:
+                    later[number] = "changed since, content not known"
+        return found if len(later) == unread else {**later, **found}
+
+    def part(self, numbers: Sequence[int]) -> FileState:
+        """The files with these numbers."""
+        return FileState(*([column[number] for number in numbers] for column in self._columns))  # type: ignore[arg-type]
 
 
 def _stat(path: str | None) -> os.stat_result | None:
@@ -120,7 +124,7 @@ def _bytes(size: int | None) -> str:
 
 
 def check_files(folder: RunFolder, states: Mapping[str, FileState], cells: Mapping[str, Callable[[], Dataset]]) -> None:
-    """Compare the files of every cell with what they were when the run began; write that down where it begins.
+    """Compare the files of every cell with what they were when the run began; a run that begins writes that down.
 
     Args:
         folder: of the run.

@@ -2,7 +2,8 @@
 
     STORE/store.json                   what all of it depends on besides the images (`layout.StoreKey`); who filled it
     STORE/<cell>/cell.json             the images: data set, fingerprint, corruption
-    STORE/<cell>/images.parquet        a row an image, in the data set's order: id; size, time and digest of its file
+    STORE/<cell>/images.parquet        a row an image, in the data set's order, those added later behind: id; size, time
+                                       and digest of its file
     STORE/<cell>/labels.parquet        their labels
     STORE/<cell>/<shard>.safetensors   features of some of them (`shards`)
     STORE/.lock                        held while a process writes

@@ -126,7 +126,7 @@ def encode(
             write_store(path, key, sessions)
             _finish(path, key, plan)
         group.barrier()
-        return Encoded(path, sum(plan.images.values()), work.done, _failed(path, key, plan))
+        return Encoded(path, sum(map(len, plan.numbers.values())), work.done, _failed(path, key, plan))
     finally:
         if lock is not None:
             lock.release()
@@ -145,7 +145,7 @@ def _prepare(
     on_note: Callable[[str], None],
     on_warning: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], Plan]:
-    """Check that the store is the one asked for, look what is there, and whether the rest has room on the disk."""
+    """Check that the store is the one asked for, find out what it lacks, and whether the disk has room for that."""
     earlier = read_store(path)
     if earlier is not None and (found := differing(vars(earlier[0]), vars(key))):
         raise UsageError(
@@ -159,45 +159,65 @@ def _prepare(
         for warning in dataset.warnings:
             on_warning(f"{dataset.cell}: {warning}")
         folder, state = CellFolder.of(path, dataset.cell), FileState.of(dataset.samples)
-        if folder.read() is None:
-            fresh.append((folder, dataset, state))
-            plan.missing[dataset.cell] = np.arange(len(dataset.samples))
-        else:
-            _check_cell(path, folder, dataset, state)
-            plan.missing[dataset.cell] = _missing(folder, key, len(dataset.samples), on_note)
-        plan.images[dataset.cell] = len(dataset.samples)
+        known = _known(path, folder, dataset, state)
+        added = [place for place, sample in enumerate(dataset.samples) if sample.id not in known]
+        if added:
+            samples = [dataset.samples[place] for place in added] if known else None
+            fresh.append((folder, dataset, state.part(added), samples))
+        by_id = known | {dataset.samples[place].id: len(known) + more for more, place in enumerate(added)}
+        there = _there(folder, key, len(by_id), on_note) if known else np.zeros(len(by_id), dtype=bool)
+        plan.numbers[dataset.cell] = numbers = np.array([by_id[sample.id] for sample in dataset.samples])
+        plan.missing[dataset.cell] = np.sort(numbers[~there[numbers]])
     _check_room(path, plan, key, on_note)
-    for folder, dataset, state in fresh:
-        folder.write(dataset, state)
+    for folder, dataset, state, samples in fresh:
+        folder.write(dataset, state, samples)
     plan.digests = {cell: CellFolder.of(path, cell).digest(key) for cell in plan.missing}
     return (earlier[1] if earlier else []), plan
 
 
-def _check_cell(path: Path, folder: CellFolder, dataset: Dataset, state: FileState) -> None:
-    """Check that a cell that is there already is of these images."""
+def _known(path: Path, folder: CellFolder, dataset: Dataset, state: FileState) -> dict[str, int]:
+    """The numbers of a cell's images by id; empty where the store does not have the cell.
+
+    The data set may be the cell's images, some of them, or these and more, as with a larger ``--limit``.
+
+    Raises:
+        UsageError: the cell is of other images, or their files have changed.
+    """
+    there, asked = folder.read(), cell_identity(dataset)
+    if there is None:
+        return {}
     instead = "Put them back, or encode into another folder with --out."
-    if found := differing(folder.read() or {}, cell_identity(dataset)):
+    ids, before = folder.images()
+    known = {name: number for number, name in enumerate(ids)}
+    shared = [place for place, sample in enumerate(dataset.samples) if sample.id in known]
+    samples = [dataset.samples[place] for place in shared]
+    numbers, labels = [known[sample.id] for sample in samples], folder.labels()
+    part = len(shared) in (len(known), len(dataset.samples))
+    if part and all(sample.label == labels[number] for sample, number in zip(samples, numbers, strict=True)):
+        asked["fingerprint"] = there["fingerprint"]
+    if found := differing(there, asked):
         raise UsageError(f"{path} holds {dataset.cell} of other images. {found}. {instead}")
-    if changes := folder.images()[1].changes(state):
+    if changes := before.part(numbers).changes(state.part(shared)):
         raise UsageError(
-            f"{len(changes)} of the {len(dataset.samples)} images of {dataset.cell} have changed since {path} was "
-            f"begun: {named_changes(changes, dataset.samples)}. {instead}"
+            f"{len(changes)} of the {len(samples)} images of {dataset.cell} have changed since {path} was "
+            f"begun: {named_changes(changes, samples)}. {instead}"
         )
+    return known
 
 
-def _missing(folder: CellFolder, key: StoreKey, images: int, on_note: Callable[[str], None]) -> NDArray[np.int64]:
-    """Images that no sound shard has; damaged ones are removed."""
+def _there(folder: CellFolder, key: StoreKey, images: int, on_note: Callable[[str], None]) -> NDArray[np.bool_]:
+    """Which images a sound shard has; damaged ones are removed."""
     shards, damaged = read_shards(folder.path, folder.digest(key), key, verify=True)
     for damage in damaged:
         on_note(f"{damage}. Its features are encoded again, unless another file has them.")
         with writing(damage.path):
             damage.path.unlink(missing_ok=True)
-    return np.flatnonzero(places(shards, images)[:, 0] < 0)
+    return np.asarray(places(shards, images)[:, 0] >= 0)
 
 
 def _check_room(path: Path, plan: Plan, key: StoreKey, on_note: Callable[[str], None]) -> None:
     """Say how large the store will be, and refuse where the disk cannot hold it."""
-    images, missing = sum(plan.images.values()), sum(map(len, plan.missing.values()))
+    images, missing = sum(map(len, plan.numbers.values())), sum(map(len, plan.missing.values()))
     spare = 2 * min(BLOCK_BYTES, missing * key.image_bytes)  # while shards are merged
     needed = missing * (key.image_bytes + _ROW_BYTES) + spare
     place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -217,17 +237,19 @@ def _check_room(path: Path, plan: Plan, key: StoreKey, on_note: Callable[[str], 
 
 
 def _finish(path: Path, key: StoreKey, plan: Plan) -> None:
-    """Merge the cells, which are complete now.
+    """Merge the cells that are complete now.
 
     Raises:
         ApmError: shards were removed while others were written.
     """
-    for cell, images in plan.images.items():
-        folder = CellFolder.of(path, cell).path
-        shards, _ = read_shards(folder, plan.digests[cell], key, verify=False)
-        if gone := int((places(shards, images)[:, 0] < 0).sum()):
+    for cell, numbers in plan.numbers.items():
+        folder = CellFolder.of(path, cell)
+        shards, _ = read_shards(folder.path, plan.digests[cell], key, verify=False)
+        there = places(shards, folder.count())[:, 0] >= 0
+        if gone := int((~there[numbers]).sum()):
             raise ApmError(f"{path}: the features of {gone} images of {cell} were removed. Run the same command again.")
-        merge(folder, plan.digests[cell], key, images)
+        if there.all():
+            merge(folder.path, plan.digests[cell], key, len(there))
 
 
 def _failed(path: Path, key: StoreKey, plan: Plan) -> int:
@@ -235,5 +257,5 @@ def _failed(path: Path, key: StoreKey, plan: Plan) -> int:
     failed = 0
     for cell, digest in plan.digests.items():
         shards, _ = read_shards(CellFolder.of(path, cell).path, digest, key, verify=False)
-        failed += len({row for shard in shards for row in shard.errors})
+        failed += len({row for shard in shards for row in shard.errors}.intersection(plan.numbers[cell].tolist()))
     return failed

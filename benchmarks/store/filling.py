@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,10 +53,10 @@ class Plan:
     """What is left to do; the same in every process."""
 
     digests: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """By cell, the numbers in the store of the data set's samples, in their order."""
     missing: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    """By cell, numbers of the images."""
-    images: dict[str, int] = field(default_factory=dict)
-    """By cell, how many it has."""
+    """By cell, those of them that are to be encoded."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Filling:
         mine = self._mine(cell)
         if not len(mine):
             return
-        samples = open_cell().samples
+        samples = dict(zip(self.plan.numbers[cell].tolist(), open_cell().samples, strict=True))
         buffer = _Buffer(CellFolder.of(self.path, cell).path, self.plan.digests[cell], self.key)
-        prepared = self._prepared((int(index), samples[index]) for index in mine)
+        prepared = self._prepared((number, samples[number]) for number in mine.tolist())
         done, wanted = 0, 1
         try:
             while True:
@@ -144,7 +144,7 @@ class Filling:
         )
         return _Prepared(found.position, made)
 
-    def _features(self, items: Sequence[_Prepared], samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    def _features(self, items: Sequence[_Prepared], samples: Mapping[int, Sample]) -> tuple[Tensor, Tensor]:
         """Tokens (B, D) and views (B, V − 1, D) of images, on the CPU in the store's precision."""
         tokens = torch.zeros(len(items), self.key.dim, dtype=self.key.dtype)
         others = torch.zeros(len(items), self.key.views - 1, self.key.dim, dtype=self.key.dtype)

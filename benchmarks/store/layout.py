@@ -24,7 +24,7 @@ from ..runs.records import encoded
 from ..runs.run_json import shortened
 
 if TYPE_CHECKING:
-    from ..datasets import Dataset
+    from ..datasets import Dataset, Sample
 
 FORMAT = 1
 POLICY = "crops"
@@ -99,15 +99,31 @@ class CellFolder:
         """The folder of the cell of this name."""
         return cls(store / cell.replace("/", "--"))
 
-    def write(self, dataset: Dataset, state: FileState) -> None:
-        """Write down whose features are to come."""
-        ids = pa.array([sample.id.encode("utf-8", "surrogateescape") for sample in dataset.samples], pa.binary())
-        write_atomically(self.path / "images.parquet", encoded(state.to_table().add_column(0, "id", ids)))
-        labels = pa.array([sample.label for sample in dataset.samples], pa.int32())
-        write_atomically(self.path / "labels.parquet", encoded(pa.table({"label": labels})))
-        about = {"source": dataset.source, "layout": dataset.layout, "images": len(dataset.samples)}
+    def write(self, dataset: Dataset, state: FileState, added: Sequence[Sample] | None = None) -> None:
+        """Write down whose features are to come.
+
+        Args:
+            dataset: the cell's.
+            state: of the files of all its samples, or of those added.
+            added: samples to append to a cell that is there already. Its images keep their numbers, and it keeps the
+                fingerprint of the first ones, which its shards are bound to.
+        """
+        samples = dataset.samples if added is None else added
+        ids = pa.array([sample.id.encode("utf-8", "surrogateescape") for sample in samples], pa.binary())
+        images = state.to_table().add_column(0, "id", ids)
+        labels = pa.table({"label": pa.array([sample.label for sample in samples], pa.int32())})
+        identity = cell_identity(dataset)
+        if added is not None:
+            there = _read_table(self.path / "images.parquet")
+            labels = pa.concat_tables([_read_table(self.path / "labels.parquet")[: len(there)], labels])
+            images = pa.concat_tables([there, images])
+            identity["fingerprint"] = (self.read() or {})["fingerprint"]
+        about = {"source": dataset.source, "layout": dataset.layout, "images": len(images)}
         about |= {"total": dataset.total, "limit": dataset.limit}
-        write_atomically(self.path / "cell.json", _json({**cell_identity(dataset), **about}))
+        # In this order: after a kill there are labels without an image, but never an image without its label.
+        write_atomically(self.path / "labels.parquet", encoded(labels))
+        write_atomically(self.path / "images.parquet", encoded(images))
+        write_atomically(self.path / "cell.json", _json({**identity, **about}))
 
     def read(self) -> dict[str, Any] | None:
         """What cell.json says; None where the store does not have the cell."""

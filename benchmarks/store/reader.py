@@ -97,8 +97,7 @@ class FeatureStore:
         pairs = zip(dataset.samples, numbers, strict=True)
         if other := [sample.id for sample, number in pairs if sample.label != labels[number]]:
             raise self._others(dataset, f"{len(other)} labels differ: {few(other)}")
-        state = folder.images()[1]
-        then = FileState(*([column[n] for n in numbers] for column in (state.sizes, state.times, state.digests)))
+        then = folder.images()[1].part(numbers.tolist())
         changes = {n: what for n, what in then.changes(now).items() if now.sizes[n] is not None}
         if changes:
             what = f"{len(changes)} of {len(numbers)} have changed since they were encoded"

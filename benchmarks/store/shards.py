@@ -133,8 +133,8 @@ def places(shards: Sequence[Shard], images: int) -> NDArray[np.int64]:
 def merge(folder: Path, cell: str, key: StoreKey, images: int) -> None:
     """Put the shards of a cell that is complete into few, each of neighbouring images.
 
-    A new shard is on the disk before an old one goes: whoever dies in between leaves rows twice, and the next that
-    encodes merges them. At no time are there more than a few new shards' bytes twice.
+    A new shard is on the disk before an old one goes: a process that dies in between leaves rows twice, and the next
+    one that encodes merges them. At no time are there more than a few new shards' bytes twice.
 
     Args:
         folder: of the cell.

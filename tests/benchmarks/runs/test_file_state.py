@@ -94,6 +94,19 @@ def test_of_a_large_set_content_is_sampled_and_times_tell_the_rest(data: Path, m
     for number in range(12):  # a copy: all times are others, and what was looked at decides
         os.utime(path(number))
     assert before.changes(FileState.of(samples)) == {4: "other content"}
+    shortened(path(7))  # says nothing of the others
+    now = FileState.of(samples)
+    assert before.changes(now) == {4: "other content", 7: "1782 bytes before, 1781 bytes now"}
+    monkeypatch.setattr(file_state, "READ_ALL_BELOW", 10**6)
+    every = FileState.of(samples)
+    os.utime(path(0), ns=(0, 0))
+    assert every.changes(now) == now.changes(every) == {}  # content that is known of one time only
+    for number in range(12):
+        os.utime(path(number), ns=(0, 0))
+    monkeypatch.setattr(file_state, "READ_ALL_BELOW", 10)
+    copied = FileState.of(samples)
+    assert every.changes(copied) == copied.changes(every) == {}
+    assert copied.part([3, 4]).digests == [None, copied.digests[4]]
 
 
 def test_what_a_run_keeps_of_the_files_goes_with_it(tmp_path: Path, data: Path) -> None:

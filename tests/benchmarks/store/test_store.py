@@ -23,6 +23,7 @@ from apm.benchmarks.runs.records import RunFolder
 from apm.benchmarks.runs.run_record import RunOptions
 from apm.benchmarks.runs.runner import Summary, run
 from apm.benchmarks.store import encode as encoding
+from apm.benchmarks.store import layout
 from apm.benchmarks.store import shards as shard_files
 from apm.benchmarks.store.encode import Encoded, encode
 from apm.benchmarks.store.filling import EncodeOptions
@@ -226,8 +227,59 @@ def test_encoding_something_else_into_a_store_is_refused(tmp_path: Path, change:
     fill(tmp_path / "store", make_dataset(4))
     with pytest.raises(UsageError, match=words):
         fill(tmp_path / "store", make_dataset(4), **change)
-    with pytest.raises(UsageError, match=r"holds digits of other images\. images, their order or labels"):
-        fill(tmp_path / "store", make_dataset(5))
+    more = make_dataset(5)
+    relabelled = [replace(one, label=1 - one.label) for one in more.samples[:2]] + list(more.samples[2:])
+    for samples in (more.samples[1:], relabelled):  # neither holds all of the other; other labels
+        with pytest.raises(UsageError, match=r"holds digits of other images\. images, their order or labels"):
+            fill(tmp_path / "store", replace(more, samples=samples))
+
+
+def test_a_store_grows_with_the_limit_and_keeps_what_it_has(tmp_path: Path, animals: Path) -> None:
+    store, part, whole = tmp_path / "store", open_dataset("folder", animals, limit=3), open_dataset("folder", animals)
+    assert [one.id for one in part.samples] != [one.id for one in whole.samples[:3]]  # the order is another
+    fill(store, part, batch_size=1)
+    before = FeatureStore.open(store).cell(part).views(range(3)).first(VIEWS)
+    notes: list[str] = []
+    teacher = FakeTeacher()
+    done = fill(store, whole, teacher, notes=notes)
+    assert (done.images, done.computed, teacher.image_calls) == (8, 5, 5 * VIEWS)
+    assert "3 are there, 5 are to be encoded" in notes[0]
+    fill(tmp_path / "anew", whole)
+    for dataset in (part, whole):
+        check(store, dataset)
+        grown, anew = (FeatureStore.open(path).cell(dataset) for path in (store, tmp_path / "anew"))
+        numbers = range(len(dataset.samples))
+        assert grown.views(numbers).first(VIEWS).equal(anew.views(numbers).first(VIEWS))
+    assert FeatureStore.open(store).cell(part).views(range(3)).first(VIEWS).equal(before)
+    again = FakeTeacher()
+    assert fill(store, part, again).computed == fill(store, whole, again).computed == again.image_calls == 0
+    picture(99).save(animals / part.samples[0].id)
+    with pytest.raises(UsageError, match=f"images of folder have changed since .* {part.samples[0].id}"):
+        fill(store, open_dataset("folder", animals))
+
+
+@pytest.mark.parametrize("written", [1, 2, 3])
+def test_a_store_that_was_killed_while_it_grew_grows_again(
+    tmp_path: Path, animals: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, part, whole = tmp_path / "store", open_dataset("folder", animals, limit=3), open_dataset("folder", animals)
+    fill(store, part)
+    real, left = layout.write_atomically, [written]
+
+    def dying(path: Path, data: bytes) -> Path:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(path, data)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(layout, "write_atomically", dying)  # of the labels, the images, the cell; then the store's own
+        fill(store, whole)
+    check(store, part)
+    teacher = FakeTeacher()
+    fill(store, whole, teacher)
+    assert teacher.image_calls == 5 * VIEWS
+    check(store, whole)
 
 
 @pytest.fixture

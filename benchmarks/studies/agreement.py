@@ -31,7 +31,7 @@ from apm.test_time.queries import ALL
 
 from ..datasets import open_dataset
 from .rows import Row, continued
-from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, plus_minus, run, signed
+from .study import ROOT, USUAL, Options, Record, Study, averaged, markdown, plus_minus, run, signed
 
 WEIGHTS = (0.0, 0.1, 1.0, 10.0)
 TARGETS = {"cls": "the token", "grid": "the grid"}
@@ -142,21 +142,12 @@ def measure(options: Options) -> Record:
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Over images: ``means``: target → weight → measure → mean and error; ``gains``: less the first weight."""
 
-    def over(target: str, weight: str, name: str) -> np.ndarray:
-        return np.array([row[target][weight][name] for row in rows])
-
-    targets = list(rows[0])
-    weights = list(rows[0][targets[0]])
-    first = weights[0]
-    names = list(rows[0][targets[0]][first])
-    return {
-        "images": len(rows),
-        "means": {t: {w: {n: mean_and_error(over(t, w, n)) for n in names} for w in weights} for t in targets},
-        "gains": {
-            t: {w: {n: mean_and_error(over(t, w, n) - over(t, first, n)) for n in COMPARED} for w in weights[1:]}
-            for t in targets
-        },
-    }
+    first, *others = next(iter(rows[0].values()))
+    gains = [
+        {t: {w: {n: of[w][n] - of[first][n] for n in COMPARED} for w in others} for t, of in row.items()}
+        for row in rows
+    ]
+    return {"images": len(rows), "means": averaged(rows), "gains": averaged(gains)}
 
 
 def table(record: Record) -> str:

@@ -33,7 +33,7 @@ from apm.pretrain.images import ImageSource, open_images
 from apm.pretrain.loop import read_log
 from apm.pretrain.student import Student
 
-from .study import ROOT, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run
+from .study import ROOT, Options, Record, Study, averaged, each, markdown, plus_minus, run
 
 Floats = NDArray[np.float32]
 NAMES = {
@@ -61,7 +61,7 @@ def reduced(image: Image.Image, side: int) -> Image.Image:
 
 
 def at_places(image: Image.Image, places: int) -> Floats:
-    """Mean L, a, b (places, places, 3) of an image in so many equal cells a side."""
+    """Mean L, a, b (places, places, 3) of an image, over `places` × `places` equal cells."""
     planes = np.moveaxis(lab(np.asarray(image)), -1, 0)
     size = (places, places)
     pooled = (Image.fromarray(np.ascontiguousarray(one)).resize(size, Image.Resampling.BOX) for one in planes)
@@ -129,15 +129,14 @@ def measure_set(images: Sequence[Image.Image], student: Student, baselines: Base
 
 def summary(name: str, rows: Sequence[Errors]) -> Record:
     """What a set's record holds: means, their errors, and by how much each predictor is above the student."""
-    delta = {key: np.array([row.delta_e[key] for row in rows]) for key in NAMES}
+    delta = [row.delta_e for row in rows]
+    above = [{key: one[key] - one["student"] for key in NAMES if key != "student"} for one in delta]
     squared = {key: float(np.mean([row.squared[key] for row in rows])) for key in NAMES}
     return {
         "name": name,
         "images": len(rows),
-        "delta_e": {key: mean_and_error(values) for key, values in delta.items()},
-        "above_student": {
-            key: mean_and_error(values - delta["student"]) for key, values in delta.items() if key != "student"
-        },
+        "delta_e": averaged(delta),
+        "above_student": averaged(above),
         "rms": {key: math.sqrt(value) for key, value in squared.items()},
         "explained": {key: 1 - value / squared["grey"] for key, value in squared.items()},
         "chroma": {key: float(np.mean([row.chroma[key] for row in rows])) for key in ("own", "student")},

@@ -68,11 +68,13 @@ def one_table(paths: Sequence[Path]) -> tuple[list[Records], Table]:
 
 
 def _once(table: Table) -> Table:
-    """Without the rows of a method that an earlier run had with the same settings, as zero-shot is part of each."""
-    first: dict[tuple[str, str], TableRow] = {}
+    """With one row of a method that several runs had with the same settings, as zero-shot: the one of most cells."""
+    kept: dict[tuple[str, str], TableRow] = {}
     for row in table.rows:
-        first.setdefault((row.method, json.dumps(row.settings, sort_keys=True)), row)
-    return replace(table, rows=tuple(first.values()))
+        key = row.method, json.dumps(row.settings, sort_keys=True)
+        if key not in kept or len(row.cells) > len(kept[key].cells):
+            kept[key] = row
+    return replace(table, rows=tuple(kept.values()))
 
 
 def described(one: Records) -> dict[str, Any]:

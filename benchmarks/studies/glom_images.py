@@ -47,7 +47,7 @@ class Trained:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Of what a study is."""
+        """The network and its training, for a study's record."""
         return {
             "sizes": dataclasses.asdict(self.model.config),
             "parameters": sum(value.numel() for value in self.model.parameters()),
@@ -84,7 +84,7 @@ def read_trained(options: Options) -> Trained:
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """Add what all of them take."""
+    """Add the arguments that all of them take."""
     parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CKPT", help="checkpoint of `apm glom train`")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for its cached images (default: CKPT.cache)")
 
@@ -118,7 +118,7 @@ def switched(model: GLOM, **parts: Any) -> GLOM:
 
 
 def said(record: dict[str, Any]) -> str:
-    """What a record is of: the network, its training, the machine."""
+    """The network of a record, its training and the machine, in a sentence."""
     sizes, training, machine = record["glom"]["sizes"], record["glom"]["training"], record["environment"]
     radius = "with all locations" if sizes["radius"] is None else f"within a radius of {sizes['radius']:g}"
     side = sizes["image_size"] // sizes["patch_size"]

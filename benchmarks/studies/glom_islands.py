@@ -10,11 +10,9 @@ used only for scoring. ``--rows`` keeps a row per image: after a kill the same c
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from PIL import Image
 
 from apm.errors import UsageError
 from apm.glom.model import GLOM
-from apm.images.files import write_atomically
 from apm.student import islands
 from apm.student.field import resample
 from apm.student.islands import Labels
@@ -40,9 +37,9 @@ from apm.test_time.trainer import TestTimeTrainer
 
 from .glom_images import arguments, read_trained, said
 from .partitions import cut_into_islands
-from .queries import read_rows
-from .scenes import Scene, neighbours, pasted, photographs
-from .study import ROOT, USUAL, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run
+from .rows import Row, continued
+from .scenes import neighbours, pasted, photographs
+from .study import ROOT, USUAL, Options, Record, Study, averaged, markdown, plus_minus, run
 
 Field = NDArray[np.float64]
 MEASURES = {
@@ -109,32 +106,6 @@ def score(field: Field, truth: Labels, other: Labels, parts: int) -> dict[str, f
     }
 
 
-def kept(
-    path: Path | None, settings: Mapping[str, Any], command: str
-) -> tuple[dict[str, dict[str, Any]], Callable[[dict[str, Any]], None]]:
-    """Rows that are there already, by name, and what adds one; without a path nothing is kept.
-
-    Raises:
-        UsageError: the file holds rows of other settings.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    if path is None:
-        return found, lambda row: None
-    if path.exists():
-        head, rows = read_rows(path)
-        if head["settings"] != settings:
-            raise UsageError(f"{path} holds rows of other settings; name another file.\n{head['settings']}")
-        found = {row["name"]: row for row in rows}
-    first = {"command": command, "settings": settings, "environment": {}}
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in (first, *found.values())).encode())
-
-    def add(row: dict[str, Any]) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    return found, add
-
-
 def measure(options: Options) -> Record:
     """Score every source of features on photographs with masks, and on composites of them."""
     if options.root is None:
@@ -155,34 +126,30 @@ def measure(options: Options) -> Record:
         "settling": trained.settling,
         "step": trained.step,
     }
-    done, add = kept(options.rows, settings, options.command)
+    kinds = {"masks": usable, "composites": pasted(usable, len(usable), sources.grid, seed=options.seed)}
 
-    def scored(scenes: Sequence[Scene], kind: str) -> list[dict[str, dict[str, float]]]:
-        def one(number: int) -> dict[str, dict[str, float]]:
-            scene, other = scenes[number], scenes[(number + 1) % len(scenes)]
-            if done.get(scene.name, {}).get("other") != other.name:
-                fields = sources(scene.square)
-                scores = {name: score(field, scene.truth, other.truth, options.parts) for name, field in fields.items()}
-                done[scene.name] = {"name": scene.name, "other": other.name, "scores": scores}
-                add(done[scene.name])
-            return done[scene.name]["scores"]
+    def scored(item: tuple[str, int]) -> Row:
+        kind, number = item
+        scene, other = kinds[kind][number], kinds[kind][(number + 1) % len(usable)]
+        fields = sources(scene.square)
+        return {name: score(field, scene.truth, other.truth, options.parts) for name, field in fields.items()}
 
-        return each(range(len(scenes)), one, kind, minimum=2)
-
-    made = pasted(usable, len(usable), sources.grid, seed=options.seed)
-    found = {"masks": scored(usable, "photographs"), "composites": scored(made, "composites")}
+    rows = continued(
+        [(kind, number) for kind in kinds for number in range(len(usable))],
+        scored,
+        "images",
+        path=options.rows,
+        settings={**settings, "images": len(usable)},
+    )
+    found = {"masks": rows[: len(usable)], "composites": rows[len(usable) :]}
+    found = {kind: some for kind, some in found.items() if some}  # after an early end there may be none
     return {
         "glom": trained.record,
         "settings": settings,
         "grid": sources.grid,
-        "images": {kind: len(rows) for kind, rows in found.items()},
-        "scores": {kind: _means(rows) for kind, rows in found.items()},
+        "images": {kind: len(some) for kind, some in found.items()},
+        "scores": {kind: averaged(some) for kind, some in found.items()},
     }
-
-
-def _means(rows: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
-    """Mean and standard error of each measure, by source of features."""
-    return {name: {what: mean_and_error([row[name][what] for row in rows]) for what in MEASURES} for name in rows[0]}
 
 
 def table(record: Record) -> str:

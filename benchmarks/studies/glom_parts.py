@@ -3,7 +3,7 @@
 ``python -m apm.benchmarks.studies.glom_parts CKPT --root TRAINED_ON --record FILE`` measures how well hidden locations
 of held-out images are filled in after 1, 2, … steps: by the network as trained, and with parts switched off. A network
 that learned with a part may depend on it more than one that never had it: ``--retrain STEPS`` also trains networks
-without each part, and one with all, for so many steps each; after a kill the same command resumes.
+without each part, and one with all, for that many steps each; after a kill the same command resumes.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def measure(options: Options) -> Record:
 
 
 def table(record: Record) -> str:
-    """The probes from worst to best, and of what they are."""
+    """The probes from worst to best, and what they were fitted on."""
     return f"{linear_probe.table(record)} {record['steps']} settling steps. {said(record)}"
 
 

@@ -121,7 +121,7 @@ def measure(options: Options) -> Record:
 
 
 def table(record: Record) -> str:
-    """One row a filling, from worst to best, and of what it is."""
+    """One row a filling, from worst to best, and how it was made."""
     found, above, rival = record["errors"], record["above_glom"], record["autoencoder"]
     rows = (
         (NAMES[name], plus_minus(found[name], 4), "–" if name == "glom" else plus_minus(above[name], 4))

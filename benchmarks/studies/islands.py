@@ -42,7 +42,7 @@ from apm.test_time.queries import ALL
 from apm.test_time.trainer import TestTimeTrainer
 
 from ..datasets import open_dataset
-from .study import ROOT, USUAL, Options, Record, Study, each, markdown, mean_and_error, plus_minus, run, signed
+from .study import ROOT, USUAL, Options, Record, Study, averaged, each, markdown, plus_minus, run, signed
 
 TARGETS = ("cls", "grid")
 CONTROLS = {
@@ -159,7 +159,7 @@ def _observe(
         field = runs["image"].last
         spread[target] = root_mean_square(field - field.mean(axis=(0, 1))) / root_mean_square(field)
         rounding[target] = runs["image"].rounding
-        variation[target] = islands.variation(field)
+        variation[target] = dict(zip(VARIATION, islands.variation(field), strict=True))
     side = len(subject.superpixels)
     wanted = subject.inputs["image"][2]
     assert isinstance(wanted, torch.Tensor)
@@ -169,70 +169,53 @@ def _observe(
         "coordinates": islands.clusters(coordinates(side).astype(np.float64), parts),
         "other image's superpixels": subject.other_superpixels,
     }
+    own, others = (islands.boundary_contrast(grid, of) for of in (subject.superpixels, subject.other_superpixels))
     return {
         "rows": rows,
-        "losses": losses,
         "clusters": clusters,
-        "spread": spread,
         "rounding": rounding,
-        "variation": variation,
-        "references": {name: islands.agreement(one, subject.superpixels) for name, one in partitions.items()},
-        "contrast": islands.boundary_contrast(grid, subject.superpixels),
-        "other contrast": islands.boundary_contrast(grid, subject.other_superpixels),
-        "variance": float(((grid - grid.mean(axis=(0, 1))) ** 2).mean()),
+        "averaged": {
+            "references": {name: islands.agreement(one, subject.superpixels) for name, one in partitions.items()},
+            "teacher_contrast": {"image": own, "other image": others, "difference": own - others},
+            "grid_variance": float(((grid - grid.mean(axis=(0, 1))) ** 2).mean()),
+            "final_loss": losses,
+            "spread": spread,
+            "variation": variation,
+        },
     }
 
 
 def _summarise(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means and standard errors over images, differences paired: see `study`."""
-
-    def rows(target: str, condition: str) -> list[dict[str, float]]:
-        return [one["rows"][target][condition] for one in found]
-
-    def differences(target: str, control: str) -> list[dict[str, float]]:
-        pairs = zip(rows(target, "image"), rows(target, control), strict=True)
-        return [{name: mine[name] - theirs[name] for name in mine} for mine, theirs in pairs]
-
-    def against_other(target: str, measure: str) -> list[float]:
-        return mean_and_error(
-            [row[f"{measure} image"] - row[f"{measure} other image"] for row in rows(target, "image")]
-        )
-
-    def same(target: str) -> list[float]:
-        clusters = [one["clusters"][target] for one in found]
-        return mean_and_error([islands.agreement(a, b) for a, b in itertools.pairwise([*clusters, clusters[0]])])
-
+    rows = [one["rows"] for one in found]
+    less = [
+        {t: {c: {m: of["image"][m] - of[c][m] for m in of[c]} for c in CONTROLS} for t, of in row.items()}
+        for row in rows
+    ]
+    against_other = [
+        {
+            t: {m: of["image"][f"{m} image"] - of["image"][f"{m} other image"] for m in ("AMI", "contrast")}
+            for t, of in row.items()
+        }
+        for row in rows
+    ]
+    same = [
+        {t: islands.agreement(one["clusters"][t], other["clusters"][t]) for t in TARGETS}
+        for one, other in itertools.pairwise([*found, found[0]])
+    ]
     return {
         "images": len(found),
-        "conditions": {t: {c: _summaries(rows(t, c)) for c in CONDITIONS} for t in TARGETS},
-        "differences": {t: {c: _summaries(differences(t, c)) for c in CONTROLS} for t in TARGETS},
-        "image_against_other": {t: {name: against_other(t, name) for name in ("AMI", "contrast")} for t in TARGETS},
-        "same_regions": {t: same(t) for t in TARGETS},
-        "references": {
-            name: mean_and_error([one["references"][name] for one in found]) for name in found[0]["references"]
-        },
-        "teacher_contrast": {
-            "image": mean_and_error([one["contrast"] for one in found]),
-            "other image": mean_and_error([one["other contrast"] for one in found]),
-            "difference": mean_and_error([one["contrast"] - one["other contrast"] for one in found]),
-        },
-        "grid_variance": mean_and_error([one["variance"] for one in found]),
-        "final_loss": {t: mean_and_error([one["losses"][t] for one in found]) for t in TARGETS},
-        "spread": {t: mean_and_error([one["spread"][t] for one in found]) for t in TARGETS},
+        "conditions": averaged(rows),
+        "differences": averaged(less),
+        "image_against_other": averaged(against_other),
+        "same_regions": averaged(same),
+        **averaged([one["averaged"] for one in found]),
         "rounding": {t: max(one["rounding"][t] for one in found) for t in TARGETS},
-        "variation": {
-            t: {name: mean_and_error([one["variation"][t][n] for one in found]) for n, name in enumerate(VARIATION)}
-            for t in TARGETS
-        },
     }
 
 
-def _summaries(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    return {name: mean_and_error([row[name] for row in rows]) for name in rows[0]}
-
-
 def table(record: Record) -> str:
-    """Print a record as markdown: the measures of every condition, then what they are to be read against.
+    """Print a record as markdown: the measures of every condition, then the references to compare them with.
 
     A difference of more than two standard errors is bold.
     """

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ from .partitions import cut_into_islands, fit
 from .pointing_views import average, grid_sizes
 from .rows import Row, continued
 from .scenes import Scene, pasted, photographs
-from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, numbers, plus_minus, run, signed
+from .study import ROOT, USUAL, Options, Record, Study, averaged, markdown, numbers, plus_minus, run, signed
 from .watching import Watcher
 
 Field = NDArray[np.floating]
@@ -223,42 +223,31 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         ``fields``: target → step → measure; ``references``: name → measure; ``differences``: target → what is taken
         off its last step → measure: a reference, the field before the first step, or the target ``grid``.
     """
-    steps = list(rows[0]["fields"]["grid"])
-
-    def means(of: Callable[[Row], Mapping[str, float]]) -> dict[str, list[float]]:
-        return {name: mean_and_error([of(row)[name] for row in rows]) for name in of(rows[0])}
-
-    def less(target: str, of: Callable[[Row], Mapping[str, float]]) -> dict[str, list[float]]:
-        mine = [row["fields"][target][steps[-1]] for row in rows]
-        shared = [name for name in of(rows[0]) if name in mine[0] and name.startswith(("AMI", "F"))]
-        return {
-            name: mean_and_error([own[name] - of(row)[name] for own, row in zip(mine, rows, strict=True)])
-            for name in shared
-        }
-
-    def differences(target: str) -> dict[str, dict[str, list[float]]]:
-        found = {name: less(target, lambda row, name=name: row["references"][name]) for name in REFERENCES}  # type: ignore[misc]
-        found["no steps"] = less(target, lambda row: row["fields"][target][steps[0]])
-        if target != "grid":
-            found["grid"] = less(target, lambda row: row["fields"]["grid"][steps[-1]])
-        mine = [row["fields"][target][steps[-1]] for row in rows]
-        found["its own with another's mask"] = {
-            name: mean_and_error([own[name] - own[f"{name}, another's mask"] for own in mine])
-            for name in ("AMI, true number", "F, true number")
-        }
-        return found
-
+    found = [{name: row[name] for name in ("fields", "references", "number")} for row in rows]
+    less = [{"differences": {target: _less(row, target) for target in TARGETS}} for row in rows]
     return {
         "images": len(rows),
-        "number": mean_and_error([row["number"] for row in rows]),
         "unknown": float(np.mean([row["unknown"] for row in rows])),
-        "fields": {
-            target: {step: means(lambda row, t=target, s=step: row["fields"][t][s]) for step in steps}  # type: ignore[misc]
-            for target in TARGETS
-        },
-        "references": {name: means(lambda row, name=name: row["references"][name]) for name in REFERENCES},  # type: ignore[misc]
-        "differences": {target: differences(target) for target in TARGETS},
+        **averaged(found),
+        **averaged(less),
     }
+
+
+def _less(row: Row, target: str) -> dict[str, dict[str, float]]:
+    """Of one scene: by how much the last field of a target is above each of what it is compared with."""
+    steps = list(row["fields"][target].values())
+    first, mine = steps[0], steps[-1]
+    others = {**row["references"], "no steps": first}
+    if target != "grid":
+        others["grid"] = list(row["fields"]["grid"].values())[-1]
+    found = {
+        name: {m: mine[m] - of[m] for m in of if m in mine and m.startswith(("AMI", "F"))}
+        for name, of in others.items()
+    }
+    found["its own with another's mask"] = {
+        m: mine[m] - mine[f"{m}, another's mask"] for m in ("AMI, true number", "F, true number")
+    }
+    return found
 
 
 def table(records: Sequence[Record]) -> str:

@@ -28,7 +28,7 @@ from apm.test_time.layer_fields import LayerSeen, observe_layers
 from .islands_masks import Judge
 from .rows import Row, continued
 from .scenes import Scene, photographs
-from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, plus_minus, run, signed
+from .study import ROOT, USUAL, Options, Record, Study, averaged, markdown, mean_and_error, plus_minus, run, signed
 
 COLUMNS = {
     "AMI mask": "AMI, mask",
@@ -117,33 +117,23 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         ``layers``: layer → condition → measure; ``differences``: layer → control → measure, the image's less the
         control's, paired.
     """
-    layers = rows[0]["layers"]
-
-    def values(layer: str, condition: str, measure: str) -> list[float]:
-        return [row["layers"][layer][condition][measure] for row in rows]
-
-    def less(layer: str, control: str, measure: str) -> list[float]:
-        pairs = zip(values(layer, "image", measure), values(layer, control, measure), strict=True)
-        return mean_and_error([mine - theirs for mine, theirs in pairs])
-
+    layers = [row["layers"] for row in rows]
+    less = [
+        {
+            layer: {
+                control: {measure: of["image"][measure] - values[measure] for measure in COMPARED}
+                for control, values in of.items()
+                if control != "image"
+            }
+            for layer, of in one.items()
+        }
+        for one in layers
+    ]
     return {
         "images": len(rows),
         "number": mean_and_error([row["number"] for row in rows]),
-        "layers": {
-            layer: {
-                condition: {measure: mean_and_error(values(layer, condition, measure)) for measure in of}
-                for condition, of in conditions.items()
-            }
-            for layer, conditions in layers.items()
-        },
-        "differences": {
-            layer: {
-                control: {measure: less(layer, control, measure) for measure in COMPARED}
-                for control in conditions
-                if control != "image"
-            }
-            for layer, conditions in layers.items()
-        },
+        "layers": averaged(layers),
+        "differences": averaged(less),
     }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from apm.errors import UsageError
 from apm.images.load import central_square, decode_image
+from apm.images.paths import printable
 from apm.pretrain.student import Student
 from apm.pretrain.trainer import pooled_colours
 from apm.student.model import APM
@@ -50,10 +51,21 @@ NAMES = {
 
 
 def read_table(path: Path, limit: int | None, seed: int) -> tuple[list[bytes], NDArray[np.int64]]:
-    """Read encoded images and integer labels from the columns image and label of a Parquet file, in a seeded order."""
+    """Read encoded images and integer labels from the columns image and label of a Parquet file, in a seeded order.
+
+    Raises:
+        UsageError: there is no such file, it is no Parquet, or lacks a column.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found = pq.read_table(path, columns=["image", "label"])
+    try:
+        found = pq.read_table(path, columns=["image", "label"], partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"{printable(path)} cannot be read as Parquet with the columns image and label "
+            f"({' '.join(str(error).split())})."
+        ) from error
     order = np.random.default_rng(seed).permutation(len(found))[:limit]
     values = found.column("image").take(order).to_pylist()
     images = [value["bytes"] if isinstance(value, dict) else value for value in values]
@@ -145,7 +157,7 @@ def _fitted(
 
 
 def table(record: Record) -> str:
-    """One markdown table, from worst to best, and a line that says of what."""
+    """One markdown table, from worst to best, and a line on the setup."""
     found = record["probes"]
     rows = (
         (

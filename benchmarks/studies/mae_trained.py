@@ -75,7 +75,7 @@ def _last(checkpoint: Path) -> dict[str, Any]:
 
 
 def text(trained: Mapping[str, Any], more: str) -> str:
-    """Commands, sizes and what the logs say at the end; `more` stands behind it."""
+    """Commands, sizes and what the logs say at the end, then `more`."""
     whole, probe, sizes, counts = (trained[name] for name in ("autoencoder", "probe", "sizes", "parameters"))
     return (
         f"    {whole['command']}\n    {probe['command']}\n\n"

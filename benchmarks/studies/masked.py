@@ -78,7 +78,7 @@ def read_masked(root: Path, limit: int, part: str = "all") -> list[Masked]:
 
     Args:
         root: of the data.
-        limit: at most so many of the part.
+        limit: how many of the part, at most.
         part: all, or every other one: tuning (the first, third, …) or report (the rest).
 
     Raises:
@@ -103,7 +103,7 @@ def composites(photographs: Sequence[Masked], count: int, *, seed: int) -> list[
 
     Args:
         photographs: to take objects from, and to paste them on.
-        count: at most so many; no object comes twice.
+        count: how many, at most; no object comes twice.
         seed: of order, choice, size and place.
     """
     rng = np.random.default_rng(seed)

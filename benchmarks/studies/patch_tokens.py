@@ -34,7 +34,7 @@ from apm.test_time.trainer import TestTimeTrainer
 
 from ..datasets import open_dataset
 from .rows import Row, continued
-from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, plus_minus, run
+from .study import ROOT, USUAL, Options, Record, Study, averaged, markdown, plus_minus, run
 
 READOUTS = {"query": "object query", "mean": "mean"}
 SOURCES = {
@@ -171,21 +171,13 @@ def measure(options: Options) -> Record:
 def summary(rows: Sequence[Mapping[str, Any]]) -> Record:
     """Means with standard errors over photographs; the token's fields less each control, paired; last losses."""
 
-    def values(source: str, measure: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array([row["measures"][source][measure] for row in rows])
-
-    return {
-        "measures": {s: {m: mean_and_error(values(s, m)) for m in MEASURES} for s in SOURCES},
-        "above": {
-            ours: {
-                s: {m: mean_and_error(values(ours, m) - values(s, m)) for m in MEASURES}
-                for s in SOURCES
-                if s not in OURS
-            }
-            for ours in OURS
-        },
-        "losses": {name: float(np.mean([row["losses"][name] for row in rows])) for name in rows[0]["losses"]},
-    }
+    found = [row["measures"] for row in rows]
+    above = [
+        {ours: {s: {m: of[ours][m] - of[s][m] for m in MEASURES} for s in SOURCES if s not in OURS} for ours in OURS}
+        for of in found
+    ]
+    losses = {name: float(np.mean([row["losses"][name] for row in rows])) for name in rows[0]["losses"]}
+    return {"measures": averaged(found), "above": averaged(above), "losses": losses}
 
 
 def table(record: Record) -> str:

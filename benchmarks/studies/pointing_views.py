@@ -36,7 +36,7 @@ from ..runs.environment import peak_memory
 from ..tables.stats import mcnemar, standard_error
 from .composites import Composite, composites
 from .rows import Row, continued
-from .study import ROOT, USUAL, Options, Record, Study, markdown, plus_minus, run
+from .study import ROOT, USUAL, Options, Record, Study, markdown, mean_and_error, plus_minus, run
 
 OURS = "field, views"
 SOURCES = {
@@ -157,12 +157,12 @@ def scores(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     table = {}
     for source in SOURCES:
         mine = np.array([row["hits"][source] for row in rows])
-        gain = ours.astype(float) - mine
+        gain, *error = mean_and_error(ours.astype(float) - mine)
         table[source] = {
             "score": float(mine.mean()),
             "stderr": standard_error(float(mine.mean()), len(mine)),
-            "gain": float(gain.mean()),
-            "half": float(1.96 * gain.std() / math.sqrt(len(gain))),
+            "gain": gain,
+            "half": 1.96 * error[0] if error else math.nan,
             "p": mcnemar(int((mine & ~ours).sum()), int((~mine & ours).sum())),
         }
     return table

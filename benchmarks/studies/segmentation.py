@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apm.errors import unknown
+from apm.errors import UsageError, unknown
 from apm.segment_values import PLACES
 from apm.segmentation import Field, Probable, blended, features_of, tiles_of, without_small
 from apm.student.config import Guide
@@ -72,7 +72,13 @@ class Seen:
 
 
 def measure(options: Options) -> Record:
-    """Segment everything in every way, and score it."""
+    """Segment everything in every way, and score it.
+
+    Raises:
+        UsageError: --root is missing, or does not hold what is needed.
+    """
+    if options.root is None:
+        raise UsageError("--root, a folder with images, masks and categories.tsv, is needed.")
     teacher = load_teacher(options.teacher, device=options.device)
     names = read_categories(options.root)
     templates = teacher.default_templates or ("a photo of a {}.",)

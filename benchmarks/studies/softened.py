@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from apm.errors import UsageError
 
-from ..runs.rows import MethodRows, joined
+from ..runs.rows import MethodRows
 from ..tables.table import Table, row_names
 from ..tables.trust import TrustRow, TrustTable, make_trust
 from .evidence import described, made_by, one_table
@@ -69,13 +70,19 @@ def _group(table: Table, trust: TrustTable) -> dict[str, Any]:
     }
 
 
+def _column(parts: Sequence[MethodRows], name: str) -> NDArray[Any]:
+    """One column of some cells, in the order of the images' names: runs may have taken them in different orders."""
+    return np.concatenate([getattr(part, name)[np.argsort(part.id)] for part in parts])
+
+
 def _row(trust: TrustRow, own: Sequence[MethodRows], teacher: Sequence[MethodRows]) -> dict[str, Any]:
-    cosine = joined(own, "cosine")
+    cosine, prediction = _column(own, "cosine"), _column(own, "prediction")
+    answered = prediction >= 0
     return {
         "method": trust.method,
         **{name: getattr(trust, name) for name in KEPT},
-        "agree": 100 * float((joined(own, "prediction") == joined(own, "teacher_prediction")).mean()),
-        "apart": float(np.nanmean(np.abs(joined(own, "nll") - joined(teacher, "nll")))),
+        "agree": 100 * float((prediction == _column(own, "teacher_prediction"))[answered].mean()),
+        "apart": float(np.nanmean(np.abs(_column(own, "nll") - _column(teacher, "nll")))),
         "cosine": float(np.nanmedian(cosine)) if np.isfinite(cosine).any() else None,
     }
 

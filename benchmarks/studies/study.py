@@ -51,7 +51,7 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"type": Path, "metavar": "FILE", "help": "file for rows (.jsonl); an existing one is continued"},
     ),
 }
-"""Name → flags and what argparse is told. A study says which of them it takes, and their defaults."""
+"""Name → flags, and keywords for argparse. A study says which of them it takes, and their defaults."""
 USUAL: dict[str, Any] = {"root": None, "teacher": "embedded", "seed": 0, "device": "cpu"}
 """Those that nearly all take."""
 
@@ -116,7 +116,7 @@ class Study:
         return options
 
     def outputs(self, parser: argparse.ArgumentParser) -> None:
-        """Add what says where the record goes: ``record``, a path or None."""
+        """Add the argument for where the record goes: ``record``, a path or None."""
         parser.add_argument("--record", "--out", type=Path, metavar="FILE", help="where to write the record")
 
     def run(self, options: Options) -> None:
@@ -185,7 +185,7 @@ def numbers(text: str) -> list[int]:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call a module's main function, mistakes told without a traceback; returns the exit code."""
+    """Call a module's main function and print errors without a traceback; returns the exit code."""
     try:
         return main() or 0
     except (ApmError, OSError) as error:
@@ -194,7 +194,7 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def command(module: str, arguments: Sequence[str]) -> str:
-    """What was called, but for the record's own place; of a path that leads out of this folder the last part."""
+    """The command, without the record's own place; of a path that leads out of this folder only the last part."""
 
     def shown(argument: str) -> str:
         outside = argument.startswith(("/", "~", "../"))
@@ -207,10 +207,10 @@ def command(module: str, arguments: Sequence[str]) -> str:
 
 
 def each(items: Sequence[Item], measure: Callable[[Item], Result], what: str, *, minimum: int = 1) -> list[Result]:
-    """Measure each item, and tell on standard error how many are done.
+    """Measure each item, and report on standard error how many are done.
 
-    Ctrl-C ends it early: hours may lie behind, and what is done is worth having. With fewer than `minimum` results it
-    is raised on.
+    Ctrl-C ends it early, and what is done is kept: it may have taken hours. With fewer than `minimum` results it is
+    raised again.
     """
     done: list[Result] = []
     try:
@@ -224,7 +224,7 @@ def each(items: Sequence[Item], measure: Callable[[Item], Result], what: str, *,
 
 
 def markdown(titles: Iterable[str], rows: Iterable[Iterable[object]], *, text: int | None = 1) -> str:
-    """A table in markdown: the first ``text`` columns flush left, the others right; None: as the reader has it."""
+    """A table in markdown: the first ``text`` columns flush left, the others right; None: none is aligned."""
     titles = list(titles)
     sides = ["---"] * len(titles) if text is None else ["---"] * text + ["---:"] * (len(titles) - text)
     lines = [f"|{'|'.join(sides)}|"]
@@ -245,6 +245,15 @@ def mean_and_error(values: ArrayLike) -> list[float]:
     found = np.asarray(values, dtype=np.float64)
     error = [float(found.std(ddof=1) / np.sqrt(len(found)))] if len(found) > 1 else []
     return [float(found.mean()), *error]
+
+
+def averaged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard error of every number in rows of the same shape, nested as they are."""
+    by_name = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: averaged(values) if isinstance(values[0], Mapping) else mean_and_error(values)
+        for name, values in by_name.items()
+    }
 
 
 def signed(value: Sequence[float], digits: int = 3) -> str:

@@ -66,6 +66,10 @@ def test_a_method_of_several_runs_is_there_once(tmp_path: Path) -> None:
     make_run(tmp_path / "b", [Plain(), Stream()], make_dataset())
     record = evidence.measure(evidence.STUDY.read([str(tmp_path / "a"), str(tmp_path / "b")]))
     assert sorted(row["method"] for row in record["tables"][0]["rows"]) == sorted([Plain().name, Stream().name])
+    make_run(tmp_path / "part", [Plain()], make_dataset(name="pets"))
+    make_run(tmp_path / "whole", [Plain(), Stream()], [make_dataset(name=name) for name in ("pets", "dtd")])
+    both = evidence.measure(evidence.STUDY.read([str(tmp_path / "part"), str(tmp_path / "whole")]))
+    assert (both["tables"][0]["cells"], len(both["tables"][0]["rows"])) == (("dtd", "pets"), 2)
     for run in record["runs"]:
         run["command"] = ["apm", "bench", "digits"]
     assert evidence.table(record).count("    apm bench digits\n") == 1

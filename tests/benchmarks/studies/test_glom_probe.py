@@ -5,14 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import torch
 
 from apm.benchmarks.studies.glom_probe import describe_levels
 from apm.benchmarks.studies.linear_probe import read_table
+from apm.errors import UsageError
 from apm.glom.config import GLOMConfig
 from apm.glom.model import GLOM
 from apm.images.load import student_input
 from tests.pretraining import make_parquet, picture
+
+
+def test_what_is_no_table_of_images_is_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b""]}), tmp_path / "column.parquet")
+    (tmp_path / "text.parquet").write_text("no table")
+    for name in ("column", "text", "none"):
+        with pytest.raises(UsageError, match=rf"{name}\.parquet cannot be read as Parquet with the columns image and"):
+            read_table(tmp_path / f"{name}.parquet", None, 0)
 
 
 def test_inputs_are_the_mean_embeddings_of_each_level(tmp_path: Path) -> None:

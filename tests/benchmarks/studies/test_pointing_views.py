@@ -70,7 +70,7 @@ def test_scores_are_paired() -> None:
     ]
     found = pointing_views.scores(rows)
     assert found["grid"]["gain"] == 0.5 and found["grid"]["p"] == pytest.approx(2 / 2**5)
-    assert found["grid"]["half"] == pytest.approx(1.96 * 0.5 / 10**0.5)
+    assert found["grid"]["half"] == pytest.approx(1.96 * (10 * 0.5**2 / 9) ** 0.5 / 10**0.5)
     assert found[pointing_views.OURS]["gain"] == 0 and found[pointing_views.OURS]["score"] == 0.9
 
 

@@ -44,6 +44,11 @@ def halves() -> Masked:
     return Masked("halves", Image.fromarray(pixels), truth.astype(np.int32))
 
 
+def test_a_folder_is_needed() -> None:
+    with pytest.raises(UsageError, match="--root, a folder with images, masks and categories"):
+        segmentation.measure(segmentation.STUDY.read([]))
+
+
 @pytest.mark.slow
 def test_our_map_is_that_of_the_classifier() -> None:
     """The same tiles, views, students, places and small pieces: what is scored is what a user gets."""

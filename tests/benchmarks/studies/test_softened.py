@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,24 @@ def test_the_record_holds_what_the_runs_say(tmp_path: Path, capsys: pytest.Captu
     assert student["apart"] == pytest.approx(fmean(apart), rel=1e-5)
     assert student["accuracy"] == pytest.approx(100 * fmean(row["rank"] == 1 for row in of["apm"]))
     assert f"| {student['agree']:.1f} | {student['apart']:.4f} |" in capsys.readouterr().out
+
+
+def test_runs_of_different_orders_and_failed_images_are_paired_by_image(tmp_path: Path) -> None:
+    teacher, student, data = Plain("zero-shot", turn=0.0), Plain("apm"), make_dataset(30, bad=[4, 7])
+    make_run(tmp_path / "one", [teacher, student], data)
+    make_run(tmp_path / "teacher", [teacher], data)
+    make_run(tmp_path / "student", [student], data, order=5)
+
+    def found(*runs: str) -> list[dict[str, Any]]:
+        (group,) = softened.measure(softened.STUDY.read([str(tmp_path / run) for run in runs]))["groups"]
+        return sorted(group["rows"], key=lambda row: str(row["method"]))
+
+    together, apart = found("one"), found("teacher", "student")
+    for name in ("agree", "apart", "cosine"):
+        assert [row[name] for row in apart] == pytest.approx([row[name] for row in together])
+    rows = [row for row in RunFolder(tmp_path / "one").read("digits").to_pylist() if row["method"] == "apm"]
+    same = [row["prediction"] == row["teacher_prediction"] for row in rows if row["error"] is None]
+    assert len(same) == 28 and together[0]["agree"] == pytest.approx(100 * fmean(same))
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from apm.benchmarks import studies
 from apm.benchmarks.studies import study as documents
-from apm.benchmarks.studies.study import Study, command, each, markdown, run
+from apm.benchmarks.studies.study import Study, averaged, command, each, markdown, run
 from apm.errors import ApmError, UsageError
 
 MODULES = [importlib.import_module(f"{studies.__name__}.{one.name}") for one in pkgutil.iter_modules(studies.__path__)]
@@ -122,6 +122,12 @@ def test_what_is_done_at_ctrl_c_is_kept(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "1 of 4 images\n2 of 4 images\n"
     with pytest.raises(KeyboardInterrupt):
         each([1, 2, 3, 4], measure, "images", minimum=3)
+
+
+def test_numbers_of_rows_are_averaged_in_their_nesting() -> None:
+    rows = [{"a": 1, "b": {"c": {"d": 2.0}}}, {"a": 3, "b": {"c": {"d": 6.0}}}]
+    assert averaged(rows) == {"a": [2.0, 1.0], "b": {"c": {"d": [4.0, 2.0]}}}
+    assert averaged(rows[:1]) == {"a": [1.0], "b": {"c": {"d": [2.0]}}}
 
 
 def test_tables_in_markdown() -> None:

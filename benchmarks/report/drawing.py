@@ -1,8 +1,8 @@
-"""From a figure of matplotlib to SVG inside a page: coloured by the page's style sheet, told to screen readers.
+"""From a figure of matplotlib to SVG inside a page: coloured by its style sheet, and readable by screen readers.
 
 The figure is drawn in stand-in colours, which become the style sheet's variables (``--c0`` … ``--c7`` for the series,
-``--ink``, ``--soft``, ``--rule``, ``--paper``): a chart follows the page from light to dark, and whoever restyles the
-page restyles the charts.
+``--ink``, ``--soft``, ``--rule``, ``--paper``): a chart follows the page from light to dark, and restyling the page
+restyles the charts.
 """
 
 from __future__ import annotations

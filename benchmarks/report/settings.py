@@ -1,4 +1,4 @@
-"""With what each run was made, and on what: run.json, for people."""
+"""How each run was made, and on which machine: run.json in words."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def gain_against_cost(ids: Iterator[int], table: TrustTable, series: Mapping[str
             mark(axes, cost, row.gain, series[printable(row.method)], printable(_said(row, cost, what)))
 
     numbers = [
-        (row.method, f"{ms:.3g}", f"{row.gain:+.1f}", NOTHING if row.p is None else f"{row.p:.3g}", row.rank or NOTHING)
+        (row.method, f"{ms:.3g}", f"{row.gain:+.1f}", NOTHING if row.p is None else f"{row.p:.3g}", row.rank)
         for row, ms in rows
     ]
     title = printable(f"{table.title}: gain against cost")

@@ -1,4 +1,4 @@
-"""Results on their way out: all rows with the names of their labels, and entries for a model card on the hub."""
+"""Results for export: all rows with the names of their labels, and entries for a model card on the hub."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def eval_results(tables: Sequence[Table], *, task: str = "default") -> tuple[dic
 
 
 def _repository(cell: Mapping[str, Any], row: TableRow, column: str) -> tuple[str | None, str]:
-    """The hub's data set that a score is of; None with the reason where there is none, or the score is not of it."""
+    """The hub's data set that a score belongs to; None where there is none, and why."""
     spec, marks = DATASETS[cell["dataset"]], row.cells[column].marks
     reasons = {
         "subset": "a subset",

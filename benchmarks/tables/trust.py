@@ -9,9 +9,9 @@ than it, else 1 + the largest rank of those that are. It follows, whatever the d
 * a method that is shown to be better than another has the smaller rank;
 * for a method of rank r > 1 there is one of rank r - 1 that is shown to be better than it.
 
-There is nothing to be intransitive: the better of a pair has more right answers, so the relation has no circles. What a
-rank does not say: that each method of rank 1 is shown to be better than each of rank 2. A noisy method may stand above
-a more accurate one, where the data show the latter to be beaten and not the former.
+The relation has no cycles, since the better of a pair has more right answers. A rank does not say that each method of
+rank 1 is shown to be better than each of rank 2: a noisy method may rank above a more accurate one, if only the latter
+is shown to be beaten.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ TOGETHER = "all cells"
 class TrustRow:
     """One method on the images of one cell, or of several together. None: not known, or not defined here."""
 
-    rank: int | None
-    """None for what is not compared: ORACLE rows."""
+    rank: int
     method: str
     accuracy: float
     """Percent; an image that this method alone has no answer for counts as wrong."""
@@ -51,7 +50,7 @@ class TrustRow:
     gain: float
     """Points over zero-shot: the teacher's own answers with the run's prompts, on the same images."""
     p: float | None
-    """Of the gain, corrected for the number of methods by Holm's method; None for zero-shot itself and ORACLE rows."""
+    """Of the gain, corrected for the number of methods by Holm's method; None for zero-shot itself."""
     right_to_wrong: int
     wrong_to_right: int
     ece: float | None
@@ -100,7 +99,7 @@ def make_trust(
     """Make of each table of accuracies what can be trusted of it.
 
     Args:
-        tables: as `make_tables` makes them; published rows are passed over.
+        tables: as `make_tables` makes them; published and ORACLE rows are left out.
         cells: whether to give each cell of a table beside all of them together.
         on_refused: called with why a table cannot be made, in place of an error; the others are made.
 
@@ -188,7 +187,7 @@ class _Aligned:
 
 
 def _table(title: str, columns: Sequence[str], named: Mapping[str, TableRow], note: str | None) -> TrustTable | None:
-    """Compare rows on the images of some columns; None where nobody has an answer."""
+    """Compare rows on the images of some columns; None where no method has an answer."""
     names, rows = list(named), list(named.values())
     parts = [_aligned(column, rows) for column in columns]
     image = _images(columns, rows)
@@ -198,16 +197,14 @@ def _table(title: str, columns: Sequence[str], named: Mapping[str, TableRow], no
         return None
     methods = [_only(one, anybody) for one in methods]
     image = np.unique(image[anybody], return_inverse=True)[1]
-    compared = [place for place, one in enumerate(methods) if not _is_oracle(one.row)]
-    rank = dict(zip(compared, ranks([methods[place].correct for place in compared], image), strict=True))
-    tested = [place for place in compared if not _is_zero_shot(methods[place].row)]
+    rank = ranks([one.correct for one in methods], image)
+    tested = [place for place, one in enumerate(methods) if not _is_zero_shot(one.row)]
     changes = (_changes(methods[place].zero_shot, methods[place].correct, image) for place in tested)
     p = dict(zip(tested, holm([paired_test(change) for change in changes]), strict=True))
     made = [
-        _trust_row(names[place], one, columns, image, rank.get(place), p.get(place))
-        for place, one in enumerate(methods)
+        _trust_row(names[place], one, columns, image, rank[place], p.get(place)) for place, one in enumerate(methods)
     ]
-    made.sort(key=lambda row: (row.rank is None, row.rank, -row.accuracy, row.method))
+    made.sort(key=lambda row: (row.rank, -row.accuracy, row.method))
     different = int(image.max()) + 1
     notes = [note] if note else []
     notes += _notes(made, len(image), different, int((~anybody).sum()), len(tested))
@@ -221,7 +218,7 @@ def _trust_row(
     one: _Aligned,
     columns: Sequence[str],
     image: NDArray[np.integer],
-    rank: int | None,
+    rank: int,
     p: float | None,
 ) -> TrustRow:
     low, high = interval(one.correct, image)
@@ -354,10 +351,6 @@ def _registered(row: TableRow) -> str:
 
 def _is_zero_shot(row: TableRow) -> bool:
     return _registered(row) == "zero-shot"
-
-
-def _is_oracle(row: TableRow) -> bool:
-    return row.kind == "oracle"
 
 
 def _needs_gradients(row: TableRow) -> bool | None:

@@ -54,7 +54,7 @@ def lines(table: TrustTable) -> list[list[str]]:
 def _line(row: TrustRow) -> list[str]:
     return [
         row.method,
-        number(row.rank, "d"),
+        str(row.rank),
         f"{row.accuracy:.1f}{''.join(MARKS[mark][0] for mark in row.marks)}",
         f"{row.low:.1f}–{row.high:.1f}",
         f"{row.gain:+.1f}",

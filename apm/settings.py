@@ -66,7 +66,10 @@ def parse_value(what: str, text: str, hint: Any, setting: Setting | None) -> Any
         return None
     wanted = text_type(hint)
     try:
-        return _BOOLEANS[text.lower()] if wanted is bool else wanted(text)
+        value = _BOOLEANS[text.lower()] if wanted is bool else wanted(text)
+        if wanted is float and not math.isfinite(value):
+            raise ValueError(text)
+        return value
     except (ValueError, KeyError):
         kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
         raise UsageError(f'{what} is "{text}", which is not {kind}.') from None

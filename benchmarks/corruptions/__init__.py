@@ -52,7 +52,7 @@ VERSION = 2
 """Raised whenever a corruption's pixels change; stands in records and in written trees."""
 MARK = "generated: not comparable with the official files"
 SETTINGS_FILE = "apm-corrupt.json"
-"""Lies at the top of a tree written by `tree.TreeWriter` and says how it was made."""
+"""Lies at the top of a tree written by `datasets.corrupted_tree` and says how it was made."""
 
 
 def corrupt(image: NDArray[np.uint8], name: str, level: int, *, seed: int, image_id: str) -> NDArray[np.uint8]:

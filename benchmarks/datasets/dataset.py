@@ -243,7 +243,7 @@ def _variant_warnings(spec: DatasetSpec, variant: str | None, place: str) -> lis
     if variant == UNKNOWN_VARIANT:
         return [
             f"Which variant of {spec.name} {place} holds ({', '.join(spec.variants)}) cannot be told from its name and "
-            f"its number of pictures. Published numbers are on {usual}: where it is that one, have {usual} in the "
+            f"its number of pictures. Published numbers are on {usual}: if it is that one, put {usual} into the "
             f"folder's name. Here it is called {spec.name}-{variant}."
         ]
     return [

@@ -28,7 +28,7 @@ def is_integer(name: str) -> bool:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of the sub-folders, integers sorted as integers; hidden ones and what systems leave are skipped.
+    """Return the names of the sub-folders, without hidden ones and `_SKIPPED_FOLDERS`; integers sorted as integers.
 
     Raises:
         UsageError: the folder cannot be read.
@@ -46,7 +46,7 @@ def class_folders(folder: Path) -> list[str]:
 def image_names(folder: Path) -> list[str]:
     """Return the names of the picture files right in a folder, sorted; hidden files (also macOS's ``._``) are skipped.
 
-    Links that lead nowhere are among them: a picture that ought to be there must not be missed without a word.
+    Links that lead nowhere are among them: a picture that is missing must not go unnoticed.
 
     Raises:
         UsageError: the folder cannot be read.
@@ -84,7 +84,7 @@ def class_images(folder: Path) -> list[str]:
 
 
 def beside(folder: Path, name: str) -> Path:
-    """Return the file `name` that lies beside a folder; where the folder is a link, it may lie beside what is meant.
+    """Return the file `name` that lies beside a folder or, where the folder is a link, beside its target.
 
     The folder may be ``.``, whose parent a path alone does not tell.
     """

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub, or local folders in its forms, streamed through `datasets`.
 
-Rows are read in their order; pictures that were passed are kept, encoded, in a temporary file, so that no order of
-access needs more than one pass over the images. That file grows to the size of the pictures read.
+Rows are read in their order. Pictures that were read are kept, still encoded, in a temporary file, so that no order of
+access takes more than one pass; the file grows to their size.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from .specs import DatasetSpec
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("wnid", "label", "labels", "cls", "class_name")
 _SPLITS = ("test", "validation", "val", "train")
-_SECONDS = 4.0  # that the hub has for its first answer
+_SECONDS = 4.0  # to wait for the first answer of the hub
 _WORDS = (".md", ".gitattributes")  # endings of files that hold no images
-_READ_WHOLE_BELOW = 64 << 20  # bytes of a local folder whose content is looked at in full
-_SAMPLED, _SAMPLE = 64, 1 << 20  # else of so many of its files so many bytes, at either end
+_READ_WHOLE_BELOW = 64 << 20  # bytes: a local folder is hashed in full up to this size
+_SAMPLED, _SAMPLE = 64, 1 << 20  # of a larger one: the number of files, and bytes at both ends of each
 
 
 def parse_source(source: str) -> tuple[str, str | None]:
@@ -252,7 +252,8 @@ def _interpret(
             imagenet = label_set("imagenet")
             return _look_up(texts, present, spec, source), tuple(imagenet[position[wnid]] for wnid in present)
     space = list(names) if names is not None else sorted(set(texts))
-    return _look_up(texts, space, spec, source), tuple(name.replace("_", " ") for name in space)
+    numbers = _look_up(texts, space, spec, source) if isinstance(labels[0], str) else list(labels)
+    return numbers, tuple(name.replace("_", " ") for name in space)
 
 
 def _as_texts(labels: Sequence[Any], names: Sequence[str] | None) -> list[str] | None:

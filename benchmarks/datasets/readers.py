@@ -24,7 +24,7 @@ from .specs import DatasetSpec
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image of a data set. The label is for whoever compares answers, never for a method."""
+    """One image of a data set. The label is for comparing answers, never for a method."""
 
     id: str
     """Path below the folder of images, with forward slashes: the same wherever the data lie."""
@@ -202,7 +202,9 @@ def _labels_in(
         label_of = {wnid: label for label, wnid in enumerate(subset_wnids(set_name))}
         found = {name: label_of.get(name) for name in shown}
     else:
-        by_name = {name.casefold(): label for label, name in enumerate(class_names)}
+        by_name: dict[str, int] = {}
+        for label, name in enumerate(class_names):
+            by_name.setdefault(name.casefold(), label)  # of equal names the first: it wins where logits are equal
         found = {name: by_name.get(text.casefold()) for name, text in shown.items()}
     missing = [shown[name] for name, label in found.items() if label is None]
     if missing:

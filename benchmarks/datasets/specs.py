@@ -204,7 +204,6 @@ _SPECS = (
         classes=100,
         layouts=("caltech-101/101_ObjectCategories", "Caltech101/101_ObjectCategories", "Caltech101"),
         split_file="split_zhou_Caltech101.json",
-        prompts_name="single",
         origin=f"data.caltech.edu/records/mzrjq-6wc02 and {_COOP}",
         hub=("clip-benchmark/wds_vtab-caltech101:test",),
     ),

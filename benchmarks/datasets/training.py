@@ -47,7 +47,7 @@ class TrainingImages:
 def open_training(
     place: str, *, root: Path | None = None, shots: int, seed: int, allow_test: bool = False
 ) -> TrainingImages:
-    """Choose so many images of each class.
+    """Choose a number of images of each class.
 
     Of a Parquet file the chosen images stay in memory as they are encoded.
 

@@ -101,7 +101,7 @@ class Batch:
         self._pixels: Tensor | None = None
         self._tokens: Tensor | None = None
         self.augmix = False
-        """Whether views are augmented further, see `apm.test_time.augmix`; see `under`."""
+        """Whether views are also augmented by AugMix (`apm.test_time.augmix`); set by `under`."""
         self._views: dict[tuple[float, bool], Tensor] = {}
         self._student_images: dict[int, Tensor] = {}
         self._grids: Tensor | None = None
@@ -210,7 +210,7 @@ class Batch:
 
     @contextmanager
     def under(self, *, head: ZeroShotHead, augmix: bool) -> Iterator[None]:
-        """Have another head, of other prompts, and AugMix views or plain ones, for as long as the block lasts."""
+        """Inside the block, use another head, of other prompts, and AugMix or plain views."""
         before = self.head, self.augmix
         self.head, self.augmix = head, augmix
         try:

@@ -61,7 +61,7 @@ class DMNSettings:
 
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
-        if isinstance(self.alpha, float) and not self.alpha >= 0:
+        if isinstance(self.alpha, float) and not 0 <= self.alpha < math.inf:
             raise UsageError(f"DMN's alpha must be 0 or more, not {self.alpha}.")
         if self.shots < 1:
             raise UsageError(f"DMN's shots must be 1 or more, not {self.shots}.")

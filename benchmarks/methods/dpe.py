@@ -61,7 +61,7 @@ class DPESettings:
 
 
 class DualPrototypes:
-    """The state of a stream. Memory: about 4·C·D numbers, and as many again while an image's shifts are tuned.
+    """The state of a stream. Memory: about 5·C·D numbers, and as many again while an image's shifts are tuned.
 
     Args:
         text: (C, D) of unit length.

@@ -46,7 +46,6 @@ class DynaPromptSettings(PromptSettings):
 
 PUBLISHED = Published(
     source="DynaPrompt: 12 prompts; lr 5e-3 on ImageNet and its variants, 3e-3 else; views as TPT",
-    settings={"prompts": 12},
     by_dataset={OTHERS: {"lr": 3e-3}},
     prompts="single",
     augmix=(OTHERS,),

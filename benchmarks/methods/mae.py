@@ -84,7 +84,9 @@ class ViTProbe:
             raise UsageError(
                 f"{printable(path)} is a checkpoint {said}: {self.registered} needs one of `apm mae {self.kinds[0]}`."
             )
-        self._numbers = {name: number for number, name in enumerate(self._trained.class_names)}
+        self._numbers: dict[str, list[int]] = {}
+        for number, name in enumerate(self._trained.class_names):
+            self._numbers.setdefault(name, []).append(number)
         others = {key: value for key, value in options.overrides.items() if key != "file"}
         self.name = display_name(self.registered, replace(options, overrides=others), path.stem)
         self.settings: Mapping[str, Json] = {
@@ -97,7 +99,7 @@ class ViTProbe:
 
     def own_prompt(self, templates: Sequence[str]) -> str:
         """What stands in the place of prompts: the head's own classes."""
-        return f"{len(self._numbers)} learned classes"
+        return f"{len(self._trained.class_names)} learned classes"
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
@@ -126,9 +128,13 @@ class ViTProbe:
             )
 
     def _classes(self, head: ZeroShotHead) -> list[int]:
-        """The head's numbers of a data set's classes, which are checked."""
+        """The head's numbers of a data set's classes, which are checked.
+
+        Where a name occurs several times, as two of ImageNet's do, its occurrences are taken in their order.
+        """
         self.check_classes(head.labels)
-        return [self._numbers[name] for name in head.labels]
+        left = {name: list(numbers) for name, numbers in self._numbers.items()}
+        return [left[name].pop(0) if len(left[name]) > 1 else left[name][0] for name in head.labels]
 
 
 class MAEFineTuned(ViTProbe):
@@ -162,7 +168,7 @@ class TTTMAE(ViTProbe):
         if self._trained.settings.get("decoder") == "drawn":
             raise UsageError(
                 f"{self.name}: the decoder of {printable(self._chosen.file)} was never trained, so there is nothing to "
-                "adapt by. Train the head on a masked autoencoder that has its decoder."
+                "adapt with. Train the head on a masked autoencoder that has its decoder."
             )
         assert isinstance(self._chosen, TTTMAESettings)
         self._adapter = TestTimeAdapter(self._trained.model, self._chosen, seed=options.seed)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
+from apm.errors import UsageError
 from apm.test_time.mean_shift import mean_shift_mode
 from apm.test_time.views import MIN_AREA
 
-from .base import Batch, Json, MethodOptions, Prediction, display_name, make_settings, settings_record
+from .base import Batch, Json, MethodOptions, Prediction, check_share, display_name, make_settings, settings_record
 from .published import OTHERS, Published
 
 
@@ -25,6 +26,14 @@ class MTASettings:
     lambda_q: float = 4.0
     iterations: int = 5
     neighbours: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_share("neighbours", self.neighbours)
+        if not self.lambda_y > 0 or not self.lambda_q >= 0 or self.iterations < 0:
+            raise UsageError(
+                "MTA's lambda_y must be above 0, its lambda_q and iterations 0 or more, not "
+                f"{self.lambda_y}, {self.lambda_q} and {self.iterations}."
+            )
 
 
 PUBLISHED = Published(source="MTA: one setting; prompt and views as TPT", prompts="single", augmix=(OTHERS,))

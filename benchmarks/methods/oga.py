@@ -110,7 +110,7 @@ class CachedGaussians:
         if n > 4 * dim:
             return pseudo_inverse(scatter / (n - 1))
         shrunk = scatter + scatter.trace() / (n - 1) * torch.eye(dim, device=scatter.device)
-        return dim * torch.linalg.inv(shrunk)
+        return dim * pseudo_inverse(shrunk)
 
 
 def pseudo_inverse(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the methods that tune a prompt for each image have in common: whose words are tuned, and the steps.
+"""What the methods that tune a prompt for each image have in common: which words are tuned, and the steps.
 
 What is tuned are the vectors of the words before the class name, "a photo of a" in the papers. Where the run has a
 single prompt with such words, it is taken, so that zero-shot and these methods start from the same prompt. An ensemble
@@ -50,8 +50,8 @@ class PromptSettings:
     """Classes whose text is encoded at a time; never changes an answer."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UsageError(f"steps must be 0 or more, not {self.steps}.")
+        if self.steps < 0 or self.group < 1:
+            raise UsageError(f"steps must be 0 or more and group 1 or more, not {self.steps} and {self.group}.")
         check_share("keep", self.keep)
         if self.prompt is not None and not has_context(self.prompt):
             raise UsageError(f'The prompt "{self.prompt}" cannot be tuned: it needs words before a {{}}.')
@@ -115,7 +115,7 @@ class PromptTuned:
         return self._start.logit_scale * views[0] @ text.T
 
     def beside(self, batch: Batch) -> Iterable[Tensor | None]:
-        """What the loss is told of each image beside its views, (V, …) each; nothing unless a method says so."""
+        """What the loss is given for each image besides its views, (V, …) each; nothing by default."""
         return repeat(None)
 
     def own_prompt(self, templates: Sequence[str]) -> str:

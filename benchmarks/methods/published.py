@@ -32,7 +32,7 @@ class Published:
     """What a method's authors use where it is not what `common` uses."""
 
     source: str = "as common"
-    """Where it is from, and what of it cannot be had here."""
+    """Where it is from, and what of it is not available here."""
     settings: Mapping[str, Json] = field(default_factory=dict)
     """For all data sets."""
     by_dataset: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class AsPublished:
             self.together = self._method.together
 
     def begin(self, dataset: str, class_names: Sequence[str] = ()) -> None:
-        """Be ready for a data set: with its settings, and nothing of another.
+        """Begin a data set: with its own settings, and with nothing kept from another.
 
         Raises:
             UsageError: the descriptors say nothing of some of the classes.
@@ -157,7 +157,7 @@ class AsPublished:
     def encode_texts(
         self, teacher: Teacher, head: ZeroShotHead, progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Make its own head beside the run's `head`, so that no image is charged with that.
+        """Make its own head from the run's `head` now, so that its time is charged to no image.
 
         Args:
             teacher: of the run.

@@ -90,7 +90,7 @@ class RLCF(PromptTuned):
     def __init__(self, options: MethodOptions) -> None:
         super().__init__(options)
         chosen = self._chosen
-        check_teacher(chosen.reward)  # a wrong name is told before anything is done
+        check_teacher(chosen.reward)  # a wrong name fails before anything is computed
         self.weight_decay = chosen.weight_decay
         self.settings = {name: value for name, value in self.settings.items() if name not in ("file", "transfer")}
         if chosen.file:

@@ -60,6 +60,10 @@ class TDASettings:
 
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
+        if min(self.positive_shots, self.negative_shots) < 0:
+            raise UsageError(
+                f"The caches' shots must be 0 or more, not {self.positive_shots} and {self.negative_shots}."
+            )
         if self.mode not in ("image", "mean"):
             raise unknown("mode", self.mode, ("image", "mean"))
 

@@ -110,7 +110,7 @@ class TTL:
     def predict(self, batch: Batch) -> Prediction:
         """Adapt to each image by itself; one whose token is zero or not finite has no answer."""
         tower, head = TunableTower(batch.teacher, "ttl"), batch.head
-        tower.attention()  # what cannot be adapted is told also where no image is usable
+        tower.attention()  # a tower that cannot be adapted fails even if no image is usable
         good = usable(batch.tokens().unsqueeze(1))
         rows = []
         for index, sound in enumerate(good):

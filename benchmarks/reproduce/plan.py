@@ -106,7 +106,7 @@ def make_plan(
     from_clean: bool = False,
     download: bool = False,
 ) -> Plan:
-    """Look what of a table can be run. Every data set is opened, no image is decoded, nothing is downloaded.
+    """Find out which parts of a table can be run. Data sets are opened; no image is decoded, nothing downloaded.
 
     Args:
         table: one of `PAPER`.
@@ -201,12 +201,12 @@ class Rates:
     classes: tuple[int, ...]
     """Numbers of classes that were measured: the fewest and the most of the cells, or one."""
     seconds: Mapping[str, tuple[float, ...]]
-    """By method, seconds an image with so many classes."""
+    """By method, seconds per image with each of these numbers of classes."""
     per_text: float
     """Seconds to encode a class name in one template."""
 
     def image(self, method: str, classes: int) -> float:
-        """Seconds an image takes with so many classes, on a straight line through what was measured."""
+        """Seconds per image with a number of classes, interpolated between those measured."""
         return float(np.interp(classes, self.classes, self.seconds[method]))
 
 

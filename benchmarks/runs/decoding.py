@@ -1,4 +1,4 @@
-"""Images of a run, decoded in threads a bounded number ahead of whoever answers them."""
+"""Images of a run, decoded in threads, a bounded number of them ahead of the methods."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def decoded(
 
     Args:
         todo: position and sample, drawn from as images are taken.
-        ahead: how many are decoded before whoever takes them needs them; bounds the memory, as their bytes do.
+        ahead: how many are decoded before they are needed; bounds the memory, as their bytes do.
         workers: number of threads.
 
     Raises:

@@ -103,7 +103,7 @@ def check_protocol(protocol: str, given: Mapping[str, object]) -> None:
 def plan_orders(
     folder: Path, methods: Sequence[Method], options: RunOptions, count: int
 ) -> list[tuple[Path, Sequence[Method], RunOptions]]:
-    """List the runs of so many orders: all methods in the first, those that an order matters to in the others.
+    """List the runs of several orders: all methods in the first, in the others those whose answers depend on the order.
 
     Returns:
         For each its folder, its methods and its options; the seeds of the orders follow each other.

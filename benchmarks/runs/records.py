@@ -13,7 +13,7 @@ up, leaves whole shards and perhaps a temporary file.
 
 A session begins by removing the folders of earlier sessions. A process of theirs that is still alive (its launcher was
 killed, or the lock does not reach from one machine to another) cannot write from then on: it stops, and no row comes
-after the new session has looked what is there.
+after the new session has looked at what is there.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class RunFolder:
         self._write(self.files_file(cell), encoded(table))
 
     def read_files(self, cell: str) -> pa.Table | None:
-        """Read what the files of `cell` were when the run began; None where nobody has looked.
+        """Read what the files of `cell` were when the run began; None where they were not looked at.
 
         Raises:
             UsageError: the file is damaged.
@@ -173,8 +173,8 @@ class RunFolder:
     def merge(self, cell: str) -> None:
         """Put the rows of a cell that is complete into one shard, in their order, in place of many.
 
-        The new shard is on the disk before the first old one goes: whoever dies in between leaves rows twice, which are
-        read once, and the next session that ends merges them.
+        The new shard is on the disk before the first old one goes: a process that dies in between leaves rows twice,
+        which are read once, and the next session that ends merges them.
 
         Raises:
             ApmError: as `append`; UsageError: as `read`. All rows are there all the same.

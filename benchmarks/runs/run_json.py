@@ -117,7 +117,9 @@ def changed_configuration(old: Mapping[str, Any], new: Mapping[str, Any]) -> str
     """
     before, after = old["config"], new["config"]
     own = [found for found in differences(before, after) if not found[0].startswith("cells.")]
-    prose = [found for found in own if found[0].endswith(".published")]  # sums up settings: told where they say nothing
+    prose = [
+        found for found in own if found[0].endswith(".published")
+    ]  # sums up the settings: shown only where these are the same
     parts = [describe_differences([found for found in own if found not in prose] or prose)]
     for config, other, when in ((before, after, "before"), (after, before, "now")):
         if only := [cell for cell in config["cells"] if cell not in other["cells"]]:

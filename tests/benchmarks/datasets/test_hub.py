@@ -105,6 +105,13 @@ def test_webdataset_of_a_fine_grained_set_says_that_it_is_not_coops_split(suffix
     assert data.templates == (DATASETS["dtd"].template,)
 
 
+def test_numbers_of_classes_of_one_name_stay_apart(tmp_path: Path) -> None:
+    write_webdataset(tmp_path, [2, 0, 1])
+    (tmp_path / "classnames.txt").write_text("missile\ncat\nmissile\n")
+    data = open_dataset("folder", source=f"hf:{tmp_path}")
+    assert [s.label for s in data.samples] == [2, 0, 1] and data.class_names == ("missile", "cat", "missile")
+
+
 def test_webdataset_numbers_of_a_subset(tmp_path: Path) -> None:
     write_webdataset(tmp_path, [0, 199, 7])
     data = open_dataset("imagenet-a", source=f"hf:{tmp_path}")

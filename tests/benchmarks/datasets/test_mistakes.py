@@ -39,6 +39,14 @@ def test_folder_of_plain_classes(tmp_path: Path) -> None:
         open_dataset("folder", tmp_path, label_set="imagenet")
 
 
+def test_of_two_classes_of_a_label_set_with_one_name_the_first_is_meant(tmp_path: Path) -> None:
+    """Their logits are equal, and of equal ones the first is the prediction."""
+    twice = next(name for name in imagenet_names() if imagenet_names().count(name) > 1)
+    tree(tmp_path, [twice, imagenet_names()[0]])
+    data = open_dataset("folder", tmp_path, label_set="imagenet")
+    assert {s.label for s in data.samples} == {0, imagenet_names().index(twice)}
+
+
 def test_folder_with_images_folder_in_each_class_as_tiny_imagenet(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / name / "images" / "1.png")

@@ -41,6 +41,23 @@ def test_answers_are_the_heads_own_for_the_classes_at_hand(name: str) -> None:
     assert found.step_logits is None and not found.extras
 
 
+def test_of_classes_of_one_name_each_has_its_own_answer(tmp_path: Path) -> None:
+    """ImageNet has two classes called missile, and two called sunglasses."""
+    sizes = MAEConfig(image_size=16, patch_size=4, width=8, depth=1, heads=1, classes=4)
+    names, path = ["missile", "cat", "missile", "dog"], tmp_path / "head.safetensors"
+    weights = dict(MaskedAutoencoder(sizes, seed=4).state_dict())
+    write_checkpoint(
+        path, Checkpoint(sizes, {"class_names": json.dumps(names), "kind": "probe"}, 1, weights, {}, "mae")
+    )
+    batch, method = make_batch(2), create_method(f"vit-probe:file={path}")
+    assert method.own_prompt(()) == "4 learned classes"  # type: ignore[attr-defined]
+    with torch.no_grad():
+        logits = load_mae(path).model.logits(student_pixels(pictures(2), 16))
+    for labels, numbers in ((names, [0, 1, 2, 3]), (["dog", "missile"], [3, 0])):
+        batch.head = ZeroShotHead.build(batch.teacher, labels, ("{}",))
+        torch.testing.assert_close(method.predict(batch).logits, logits[:, numbers], rtol=1e-5, atol=1e-5)
+
+
 def test_the_teacher_has_no_part_in_the_answers() -> None:
     for name in HEADS:
         method = create_method(full_spec(name))
@@ -135,7 +152,7 @@ def test_wrong_checkpoints_and_settings_are_refused(tmp_path: Path) -> None:
         (f"mae-joint:file={trained_head('probe')}", "a checkpoint of `apm mae probe`: mae-joint needs one of"),
         (f"ttt-mae:file={trained_head('finetune')}", "ttt-mae needs one of `apm mae probe`"),
         (f"vit-probe:file={plain}", "without a head"),
-        (f"ttt-mae:file={drawn}", "was never trained, so there is nothing to adapt by"),
+        (f"ttt-mae:file={drawn}", "was never trained, so there is nothing to adapt with"),
         (f"vit-probe:file={tmp_path / 'none.safetensors'}", "no such checkpoint; `apm mae` makes one"),
         (f"vit-probe:file={plain},steps=2", 'no setting of method "vit-probe"|Unknown setting'),
         (f"ttt-mae:file={trained_head('probe')},masks=0", "masks must be 1 or more"),

@@ -259,6 +259,13 @@ def test_method_specs_are_parsed() -> None:
         ("tps:keep=0", "keep is 0.0"),
         ("dmn:shots=0", "shots must be 1 or more, not 0"),
         ("onzeta:beta=2", "beta between 0 and 1"),
+        ("tda:positive_alpha=nan", 'Setting positive_alpha of method "tda" is "nan", which is not a number'),
+        ("tps:lr=inf", 'is "inf", which is not a number'),
+        ("dmn:alpha=inf", "alpha must be 0 or more, not inf"),
+        ("mta:lambda_y=0", "lambda_y must be above 0.*not 0.0, 4.0 and 5"),
+        ("mta:neighbours=2", "neighbours is 2.0"),
+        ("tda:negative_shots=-1", "shots must be 0 or more, not 3 and -1"),
+        ("tpt:group=0", "group 1 or more, not 1 and 0"),
         ("zero-shot:views=3", 'Unknown setting of method "zero-shot" "views"'),
     ],
 )
@@ -315,6 +322,24 @@ def test_every_method_has_its_row_and_its_kind_in_the_table_of_methods() -> None
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w+-]+)` \|[^|]+\| (episodic|stream) \|", text.split("## The methods")[1], re.MULTILINE)
     assert dict(rows) == {name: "stream" if name in STREAM else "episodic" for name in REGISTRY}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "words"),
+    [
+        ("dynaprompt", "prompts", "{} prompts"),
+        ("rlcf", "steps", "{} steps"),
+        ("dmn", "shots", "{} images per class"),
+        ("oga", "shots", "{} images per class"),
+        ("ecalp", "images", "{} images"),
+        ("clipartt", "classes", "{} classes"),
+        ("watt", "rounds", "{} rounds"),
+    ],
+)
+def test_the_table_of_methods_has_the_codes_defaults(name: str, setting: str, words: str) -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split("## The methods")[1]
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+    assert words.format(create_method(full_spec(name)).settings[setting]) in row
 
 
 def test_a_strangers_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

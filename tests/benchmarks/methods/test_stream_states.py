@@ -41,6 +41,15 @@ def test_dmn_s_cosines_are_those_of_the_weighted_sums() -> None:
     assert [len(row) for row in memory.entropies] == [3, 3, 0, 0]  # squares are 0 or 1 modulo 4
 
 
+def test_oga_answers_where_all_entries_are_the_same() -> None:
+    """Three times one image: its entries do not vary, and a matrix of zeros has no inverse."""
+    feature = torch.eye(4)[:1]
+    state = CachedGaussians(unit(2, 4, seed=2), shots=3)
+    for sure in (5.0, 6.0, 7.0):
+        state.update(feature, torch.tensor([[sure, 0.0]]).softmax(dim=1))
+    assert state.counts.tolist() == [3, 0] and state.log_likelihood(feature).isfinite().all()
+
+
 def test_oga_s_precision_is_that_of_all_entries() -> None:
     dim, shots = 4, 8
     text, stream = unit(5, dim, seed=2), unit(400, dim, seed=3)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from .options import Debug
-from .render import failure, progress_on_terminal, say, told_when_interrupted
+from .progress import counted
+from .render import failure, say, told_when_interrupted
 
 
 def corrupt(
@@ -56,7 +57,7 @@ def corrupt(
         told_when_interrupted(
             lambda: f"interrupted: {done:,} of {len(writer.ids):,} images are done; the same command goes on"
         ),
-        progress_on_terminal(len(writer.ids), wanted=not quiet, doing="corrupt") as progress,
+        counted("corrupt", wanted=not quiet) as far,
     ):
         for report in writer.run(jobs=jobs):
             written, skipped = written + report.written, skipped + report.skipped
@@ -64,8 +65,7 @@ def corrupt(
                 failed += 1
                 failure(report.error)
             done += 1
-            if progress is not None:
-                progress.advance(progress.task_ids[0])
+            far(done, len(writer.ids))
     if not quiet:
         say(f"{written:,} pictures written, {skipped:,} existed already, {failed:,} images unreadable: {target}")
     if failed:

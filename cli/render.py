@@ -132,7 +132,7 @@ def on_terminal() -> bool:
 
 
 @contextmanager
-def progress_on_terminal(total: int | None, *, wanted: bool, doing: str = "classify") -> Iterator[Progress | None]:
+def progress_on_terminal(total: int | None, *, wanted: bool, doing: str) -> Iterator[Progress | None]:
     """Show a bar on stderr when that is a terminal; yields None where there is to be none.
 
     Args:

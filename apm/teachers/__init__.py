@@ -89,16 +89,7 @@ def load_teacher(spec: str, *, device: str | torch.device = "cpu") -> Teacher:
 
 
 def load_grid_teacher(spec: str, *, device: str | torch.device = "cpu") -> GridTeacher:
-    """Load what `load_teacher` loads, or a model of timm that has a grid of features and no texts.
-
-    Args:
-        spec: one of the forms above.
-        device: where its weights go. They are float32, frozen, and in evaluation mode.
-
-    Raises:
-        TeacherUnavailable: its weights are neither on this machine nor reachable; found out within seconds.
-        TeacherError: the name is not known, or the file is damaged, unsafe or of another model.
-    """
+    """Load what `load_teacher` loads, in the same way, or a model of timm that has a grid of features and no texts."""
     if not spec.startswith(_TIMM):
         return load_teacher(spec, device=device)
     import_open_clip()

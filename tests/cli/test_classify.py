@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from apm import classifier as module
 from apm.cli.main import app
 from apm.errors import TeacherError
+from apm.images.files import alone_with
 from apm.images.load import MAX_PIXELS
 from apm.test_time.options import AdaptConfig
 from apm.test_time.targets import TARGETS
@@ -373,6 +374,12 @@ def test_a_file_named_twice_on_stdin_has_one_answer_in_the_file(picture: Path, t
     result = classify("--out", out, "-", stdin=f"{picture}\n{picture}\n")
     assert (result.exit_code, len(out.read_text().splitlines())) == (0, 1)
     assert result.stderr == f"note: 1 answer is in {out}.\n"
+
+
+def test_two_processes_do_not_write_to_one_file(picture: Path, tmp_path: Path) -> None:
+    with alone_with(tmp_path / "answers.csv", "writing answers to"):
+        result = classify("--out", tmp_path / "answers.csv", picture)
+    assert result.exit_code == 2 and "Another process is writing answers to" in result.stderr
 
 
 def test_improbable_answers_are_marked_unsure(picture: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_quick_command_says_nothing_and_an_unknown_total_is_left_out(
 
 def test_a_closed_stderr_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", None)
-    with progress.progress_on_terminal(3, wanted=True) as bar, progress.counted("labels") as show:
+    with progress.progress_on_terminal(3, wanted=True, doing="labels") as bar, progress.counted("labels") as show:
         show(1, 3)
     assert bar is None
 

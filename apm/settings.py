@@ -58,7 +58,7 @@ def parse_value(what: str, text: str, hint: Any, setting: Setting | None) -> Any
     """Read a field's value as its `setting` says, or as its type `hint`; `what` is what an error calls it.
 
     Raises:
-        UsageError: the text is no value of that type.
+        UsageError: the text is no value of that type, or a number that is not finite.
     """
     if setting is not None and setting.parse is not None:
         return setting.parse(text)
@@ -71,7 +71,7 @@ def parse_value(what: str, text: str, hint: Any, setting: Setting | None) -> Any
             raise ValueError(text)
         return value
     except (ValueError, KeyError):
-        kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
+        kind = {int: "a whole number", float: "a finite number", bool: "true or false"}[wanted]
         raise UsageError(f'{what} is "{text}", which is not {kind}.') from None
 
 

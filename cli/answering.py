@@ -7,7 +7,6 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from apm.errors import ImageError, UsageError
-from apm.images.files import alone_with
 from apm.images.paths import expand_paths, file_problem, printable
 from apm.settings import at_least, between, check_values, setting
 
@@ -142,11 +140,6 @@ class Answering:
             UsageError: there was no input, `Form.out` holds answers of other settings, or another process writes to it.
             typer.Exit: with 1 where some input has no answer, with 130 after Ctrl-C.
         """
-        out = self._form.out
-        with nullcontext() if out is None else alone_with(out, "writing answers to"):
-            self._run()
-
-    def _run(self) -> None:
         form, inputs = self._form, self._inputs
         if form.out is not None:
             settings = answer_settings(self._classifier, steps_detail=form.steps_detail)

@@ -14,12 +14,12 @@ import typer
 
 from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
-from apm.settings import setting, settings_of
+from apm.settings import at_least, check_values, setting, settings_of
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 
 from .data import answer, fill_store, load_chosen_teacher, say_notes, shared_precision
-from .options import Debug, options_of, student_options
+from .options import Debug, flag, options_of, student_options
 from .render import failure, notice, notice_if_slow, say, say_json, told_when_interrupted
 from .run_options import (
     DATA,
@@ -145,11 +145,12 @@ class Folders:
     )
     out: Path | None = setting(None, "Run folder. Default: runs/DATASETS-TEACHER. Run again to continue.")
     fresh: bool = setting(False, "Delete the contents of the run folder and start over.")
-    order: int | None = setting(None, "Seed of the image order for stream methods. Default: --seed.")
+    order: int | None = setting(None, "Seed of the image order for stream methods. Default: --seed.", check=at_least(0))
     orders: int = setting(
         1,
         "Run stream methods in this many orders, seeded with --order and the numbers after it, each into a folder "
         "beside the run's; tables show mean ± standard deviation.",
+        check=at_least(1),
     )
 
     def __post_init__(self) -> None:
@@ -158,10 +159,7 @@ class Folders:
             raise UsageError(
                 "--features and --store exclude each other: --store also reads, and encodes what is missing."
             )
-        if self.orders < 1 or (self.order is not None and self.order < 0):
-            raise UsageError(
-                f"--order {self.order} and --orders {self.orders}: --order must be 0 or more and --orders 1 or more."
-            )
+        check_values(self, flag)
 
 
 @student_options(METHOD, prefix="apm: ", defaults={"queries": ALL})

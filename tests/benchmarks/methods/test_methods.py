@@ -237,6 +237,8 @@ def test_method_specs_are_parsed() -> None:
         ("apm:views", "is not a setting"),
         ("apm:views=8,views=9", "sets views twice"),
         ("mta:views=many", '"many", which is not a whole number'),
+        ("tda:positive_alpha=nan", '"nan", which is not a finite number'),
+        ("tps:lr=inf", '"inf", which is not a finite number'),
         ("zero:keep=2", "keep is 2.0"),
         ("apm:views=8", 'target "cls"'),
         ("apm:preset=papper", 'Did you mean "paper"'),

@@ -42,7 +42,7 @@ from apm.text.zeroshot import ZeroShotHead
 
 __all__ = ["Adaptation", "Answer", "Classifier", "Perception", "Prediction"]
 
-_LIKELY_DIM = 512  # of a teacher that is not loaded yet: the default one's
+_LIKELY_DIM = 512  # of the default teacher; a guess until one is loaded
 
 DECODERS = 4
 """Threads that decode ahead of the adaptation; more only fill memory, since the adaptation is the slow part."""

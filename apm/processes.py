@@ -99,20 +99,17 @@ def join() -> Iterator[Group]:
         distributed.destroy_process_group()
 
 
-def end_with_launcher(every: float = 0.5) -> None:
+def end_with_launcher() -> None:
     """End this process soon after the one that started it has ended: a killed launcher leaves no orphans at work.
 
     What was written is whole, what was not is lost, as in any kill. Nobody would read an orphan's answers: the run is
     continued by whoever starts it again.
-
-    Args:
-        every: seconds between two looks.
     """
     launcher = os.getppid()
 
     def watch() -> None:
         while os.getppid() == launcher:
-            time.sleep(every)
+            time.sleep(0.5)
         os.write(2, b"The launcher has ended: this process ends too.\n")
         os._exit(1)  # the main thread may wait for ever for processes that are dead
 

@@ -166,7 +166,7 @@ def blended(
     tiles: Sequence[Tile],
     places: int,
 ) -> Tensor:
-    """Add up what tiles say at the places of one lattice over the image, the nearer to a tile's middle the more.
+    """Add up the tiles' values at the places of one lattice over the image, weighted by nearness to the tile's middle.
 
     Args:
         image: of any shape.

@@ -147,10 +147,10 @@ def output_stem(path: str | os.PathLike[str]) -> str:
     return f"{readable}-{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]}"
 
 
-def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike[str], *, milliseconds: int = 400) -> Path:
+def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike[str]) -> Path:
     """Write frames of one size as an endless GIF; the last one stays four times as long."""
     first, *rest = frames
-    durations = [milliseconds] * len(rest) + [4 * milliseconds]
+    durations = [400] * len(rest) + [1600]  # milliseconds
     return write_atomically(
         path,
         lambda file: first.save(

@@ -66,7 +66,7 @@ def read_locations(path: Path, grid: int) -> tuple[Tensor, Tensor]:
 
 
 def ordered(count: int, order: str, seed: int) -> NDArray[np.int64]:
-    """In which order `count` queries are asked: ``reading`` or ``random``."""
+    """The order in which `count` queries are asked: ``reading`` or ``random``."""
     return np.arange(count) if order == "reading" else np.random.default_rng(seed).permutation(count)
 
 

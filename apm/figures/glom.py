@@ -170,14 +170,14 @@ def write_show(
     )
 
 
-def _painted(cells: NDArray[np.float64], labels: Labels, scale: int = 24) -> NDArray[np.float64]:
-    """Paint each island in its mean colour, with its border: (G·scale, G·scale, 3)."""
+def _painted(cells: NDArray[np.float64], labels: Labels) -> NDArray[np.float64]:
+    """Paint each island in its mean colour, with its border: (24 G, 24 G, 3)."""
     from skimage.segmentation import mark_boundaries
 
     means = np.empty_like(cells)
     for number in np.unique(labels):
         means[labels == number] = cells[labels == number].mean(axis=0)
-    block = np.ones((scale, scale), dtype=np.int64)
+    block = np.ones((24, 24), dtype=np.int64)
     drawn: NDArray[np.float64] = mark_boundaries(np.kron(means, block[..., None]), np.kron(labels, block), (1, 1, 0))
     return drawn
 

@@ -188,7 +188,7 @@ def parts(
     return save(figure, path, settings=settings)
 
 
-def animate(path: Path, square: Image.Image, runs: Mapping[str, Watched], *, side: int = 224) -> Path:
+def animate(path: Path, square: Image.Image, runs: Mapping[str, Watched]) -> Path:
     """Write the fields over the steps as a GIF: the image, then a field for each target, with step and loss.
 
     Each step's mean is taken out, and the components are those of the last step: what a frame shows is how its places
@@ -202,7 +202,7 @@ def animate(path: Path, square: Image.Image, runs: Mapping[str, Watched], *, sid
         coloured[target] = component_colours(centred, basis=centred[-1:])
     frames = []
     for number, step in enumerate(next(iter(runs.values())).fields):
-        figure = new_figure((len(runs) + 1) * side / 100, 1.2 * side / 100)
+        figure = new_figure(2.24 * (len(runs) + 1), 2.688)
         axes = figure.subplots(1, len(runs) + 1)
         axes[0].imshow(square)
         axes[0].set_title(f"step {step}", fontsize=8)

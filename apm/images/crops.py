@@ -1,4 +1,4 @@
-"""Where a random crop of an image lies, drawn from nothing but names and numbers."""
+"""Places of random crops of an image, drawn from nothing but names and numbers."""
 
 from __future__ import annotations
 

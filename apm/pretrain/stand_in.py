@@ -1,10 +1,10 @@
 """A student that replaces layers of its teacher: it gets their input and predicts their output.
 
 The paper's student, its colours left out: one filter over what is given makes the trigger column, the column is
-unfolded with the code of each place, and the coordinate MLP answers with what the teacher holds there after its last
-layer. Given is the image (layer 0) or what the teacher holds after an earlier layer. Tokens that belong to no place
-(class and registers) are asked for at places above the square. With ``local`` a query holds what is given at its place
-too, which is no part of the paper: one number of a place in the column is less than any linear map is given.
+unfolded with the code of each place, and the coordinate MLP answers with the teacher's activations there after the
+last layer. The input is the image (layer 0), or the activations after an earlier layer. Tokens that belong to no place
+(class and registers) are queried at places above the square. With ``local`` a query also holds the input at its place,
+which is not in the paper: the column has one number for a place, less than any linear map is given.
 """
 
 from __future__ import annotations

@@ -119,13 +119,13 @@ def clusters(field: ArrayLike, count: int, *, seed: int = 0) -> Labels:
 
 
 def superpixels(square: Image.Image, grid: int, count: int) -> Labels:
-    """Cut a square image into about `count` superpixels (SLIC, Achanta et al. 2012), told for grid × grid cells.
+    """Cut a square image into about `count` superpixels (SLIC, Achanta et al. 2012), as labels of grid × grid cells.
 
     Returns:
         (grid, grid): for each cell the superpixel that most of its pixels belong to.
 
     Raises:
-        ImageError: that is the same one for all.
+        ImageError: it is the same one for all cells.
     """
     from skimage.segmentation import slic
 

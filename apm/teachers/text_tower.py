@@ -86,9 +86,9 @@ class _Encoder(nn.Module):
 
 
 def _causal_transformer(model: Any) -> tuple[str, Any, str, int] | None:
-    """Where the positions and the mask of a text tower are that may be cut: (prefix, owner, pooling, end token's id).
+    """Where a text tower that may be cut has its positions and mask: (prefix, owner, pooling, end token's id).
 
-    Of open_clip's own classes alone, not of what derives from them: another forward pass might look elsewhere.
+    None for others: all but open_clip's own classes, since the forward pass of a subclass might look elsewhere.
     """
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP

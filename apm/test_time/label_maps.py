@@ -2,7 +2,7 @@
 
 At each location the field's feature is classified as a token would be: cosine with every label's text feature × the
 teacher's logit scale, softmax over the labels. The map of a label is its probability from place to place. It says
-something of the place only if the student was fitted to a target that does: the teacher's grid (Modi & Rawat 2024,
+something about the place only if the student was fitted to a target that does: the teacher's grid (Modi & Rawat 2024,
 section 3, the grid loss), not its one token alone.
 """
 

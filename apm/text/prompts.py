@@ -115,7 +115,7 @@ def _word_embedding(teacher: Any) -> nn.Embedding | None:
 
 
 def _context_slots(teacher: Any, context: str, tokens: Tensor) -> slice:
-    """Where the context stands in every prompt: what the prompts share with the context alone, but for the start."""
+    """Positions of the context in every prompt: all that the prompts share with the context, except for the start."""
     alone: Tensor = teacher.tokenizer([context]).to(tokens.device)  # (1, L)
     shared = int((tokens == alone).all(dim=0).int().cumprod(dim=0).sum())
     start = int(alone[0, 0] == getattr(teacher.tokenizer, "sot_token_id", None))

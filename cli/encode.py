@@ -20,7 +20,7 @@ FEATURES = "Features"
 @options_of(Cells, "cells", DATA)
 @options_of(Work, "work", RUN)
 def encode(
-    out: Annotated[Path, typer.Option(metavar="STORE", help="The store. Run again to continue, or to add data sets.")],
+    out: Annotated[Path, typer.Option(metavar="STORE", help="The store. Run again to continue, or to add images.")],
     datasets: DataSets = None,
     *,
     cells: Cells,

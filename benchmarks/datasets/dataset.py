@@ -296,9 +296,9 @@ def balanced_subset(samples: Sequence[Sample], limit: int, seed: int) -> list[Sa
     """
     by_class: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
     for position, sample in enumerate(samples):
-        by_class[sample.label].append((_rank(seed, sample.id), position))
+        by_class[sample.label].append((rank(seed, sample.id), position))
     turns = sorted(
-        (turn, _rank(seed, f"class {label}"), position)
+        (turn, rank(seed, f"class {label}"), position)
         for label, members in by_class.items()
         for turn, (_, position) in enumerate(sorted(members))
     )
@@ -306,7 +306,8 @@ def balanced_subset(samples: Sequence[Sample], limit: int, seed: int) -> list[Sa
     return [samples[position] for position in chosen]
 
 
-def _rank(seed: int, text: str) -> bytes:
+def rank(seed: int, text: str) -> bytes:
+    """Return the key by which a name is sorted for a seeded choice; it does not depend on other names."""
     return hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogateescape")).digest()
 
 

@@ -22,7 +22,7 @@ from apm.images.load import decode_image
 from apm.images.paths import printable
 from apm.labels import imagenet_wnids, label_set
 
-from .dataset import fingerprint
+from .dataset import fingerprint, rank
 from .layouts import data_root, require_layout
 from .readers import Listing, Sample, read_folder, read_split_json
 from .specs import DATASETS, spec_of
@@ -214,8 +214,7 @@ def _declared_names(metadata: dict[bytes, bytes]) -> Sequence[str]:
 def _few_of_each(listing: Listing, shots: int, seed: int) -> tuple[tuple[Sample, ...], list[str]]:
     by_class: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
     for number, sample in enumerate(listing.samples):
-        rank = hashlib.sha256(f"{seed}\0{sample.id}".encode("utf-8", "surrogateescape")).digest()
-        by_class[sample.label].append((rank, number))
+        by_class[sample.label].append((rank(seed, sample.id), number))
     chosen = [number for label in sorted(by_class) for _, number in sorted(by_class[label])[:shots]]
     counts = Counter(listing.samples[number].label for number in chosen)
     notes = []

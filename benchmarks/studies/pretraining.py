@@ -349,8 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.figure:
         draw_curves(read_record(options.table[0] if options.table else RESULTS / STUDY.results), options.figure)
     elif options.pictures:
-        if not options.checkpoint:
-            raise UsageError("--pictures needs a checkpoint.")
+        if not options.checkpoint or not options.images:
+            raise UsageError("--pictures needs a checkpoint and --images.")
         student, teacher = _loaded(options)
         size = student.record["settings"]["grid_size"]
         found = draw_pictures(student, teacher, options.images, size, options.pictures)

@@ -12,7 +12,6 @@ parts go to several machines. Without ``--root`` rows files are summed up to the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from argparse import ArgumentParser
@@ -40,6 +39,7 @@ from apm.test_time.trainer import TestTimeTrainer
 from apm.text.zeroshot import ZeroShotHead
 
 from ..corruptions import CORRUPTIONS, CROP, VERSION, corrupt_image
+from ..datasets.dataset import rank
 from ..runs.environment import describe
 from .study import ROOT, Options, Record, Study, each, markdown, numbers, run
 
@@ -55,11 +55,7 @@ def photographs(folders: Sequence[Path], seed: int) -> list[tuple[str, Path]]:
         for folder in folders
         for path in images_below(folder)
     ]
-
-    def rank(one: tuple[str, Path]) -> bytes:
-        return hashlib.sha256(f"{seed}\0{one[0]}".encode("utf-8", "surrogateescape")).digest()
-
-    return sorted(found, key=rank)
+    return sorted(found, key=lambda one: rank(seed, one[0]))
 
 
 def states(number: int, name: str, image: Image.Image, seed: int) -> Iterator[tuple[str, Image.Image]]:

@@ -51,7 +51,8 @@ def continued(
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         return row
 
-    return [*done[: len(items)], *each(items[len(done) :], measured, what, minimum=0 if done else 1)]
+    kept = done[: len(items)]
+    return [*kept, *each(items[len(kept) :], measured, what, minimum=0 if kept else 1)]
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> list[Row]:

@@ -34,8 +34,8 @@ TITLES = (
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add those of this study."""
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs, with the same methods")
+    """Add that of this study."""
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs on the same images")
 
 
 def measure(options: Options) -> Record:

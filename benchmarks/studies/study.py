@@ -211,7 +211,12 @@ def each(items: Sequence[Item], measure: Callable[[Item], Result], what: str, *,
 
     Ctrl-C ends it early, and what is done is kept: it may have taken hours. With fewer than `minimum` results it is
     raised again.
+
+    Raises:
+        UsageError: there are no items, though there is a `minimum`.
     """
+    if minimum and not items:
+        raise UsageError(f"There are no {what} to measure.")
     done: list[Result] = []
     try:
         for item in items:

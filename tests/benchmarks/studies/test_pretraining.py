@@ -91,6 +91,11 @@ def test_command_measures_what_was_trained(
         pretraining.main(arguments)
 
 
+def test_pictures_need_images() -> None:
+    with pytest.raises(UsageError, match="--pictures needs a checkpoint and --images"):
+        pretraining.main(["student.safetensors", "--pictures", "out.png"])
+
+
 @pytest.mark.slow
 def test_figures_are_drawn(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = []

@@ -122,6 +122,9 @@ def test_what_is_done_at_ctrl_c_is_kept(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "1 of 4 images\n2 of 4 images\n"
     with pytest.raises(KeyboardInterrupt):
         each([1, 2, 3, 4], measure, "images", minimum=3)
+    with pytest.raises(UsageError, match="There are no images to measure"):
+        each([], measure, "images")
+    assert each([], measure, "images", minimum=0) == []
 
 
 def test_numbers_of_rows_are_averaged_in_their_nesting() -> None:

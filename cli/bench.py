@@ -14,7 +14,7 @@ import typer
 
 from apm.errors import UsageError
 from apm.labels import PROMPT_NAMES
-from apm.settings import at_least, check_values, setting, settings_of
+from apm.settings import at_least, between, check_values, setting, settings_of
 from apm.test_time.options import StudentOptions
 from apm.test_time.queries import ALL
 
@@ -145,7 +145,9 @@ class Folders:
     )
     out: Path | None = setting(None, "Run folder. Default: runs/DATASETS-TEACHER. Run again to continue.")
     fresh: bool = setting(False, "Delete the contents of the run folder and start over.")
-    order: int | None = setting(None, "Seed of the image order for stream methods. Default: --seed.", check=at_least(0))
+    order: int | None = setting(
+        None, "Seed of the image order for stream methods. Default: --seed.", check=between(0, 2**62)
+    )
     orders: int = setting(
         1,
         "Run stream methods in this many orders, seeded with --order and the numbers after it, each into a folder "

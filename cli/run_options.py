@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apm.benchmarks.protocols import PROTOCOLS
-from apm.settings import at_least, check_values, setting
+from apm.settings import at_least, between, check_values, setting
 
 from .options import flag
 
@@ -97,7 +97,7 @@ class Work:
     device: str = setting("auto", "auto, cpu or cuda.")
     batch_size: int | None = setting(None, "Images at a time. Answers do not depend on it.", check=at_least(1))
     workers: int = setting(4, "Number of threads that decode images.", check=at_least(1))
-    seed: int = setting(0, "Seed of subset, stream order, views, corruptions, students.", check=at_least(0))
+    seed: int = setting(0, "Seed of subset, stream order, views, corruptions, students.", check=between(0, 2**63 - 1))
 
     def __post_init__(self) -> None:
         """Check each value."""

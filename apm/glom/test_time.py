@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from apm.errors import UsageError
 from apm.glom.config import Consensus, GLOMConfig
 from apm.glom.model import GLOM
-from apm.settings import at_least, check_values, positive, setting
+from apm.settings import at_least, between, check_values, positive, setting
 from apm.student.config import Distil
 
 LARGEST_BATCH = 32
@@ -40,7 +40,7 @@ class GLOMStudentOptions:
     steps: int = setting(50, "Optimisation steps for each image.", check=at_least(1))
     lr: float = setting(1e-3, "Adam's learning rate.", check=positive)
     distil: Distil = setting("cls", "What the loss compares: cls, grid or both.", choices=typing.get_args(Distil))
-    seed: int = setting(0, "Seed of the student's initial weights.", check=at_least(0))
+    seed: int = setting(0, "Seed of the student's initial weights.", check=between(0, 2**63 - 1))
     image_size: int = setting(64, "Side of the student's images in pixels.", check=at_least(1))
     patch_size: int = setting(8, "Side of a location in pixels.", check=at_least(1))
     dim: int = setting(64, "Width of an embedding.", check=at_least(1))

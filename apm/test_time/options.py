@@ -69,7 +69,9 @@ class TrainingOptions:
         "Number format of the matrix products: auto, fp32 or bf16.",
         choices=typing.get_args(Precision),
     )
-    seed: int = setting(0, "Seed of the student's initial weights and of the augmented views.", check=at_least(0))
+    seed: int = setting(
+        0, "Seed of the student's initial weights and of the augmented views.", check=between(0, 2**63 - 1)
+    )
     loss: Loss = setting(
         "mse",
         "Loss of the token: mse (mean squared error), cosine (one minus the cosine), or soft (KL divergence of the "

@@ -139,7 +139,7 @@ def test_probes_every_level_beside_pixels_and_an_untrained_network(trained: Path
     for arguments, message in (
         ((*command[:-2], "30"), "--train must be from 10 to less than the 30 images, not 30"),
         (("probe", tmp_path / "none", *command[2:]), "no such file; a probe needs a Parquet file"),
-        ((*command, "--seed", "-1"), "--seed must be 0 or more, not -1"),
+        ((*command, "--seed", "-1"), "--seed must be from 0 to 4294967295, not -1"),
     ):
         code, said, told = run(*arguments)
         assert (code, said) == (2, "") and message in told

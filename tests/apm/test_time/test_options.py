@@ -135,7 +135,7 @@ def test_the_trainer_gets_every_setting_it_shares() -> None:
         ({"preset": "papr"}, 'Did you mean "paper"'),
         ({"queries": "few"}, 'queries is "few"'),
         ({"lr": float("inf")}, "lr must be a positive number, not inf"),
-        ({"seed": -1}, "seed must be 0 or more, not -1"),
+        ({"seed": -1}, "seed must be from 0 to 9223372036854775807, not -1"),
     ],
 )
 def test_what_cannot_work_is_refused_when_it_is_said(changes: dict[str, object], words: str) -> None:

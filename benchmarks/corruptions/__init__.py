@@ -92,18 +92,18 @@ def check_level(level: int) -> None:
         raise UsageError(f"Corruption level {level} does not exist: use 1 (weak) to 5 (strong).")
 
 
-def centre_crop(image: Image.Image, *, resize: int = RESIZE, crop: int = CROP) -> Image.Image:
-    """Resize the short side to `resize` (bilinear, antialiased) and cut the central `crop`×`crop` square.
+def centre_crop(image: Image.Image, *, resize: int = RESIZE) -> Image.Image:
+    """Resize the short side to `resize` (bilinear, antialiased) and cut the central 224×224 square.
 
     Pixel by pixel what torchvision's Resize and CenterCrop give, which made ImageNet-C's pictures with 256 and 224:
     the long side is truncated to whole pixels, and half a pixel of margin goes to the even neighbour. With `resize` =
-    `crop` only the ends of the long side are lost.
+    `CROP` only the ends of the long side are lost.
     """
     short = min(image.size)
     width, height = (int(resize * side / short) for side in image.size)
     resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - crop) / 2), round((height - crop) / 2)
-    return resized.crop((left, top, left + crop, top + crop))
+    left, top = round((width - CROP) / 2), round((height - CROP) / 2)
+    return resized.crop((left, top, left + CROP, top + CROP))
 
 
 def corrupt_image(

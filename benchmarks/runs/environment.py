@@ -30,12 +30,11 @@ _DISTRIBUTIONS = (
 )
 
 
-def git_commit(folder: Path | None = None) -> str | None:
+def git_commit() -> str | None:
     """The commit of the checkout that this code runs from, None outside of one; ``+changes`` where files differ."""
-    where = folder or Path(__file__).parent
     try:
-        commit = _git(where, "rev-parse", "HEAD")
-        changed = _git(where, "status", "--porcelain", "--untracked-files=no")
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changed else "")
@@ -73,9 +72,9 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
+        ["git", "-C", str(Path(__file__).parent), *arguments],
         capture_output=True,
         text=True,
         timeout=10,

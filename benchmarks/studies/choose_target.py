@@ -125,11 +125,11 @@ def _share(record: Record, row: dict[str, Any]) -> float:
     return sum(row[name]["correct"] / n for name, n in record["images"].items())
 
 
-def table(record: Record, count: int = 12) -> str:
-    """The paper's target and the ``count`` best others, by right answers on clean and corrupted images, as markdown."""
+def table(record: Record) -> str:
+    """The paper's target and the 12 best others, by right answers on clean and corrupted images, as markdown."""
     n = record["images"]
     first, *others = record["candidates"]
-    shown = [first, *sorted(others, key=lambda row: -_share(record, row))[:count]]
+    shown = [first, *sorted(others, key=lambda row: -_share(record, row))[:12]]
     titles = ["target", "views", "smallest crop", "kept", "weight of the token"]
     for name, images in n.items():
         titles += [f"{name}, n = {images:,}", "won, lost", "p"]

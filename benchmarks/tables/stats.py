@@ -139,21 +139,17 @@ class ReliabilityBin:
     """Its upper end."""
 
 
-def reliability_bins(
-    confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, per_bin: int = PER_BIN, most: int = MOST_BINS
-) -> list[ReliabilityBin]:
+def reliability_bins(confidence: NDArray[np.floating], correct: NDArray[np.bool_]) -> list[ReliabilityBin]:
     """Sort answers into bins of as many answers each, as many bins as there are answers for.
 
     Args:
         confidence: (n,) probability given to the predicted class, in [0, 1].
         correct: (n,) whether the prediction was.
-        per_bin: answers that a bin holds at least.
-        most: bins at most.
 
     Returns:
         The bins from the least confident; none where there are too few answers for two.
     """
-    count = min(most, len(confidence) // per_bin)
+    count = min(MOST_BINS, len(confidence) // PER_BIN)
     if count < 2:
         return []
     order = np.argsort(confidence, kind="stable")

@@ -183,7 +183,12 @@ def parse_labels(text: str) -> tuple[str, ...]:
     Raises:
         UsageError: as `check_labels`.
     """
-    return check_labels(part for line in text.splitlines() for part in line.split(","))
+    return check_labels(split_labels(text))
+
+
+def split_labels(text: str) -> tuple[str, ...]:
+    """Split class names as `parse_labels` does, without checking them."""
+    return _tidied(part for line in text.splitlines() for part in line.split(","))
 
 
 def read_labels_file(path: str | Path) -> tuple[str, ...]:
@@ -224,7 +229,7 @@ def check_labels(labels: Iterable[str], *, source: str = "the labels") -> tuple[
         UsageError: none or only one is left, some occur twice (capital letters aside: text towers fold them), or one
             holds characters that cannot be printed.
     """
-    names = tuple(tidy for label in labels if (tidy := " ".join(unicodedata.normalize("NFC", label).split())))
+    names = _tidied(labels)
     for name in names:
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
             raise UsageError(f"{_capital(source)} hold characters that cannot be printed: {name!a}.")
@@ -240,6 +245,10 @@ def check_labels(labels: Iterable[str], *, source: str = "the labels") -> tuple[
             f'{_capital(source)} contain only one name, "{names[0]}", whose probability is always 1. Give at least two.'
         )
     return names
+
+
+def _tidied(labels: Iterable[str]) -> tuple[str, ...]:
+    return tuple(tidy for label in labels if (tidy := " ".join(unicodedata.normalize("NFC", label).split())))
 
 
 def _capital(text: str) -> str:

@@ -12,7 +12,7 @@ import typer
 from apm.errors import UsageError
 from apm.images.files import make_folder
 from apm.images.paths import printable
-from apm.labels import check_labels, read_labels_file
+from apm.labels import check_labels, read_labels_file, split_labels
 from apm.segment_values import PLACES, check
 
 from . import render
@@ -106,7 +106,7 @@ def _words(source: Source, background: str | None) -> tuple[tuple[str, ...] | No
     """All labels, background included (None where they are not given), and which of them are background."""
     if background is None:
         return source.names(), ()
-    none = tuple(tidy for part in background.split(",") if (tidy := " ".join(part.split())))
+    none = split_labels(background)
     if not none:
         raise UsageError(f'--background is "{background}", which contains no name.')
     if source.labels is not None:

@@ -12,7 +12,9 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from apm.cli.classify import Source
 from apm.cli.main import app
+from apm.cli.segment import _words
 from tests.fakes import FakeTeacher
 from tests.schemas import schema
 
@@ -113,6 +115,11 @@ def test_one_label_before_a_background_is_enough(picture: Path, tmp_path: Path) 
     assert result.exit_code == 0, result.stderr
     assert {part["label"] for part in json.loads(result.stdout)["parts"]} <= {"cat"}
     assert segment(tmp_path / "other", picture, labels="cat").exit_code == 2
+
+
+def test_background_names_are_tidied_as_labels_are() -> None:
+    assert _words(Source(label_set="cifar10"), "cafe\u0301, a  wall") == (None, ("caf\u00e9", "a wall"))
+    assert _words(Source(labels="cat"), "wall\nfloor") == (("cat", "wall", "floor"), ("wall", "floor"))
 
 
 def test_many_labels_make_a_map_of_16_bits(picture: Path, tmp_path: Path) -> None:

@@ -41,6 +41,18 @@ def altered(baseline: Path, answers: dict[int, int | None], method: str = "plain
     return Records.open(new.path)
 
 
+def with_values(baseline: Path, name: str, **values: object) -> Records:
+    """A copy of the baseline in which `plain` has these values, by column, for every image."""
+    old, new = RunFolder(baseline), RunFolder(baseline.parent / name)
+    record = old.read_run()
+    assert record is not None
+    new.lock().release()
+    new.write_run(record)
+    rows = [row | (values if row["method"] == "plain" else {}) for row in old.read("digits").to_pylist()]
+    new.append("digits", [Row(**{field.name: row.get(field.name) for field in fields(Row)}) for row in rows])
+    return Records.open(new.path)
+
+
 def right_and_wrong(baseline: Path) -> tuple[list[int], list[int], dict[int, int]]:
     rows = [row for row in RunFolder(baseline).read("digits").to_pylist() if row["method"] == "plain"]
     right = sorted(row["position"] for row in rows if row["prediction"] == row["label"])
@@ -126,3 +138,32 @@ def test_a_run_that_is_not_finished_is_an_error(baseline: Path) -> None:
 def test_limits_are_percentages(limits: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="between 0 and 100"):
         Limits(**limits)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "moved", "told"),
+    [
+        ({"loss": 0.1}, {"loss": 0.102}, 0.02, "loss moved by 2 % (1 % allowed)"),
+        ({"loss": 1e-5}, {"loss": 1.02e-5}, 0.02, "loss moved by 2 % (1 % allowed)"),
+        ({"cosine": 0.9}, {"cosine": 0.902}, 0.002, "cosine moved by 0.002 (0.001 allowed)"),
+        ({"nll": 0.5}, {"nll": 0.48}, 0.02, "nll moved by 0.02 (0.01 allowed)"),
+    ],
+)
+def test_what_moved_behind_the_answers_is_named(
+    before: dict[str, float], now: dict[str, float], moved: float, told: str, baseline: Path
+) -> None:
+    ((name, _),) = now.items()
+    old, new = with_values(baseline, "a", **before), with_values(baseline, "b", **now)
+    result = plain(compare(new, old, Limits()))
+    assert result.moved[name] == pytest.approx(moved, rel=1e-4) and result.changed == ()  # values are float32
+    assert result.failures == (told,)
+    assert plain(compare(new, old, Limits(**{name: 1.01 * moved}))).passed
+
+
+def test_other_true_classes_and_a_loss_that_is_gone_are_named(baseline: Path) -> None:
+    _, _, label = right_and_wrong(baseline)
+    others = sum(value != 1 for value in label.values())
+    result = plain(compare(with_values(baseline, "a", label=1), Records.open(baseline), Limits(tolerance=100)))
+    assert others and result.failures == (f"{others} of 30 true classes changed",)
+    gone = compare(with_values(baseline, "b", loss=None), with_values(baseline, "c", loss=0.1), Limits())
+    assert plain(gone).failures == ("loss is no longer recorded for 30 of 30 images",)

@@ -135,6 +135,11 @@ class PromptLearner:
         names = [name.replace("_", " ") for name in self.class_names]
         words = " ".join(["X"] * self.config.words) if self.config.words else WORDS
         self._prompt = TunablePrompt(self.teacher, names, template=f"{words} {{}}.")
+        if self.config.words and len(self._prompt.initial) != self.config.words:  # the tokenizer cuts what is too long
+            raise UsageError(
+                f"words is {self.config.words}: with so many the class names do not fit into the texts that "
+                f"{self.teacher.name} takes. Use fewer."
+            )
         self.weights = self._first_weights()
         self._optimiser = torch.optim.SGD(
             list(self.weights.values()),

@@ -367,6 +367,12 @@ def test_a_target_of_views_is_that_of_bench(pictures: list[Path], target: str) -
     assert all(same(answer, alone[answer.path]) for answer in answers if answer.path is not None)
 
 
+def test_agreement_is_that_of_the_first_labels(picture: Path) -> None:
+    answers = [build(steps=1, seed=seed)(picture) for seed in range(6)]
+    agreed = [answer.top[0].label == answer.teacher_top[0].label for answer in answers]
+    assert [answer.agree for answer in answers] == agreed and not all(agreed)
+
+
 def test_a_target_of_one_view_is_the_images_own_token(pictures: list[Path]) -> None:
     own, *others = (
         build(**settings)(pictures[0]) for settings in ({}, *({"target": t, "views": 1} for t in ("mean", "mta")))

@@ -11,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from apm.errors import UsageError
 from apm.images.crops import ASPECT_RATIOS, crop_box, view_generator
-from apm.test_time.views import augmented_view, views
+from apm.test_time.views import augmented_view, pixels_id, views
 from tests.fakes import FakeTeacher
 
 
@@ -27,6 +27,13 @@ def test_view_zero_is_the_teachers_own_preprocess(image: Image.Image) -> None:
     assert made.shape == (3, 3, teacher.image_size, teacher.image_size)
     assert made.dtype == torch.float32
     torch.testing.assert_close(made[0], teacher.preprocess(image), rtol=0, atol=0)
+
+
+def test_an_image_is_named_by_its_pixels_alone(image: Image.Image) -> None:
+    reshaped = Image.frombytes("RGB", image.size[::-1], image.tobytes())
+    others = [image.rotate(180), image.convert("L"), image.crop((0, 0, 90, 59)), reshaped]
+    assert pixels_id(image.copy()) == pixels_id(image)
+    assert len({pixels_id(one) for one in (image, *others)}) == 5
 
 
 def test_a_view_depends_on_seed_sample_and_index_alone(image: Image.Image) -> None:

@@ -91,6 +91,12 @@ def test_a_step_is_sgd_on_the_whole_loss(tmp_path: Path, teacher: OpenTeacher, f
     assert all(one.grad is None for one in teacher.model.parameters())
 
 
+def test_a_context_that_leaves_no_room_for_names_is_refused(tmp_path: Path, teacher: OpenTeacher, folder: Path) -> None:
+    for words in (76, 1000):
+        with pytest.raises(UsageError, match=f"words is {words}: with so many the class names do not fit"):
+            learner(tmp_path / "x.safetensors", teacher, folder, replace(CONFIG, words=words))
+
+
 def test_defaults_are_the_published_ones() -> None:
     epochs = {(s, c): LearningConfig(shots=s).filled(c).epochs for s in (1, 2, 4, 8, 16) for c in (10, 1000)}
     assert [epochs[s, 10] for s in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]

@@ -75,7 +75,7 @@ class GLOMTraining(Schedule):
     """
 
     lr: float = setting(1e-3, "Peak learning rate of AdamW.", check=positive)
-    seed: int = setting(0, "Seed of weights, split, order and hidden locations.", check=at_least(0))
+    seed: int = setting(0, "Seed of weights, split, order and hidden locations.", check=between(0, 2**63 - 1))
     settling: int | None = setting(
         None, "Steps in which the columns settle.", default_words="twice the levels", check=at_least(1)
     )

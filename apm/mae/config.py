@@ -107,7 +107,7 @@ class _OnImages(Schedule):
         0.05, "AdamW's weight decay, applied to weights but not to biases.", check=not_negative
     )
     min_area: float = setting(0.2, "Smallest share of the image in a random crop.", check=between(0, 1))
-    seed: int = setting(0, "Seed of weights, split, order, crops and masks.", check=at_least(0))
+    seed: int = setting(0, "Seed of weights, split, order, crops and masks.", check=between(0, 2**63 - 1))
 
     def orders(self, count: int, places: int, *, draw: tuple[int, ...]) -> NDArray[np.int64]:
         """An order of the patches for each image, (count, places): the first ones are those that the encoder sees.

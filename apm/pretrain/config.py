@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from apm.errors import UsageError
-from apm.settings import at_least, check_values, not_negative, positive, setting, share_of
+from apm.settings import at_least, between, check_values, not_negative, positive, setting, share_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ class Schedule:
     )
     clip: float = setting(1.0, "Largest norm of the gradient.", check=positive, option=False)
     held_out: float = setting(0.05, "Share of the images held out for evaluation.", check=share_of("the images"))
-    seed: int = setting(0, "Seed of weights, split and order.", check=at_least(0))
+    seed: int = setting(0, "Seed of weights, split and order.", check=between(0, 2**63 - 1))
 
     def __post_init__(self) -> None:
         """Check each value."""

@@ -31,7 +31,7 @@ from apm.images.crops import MIN_AREA, crop_box, view_generator
 from apm.images.files import alone_with, write_atomically
 from apm.images.load import normalised
 from apm.images.paths import printable
-from apm.settings import differences, refuse_other
+from apm.settings import between, differences, refuse_other
 from apm.teachers.base import Teacher
 from apm.text.learned_prompt import CONTEXT, META_NET, LearnedPrompt, read_learned_prompt, write_learned_prompt
 from apm.text.prompts import TunablePrompt
@@ -83,11 +83,12 @@ class LearningConfig:
         for name in ("epochs", "batch_size", "words"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be 1 or more.")
-        if not self.lr > 0 or not 0 <= self.momentum < 1 or not self.weight_decay >= 0 or self.seed < 0:
+        if not self.lr > 0 or not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
             raise UsageError(
-                "The learning rate must be above 0, the momentum in [0, 1), weight decay and seed 0 or more, not "
-                f"{self.lr:g}, {self.momentum:g}, {self.weight_decay:g} and {self.seed}."
+                "The learning rate must be above 0, the momentum in [0, 1), weight decay 0 or more, not "
+                f"{self.lr:g}, {self.momentum:g} and {self.weight_decay:g}."
             )
+        between(0, 2**63 - 1)("seed", self.seed)
 
     def filled(self, classes: int) -> LearningConfig:
         """The same with the defaults filled in for so many classes."""

@@ -105,7 +105,7 @@ def test_wrong_use_is_told_before_anything_is_computed(tmp_path: Path, monkeypat
         ((folder, "--teacher-grid", "embeded", *out), 'Did you mean "embedded"'),
         ((folder, *named, *out, "--preset", "smal"), 'Unknown preset "smal". Did you mean "small"?'),
         ((folder, *named, *out, "--steps", "0"), "steps must be 1 or more, not 0"),
-        ((folder, *named, *out, "--seed", "-1"), "seed must be 0 or more, not -1"),
+        ((folder, *named, *out, "--seed", "-1"), "seed must be from 0 to 9223372036854775807, not -1"),
         ((folder, *named, *out, "--held-out", "1"), "held_out is a share"),
         ((folder, *named, *out, "--save-every", "0"), "--save-every must be 1 or more"),
         ((folder, *named, *out, "--max-pixels", "0"), "--max-pixels must be 1 or more"),

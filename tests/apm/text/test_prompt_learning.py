@@ -91,6 +91,12 @@ def test_a_step_is_sgd_on_the_whole_loss(tmp_path: Path, teacher: OpenTeacher, f
     assert all(one.grad is None for one in teacher.model.parameters())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_torch_does_not_take_is_refused(seed: int) -> None:
+    with pytest.raises(UsageError, match=f"seed must be from 0 to 9223372036854775807, not {seed}"):
+        LearningConfig(seed=seed)
+
+
 def test_a_context_that_leaves_no_room_for_names_is_refused(tmp_path: Path, teacher: OpenTeacher, folder: Path) -> None:
     for words in (76, 1000):
         with pytest.raises(UsageError, match=f"words is {words}: with so many the class names do not fit"):

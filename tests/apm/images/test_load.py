@@ -314,6 +314,12 @@ def test_student_input_matches_its_definition() -> None:
     np.testing.assert_allclose(got.permute(1, 2, 0).numpy(), wanted, atol=1e-6)
 
 
+def test_student_input_is_scaled_bicubically() -> None:
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (48, 48, 3), dtype=np.uint8))
+    wanted = student_input(image.resize((24, 24), Image.Resampling.BICUBIC), 24)
+    torch.testing.assert_close(student_input(image, 24), wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [(40, 24), (24, 40), (25, 24)])
 def test_student_input_is_the_centre(size: tuple[int, int]) -> None:
     pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)

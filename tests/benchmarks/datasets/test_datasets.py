@@ -330,6 +330,7 @@ def test_limit_is_said(tmp_path: Path) -> None:
     tree(tmp_path, ["a", "b"], images=5)
     data = open_dataset("folder", tmp_path, limit=4, seed=3)
     assert len(data.samples) == 4 and data.total == 10 and data.limit == 4
+    assert Counter(sample.label for sample in data.samples) == {0: 2, 1: 2}
     assert any("4 of 10 images, class-balanced, drawn with seed 3" in note for note in data.notes)
     whole = open_dataset("folder", tmp_path, limit=10)
     assert whole.limit is None and not any("Subset" in note for note in whole.notes)

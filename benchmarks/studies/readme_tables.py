@@ -30,7 +30,7 @@ from .study import RESULTS, ROOT, argument_parser, fill, markdown, plus_minus, r
 
 DOCUMENT = ROOT / "benchmarks" / "README.md"
 TINY, CROSS, CHOICE = ("tiny-clean", "tiny-corrupted"), "cross-dataset", "choose-target.json"
-EVIDENCE = ("features", "others", "tuned", "fewer", "paper")
+EVIDENCE = ("features", "others", "tuned", "fewer", "paper", "best")
 """Places that show records of `evidence`, called ``evidence-PLACE.json``."""
 PAPER_TARGET = "apm"
 

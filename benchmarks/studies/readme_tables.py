@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from apm.errors import UsageError
 
+from ..corruptions import CORRUPTIONS
 from ..runs.records import Records, RunFolder
 from ..runs.rows import MethodRows, joined
 from ..tables import formats
 from ..tables.build import make_tables
-from ..tables.stats import mcnemar, standard_error
+from ..tables.stats import paired_test, standard_error
 from ..tables.table import Table
 from . import choose_target, everything, evidence
 from .study import RESULTS, ROOT, argument_parser, fill, markdown, plus_minus, read_record, run
@@ -58,6 +59,19 @@ def correct(parts: Sequence[MethodRows]) -> NDArray[np.bool_]:
     return np.concatenate([part.rank == 1 for part in parts])
 
 
+def images(cells: Iterable[tuple[Table, str]], method: str) -> list[str]:
+    """What tells the images of `correct` apart; one that stands in several cells of a table has one name."""
+    cells = list(cells)
+    places = ["" if column == "clean" or column in CORRUPTIONS else column for _, column in cells]
+    return [f"{place}/{name}" for place, part in zip(places, answers(cells, method), strict=True) for name in part.id]
+
+
+def probability(before: NDArray[np.bool_], after: NDArray[np.bool_], names: Sequence[str]) -> float:
+    """The exact paired p-value; the answers to one image, under several corruptions, change together."""
+    changes = np.bincount(np.unique(names, return_inverse=True)[1], after.astype(float) - before)
+    return paired_test(changes.astype(np.int64))
+
+
 def paired(tiny: Table, cross: Table, reference: str, methods: Sequence[str]) -> str:
     """Each method against ``reference`` on the same images: a markdown table, one row a group and method."""
     rows = []
@@ -69,7 +83,8 @@ def paired(tiny: Table, cross: Table, reference: str, methods: Sequence[str]) ->
             lost, won = int((before & ~after).sum()), int((~before & after).sum())
             share, base = float(after.mean()), float(before.mean())
             score = plus_minus((100 * share, 100 * standard_error(share, n)), 1)
-            rows.append((name, method, n, score, f"{100 * base:.1f}", lost, won, f"{mcnemar(lost, won):.2g}"))
+            p = probability(before, after, images(cells, method))
+            rows.append((name, method, n, score, f"{100 * base:.1f}", lost, won, f"{p:.2g}"))
     return markdown(("images", "method", "n", "top-1", reference, "lost", "won", "p"), rows, text=2)
 
 
@@ -79,11 +94,12 @@ def student(tiny: Table, cross: Table, method: str) -> str:
         *("images", "n", "agree %", "cosine, median", "cosine, minimum", "right→wrong", "wrong→right", "p"),
         *("probability where they agree", "where they differ"),
     )
-    return markdown(titles, ((name, *_student(answers(cells, method))) for name, cells in groups(tiny, cross).items()))
+    return markdown(titles, ((name, *_student(cells, method)) for name, cells in groups(tiny, cross).items()))
 
 
-def _student(parts: Sequence[MethodRows]) -> Iterator[object]:
+def _student(cells: Sequence[tuple[Table, str]], method: str) -> Iterator[object]:
     """The cells of one group."""
+    parts = answers(cells, method)
     column = partial(joined, parts)
     same = column("prediction") == column("teacher_prediction")
     teacher, own = column("teacher_prediction") == column("label"), correct(parts)
@@ -91,7 +107,8 @@ def _student(parts: Sequence[MethodRows]) -> Iterator[object]:
     sure = column("probability")
     yield from (len(same), f"{100 * same.mean():.1f}")
     yield from (f"{np.median(column('cosine')):.4f}", f"{column('cosine').min():.3f}")
-    yield from (lost, won, f"{mcnemar(lost, won):.2g}", f"{np.median(sure[same]):.2f}")
+    p = probability(teacher, own, images(cells, method))
+    yield from (lost, won, f"{p:.2g}", f"{np.median(sure[same]):.2f}")
     yield f"{np.median(sure[~same]):.2f}" if (~same).any() else ""
 
 

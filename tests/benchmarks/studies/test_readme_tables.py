@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from apm.benchmarks.runs.records import RunFolder
 from apm.benchmarks.runs.rows import Row
 from apm.benchmarks.studies import readme_tables as measured
 from apm.benchmarks.studies.study import block
-from apm.benchmarks.tables.stats import mcnemar
+from apm.benchmarks.tables.stats import mcnemar, paired_test
 
 
 def test_the_document_is_what_the_records_give() -> None:
@@ -34,10 +36,15 @@ def test_flips_are_those_of_the_shards() -> None:
         assert before.keys() == after.keys() and len(before) == 900
         lost = sum(before[key] and not after[key] for key in before)
         won = sum(after[key] and not before[key] for key in before)
+        changes = Counter({name: 0 for _, name in before})  # of a photograph, over its corruptions
+        for cell, name in before:
+            changes[name] += after[cell, name] - before[cell, name]
+        p = paired_test(np.array(list(changes.values())))
         (line,) = re.findall(
             rf"^\| Tiny ImageNet, 15 corruptions \| {re.escape(method)} \|.*$", texts[part], re.MULTILINE
         )
-        assert line.endswith(f"| {lost} | {won} | {mcnemar(lost, won):.2g} |")
+        assert line.endswith(f"| {lost} | {won} | {p:.2g} |")
+        assert len(changes) == 60 and f"{p:.2g}" != f"{mcnemar(lost, won):.2g}"
 
 
 def test_a_collected_run_holds_the_same_rows_in_fewer_files(tmp_path: Path) -> None:

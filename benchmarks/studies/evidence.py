@@ -89,17 +89,18 @@ def described(one: Records) -> dict[str, Any]:
 
 
 def made_by(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The commands that made runs, and what the last of them ran on; each as `described`."""
-    last = runs[-1]
-    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "open_clip_torch"))
+    """The commands that made runs, of which commits, and what they ran on; each as `described`."""
+    commands = dict.fromkeys(f"    {' '.join(one['command'])}" for one in runs)  # one may make a run for each order
+    commits: dict[str, dict[str, None]] = {}
+    for one in runs:
+        versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("torch", "open_clip_torch"))
+        where = f"{one['processor']}, {one['threads']} thread each, {versions}; teacher `{one['teacher']}`"
+        commits.setdefault(f"{where}, seed {one['seed']}.", {})[one["git_commit"]] = None
     return "\n".join(
         [
-            *dict.fromkeys(
-                f"    {' '.join(one['command'])}" for one in runs
-            ),  # a command may make a run for each order
+            *commands,
             "",
-            f"Commit {last['git_commit']}, {last['processor']}, {last['threads']} thread each, {versions}; "
-            f"teacher `{last['teacher']}`, seed {last['seed']}.",
+            *(f"Commit{'s' * (len(names) > 1)} {', '.join(names)}, {where}" for where, names in commits.items()),
         ]
     )
 

@@ -31,7 +31,7 @@ from apm.errors import UsageError
 
 from ..runs.records import Records, RunFolder
 from ..runs.rows import MethodRows
-from ..tables.stats import paired_test, standard_error
+from ..tables.stats import changes_by_image, paired_test, standard_error
 from . import mae_trained
 from .evidence import described, made_by
 from .study import ROOT, Options, Record, Study, markdown, mean_and_error, plus_minus, run
@@ -176,7 +176,7 @@ def compared(pairs: Sequence[Pair]) -> dict[str, Any]:
     """
     before, after = np.concatenate([one.before for one in pairs]), np.concatenate([one.after[:, -1] for one in pairs])
     names, image = np.unique(np.concatenate([one.image for one in pairs]), return_inverse=True)
-    change = np.bincount(image, weights=after.astype(int) - before.astype(int))
+    change = changes_by_image(before, after, image)
     difference, *error = mean_and_error(change / np.bincount(image))
     reach = float(student_t.ppf(0.975, len(names) - 1)) * error[0] if error else math.nan
     return {
@@ -189,7 +189,7 @@ def compared(pairs: Sequence[Pair]) -> dict[str, Any]:
         "high": difference + reach,
         "lost": int((before & ~after).sum()),
         "won": int((~before & after).sum()),
-        "p": paired_test(np.rint(change).astype(np.int64)),
+        "p": paired_test(change),
     }
 
 

@@ -24,7 +24,7 @@ from ..runs.records import Records, RunFolder
 from ..runs.rows import MethodRows, joined
 from ..tables import formats
 from ..tables.build import make_tables
-from ..tables.stats import paired_test, standard_error
+from ..tables.stats import changes_by_image, paired_test, standard_error
 from ..tables.table import Table
 from . import choose_target, everything, evidence
 from .study import RESULTS, ROOT, argument_parser, fill, markdown, plus_minus, read_record, run
@@ -68,8 +68,7 @@ def images(cells: Iterable[tuple[Table, str]], method: str) -> list[str]:
 
 def probability(before: NDArray[np.bool_], after: NDArray[np.bool_], names: Sequence[str]) -> float:
     """The exact paired p-value; the answers to one image, under several corruptions, change together."""
-    changes = np.bincount(np.unique(names, return_inverse=True)[1], after.astype(float) - before)
-    return paired_test(changes.astype(np.int64))
+    return paired_test(changes_by_image(before, after, np.unique(names, return_inverse=True)[1]))
 
 
 def paired(tiny: Table, cross: Table, reference: str, methods: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from apm.errors import UsageError
 
 from ..runs.rows import joined
 from .notes import conditions
-from .stats import auroc, expected_calibration_error, holm, interval, paired_test
+from .stats import auroc, changes_by_image, expected_calibration_error, holm, interval, paired_test
 from .table import MARKS, Answers, Table, TableRow, row_names
 
 SIGNIFICANT = 0.05
@@ -153,7 +153,7 @@ def ranks(correct: Sequence[NDArray[np.bool_]], image: NDArray[np.integer]) -> l
         Their ranks from 1, in their order.
     """
     pairs = list(combinations(range(len(correct)), 2))
-    changes = [_changes(correct[a], correct[b], image) for a, b in pairs]
+    changes = [changes_by_image(correct[a], correct[b], image) for a, b in pairs]
     corrected = holm([paired_test(change) for change in changes])
     beaten_by: dict[int, list[int]] = {place: [] for place in range(len(correct))}
     for (a, b), change, p in zip(pairs, changes, corrected, strict=True):
@@ -164,11 +164,6 @@ def ranks(correct: Sequence[NDArray[np.bool_]], image: NDArray[np.integer]) -> l
     for place in sorted(beaten_by, key=lambda place: -int(correct[place].sum())):  # the better of a pair comes first
         found[place] = 1 + max((found[better] for better in beaten_by[place]), default=0)
     return [found[place] for place in range(len(correct))]
-
-
-def _changes(first: NDArray[np.bool_], second: NDArray[np.bool_], image: NDArray[np.integer]) -> NDArray[np.int64]:
-    """For each image, in how many more of its cells the second is right than the first."""
-    return np.rint(np.bincount(image, weights=second.astype(int) - first.astype(int))).astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +194,7 @@ def _table(title: str, columns: Sequence[str], named: Mapping[str, TableRow], no
     image = np.unique(image[anybody], return_inverse=True)[1]
     rank = ranks([one.correct for one in methods], image)
     tested = [place for place, one in enumerate(methods) if not _is_zero_shot(one.row)]
-    changes = (_changes(methods[place].zero_shot, methods[place].correct, image) for place in tested)
+    changes = (changes_by_image(methods[place].zero_shot, methods[place].correct, image) for place in tested)
     p = dict(zip(tested, holm([paired_test(change) for change in changes]), strict=True))
     made = [
         _trust_row(names[place], one, columns, image, rank[place], p.get(place)) for place, one in enumerate(methods)
